@@ -1,0 +1,57 @@
+"""Cholesky factors of matrices that are positive definite on paper."""
+
+from __future__ import annotations
+
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.errors import NumericalError, NumericalWarning
+
+_ATTEMPTS = 6
+
+
+def safe_cholesky(matrix: Tensor) -> Tensor:
+    """Factor a symmetric matrix, adding a little to its diagonal where rounding demands it.
+
+    Args:
+        matrix: ``[..., n, n]`` float64, symmetric positive definite up to rounding.
+
+    Returns:
+        The lower factor ``L`` with ``L Lᵀ = matrix``, of the same shape.
+
+    Raises:
+        NumericalError: If the matrix is not finite, or indefinite beyond rounding.
+
+    Warns:
+        NumericalWarning: With the jitter that was added, relative to the mean diagonal.
+
+    Cost: n³/3 multiplications per matrix, n² float64 of memory.
+
+    Example:
+        >>> safe_cholesky(torch.tensor([[4.0]], dtype=torch.float64))
+        tensor([[2.]], dtype=torch.float64)
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed.any():
+        return factor
+    if not torch.isfinite(matrix).all():
+        raise NumericalError("Expected a finite matrix to factorise, got NaN or infinite entries.")
+    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    for attempt in range(_ATTEMPTS):
+        jitter = 10.0 ** (attempt - 12)
+        factor, failed = torch.linalg.cholesky_ex(matrix + jitter * scale * eye)
+        if not failed.any():
+            warn(
+                f"A Cholesky factorisation needed {jitter:.0e} of the mean diagonal added; "
+                "a larger damping avoids this.",
+                NumericalWarning,
+                stacklevel=2,
+            )
+            return factor
+    raise NumericalError(
+        f"Expected a positive definite matrix, got one that stays indefinite with {jitter:.0e} of "
+        "its mean diagonal added: use a larger damping."
+    )

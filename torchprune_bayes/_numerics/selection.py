@@ -1,0 +1,298 @@
+"""Which entries to prune: exactly as many as asked, without sorting or joining the scores.
+
+The threshold is found by radix selection from the leading digit. Read as integers, the bits of
+floats are in the order of the floats once those of negative floats are flipped. A histogram over
+the leading 8 bits of these *keys* tells in which bin the threshold lies, the next one tells
+where in that bin, and so on: four passes for float32, eight for float64. To prune ``k`` entries
+is to free a cost of ``k`` where each entry costs 1, so counts and budgets share one code path;
+costs are summed as :class:`~fractions.Fraction`, without rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._checks import check_count, check_fraction
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+
+_DIGIT_BITS = 8
+_BINS = 1 << _DIGIT_BITS
+# Entries looked at together. On the CPU a piece stays in the cache and is small enough for torch
+# not to wake its thread pool, whose barriers are slow where cores are shared.
+_PIECE_ON_CPU = 1 << 15
+_PIECE_ELSEWHERE = 1 << 22
+
+
+@torch.no_grad()
+def smallest_k(
+    scores: Sequence[Tensor], k: int, live: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Prune the ``k`` live entries with the smallest scores, over all tensors together.
+
+    Ties go by index: the entry that comes first, in list order and then row by row, is pruned
+    first. ``-0.0`` equals ``0.0``, infinite scores are ordered like numbers, and scores of
+    different dtypes are compared in one that holds them all.
+
+    Time is linear: six reads of float32 scores, ten of float64 and integers. Memory is that of
+    the masks and, on the CPU, a few MB; a non-contiguous tensor is copied while it is read.
+
+    Args:
+        scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
+        k: How many of the live entries to prune.
+        live: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
+            already; ``None`` if all are alive. Scores of entries not alive have no effect.
+
+    Returns:
+        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
+
+    Raises:
+        ArgumentError: If ``k`` is negative or larger than the number of live entries, a live
+            score is NaN, or the tensors do not go together.
+        ArgumentTypeError: If ``k`` is no int, a score complex or a live mask not boolean.
+
+    Example:
+        >>> smallest_k([torch.tensor([0.3, 0.1]), torch.tensor([0.1, 0.2])], k=2)
+        [tensor([ True, False]), tensor([False,  True])]
+    """
+    check_count("k", k, minimum=0)
+    pools = _pools(scores, live)
+    left = sum(pool.count() for pool in pools)
+    if k > left:
+        raise ArgumentError(f"Expected `k` of at most {left}, the number of entries left, got {k}.")
+    return _free(pools, Fraction(int(k)))
+
+
+@torch.no_grad()
+def within_budget(
+    scores: Sequence[Tensor],
+    costs: Sequence[float],
+    budget: float,
+    live: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Prune the smallest scores first until what is kept costs at most ``budget``.
+
+    No more entries are pruned than that takes, and ties go by index as in :func:`smallest_k`.
+    An entry that costs nothing is pruned when its turn comes all the same. Time and memory are
+    those of :func:`smallest_k`.
+
+    Args:
+        scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
+        costs: What one entry of each tensor costs, e.g. its FLOPs; finite and not negative.
+        budget: What all kept entries may cost together, in the unit of ``costs``.
+        live: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
+            already; ``None`` if all are alive. Entries not alive cost nothing.
+
+    Returns:
+        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
+
+    Raises:
+        ArgumentError: If the budget or a cost is negative or not finite, a live score is NaN,
+            or the tensors do not go together.
+        ArgumentTypeError: If a score is complex or a live mask not boolean.
+
+    Example:
+        >>> within_budget([torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0])], [10, 1], 11)
+        [tensor([False,  True]), tensor([False,  True])]
+    """
+    for name, value in [("budget", budget), *(("costs", cost) for cost in costs)]:
+        if not 0.0 <= value < math.inf:
+            raise ArgumentError(f"Expected `{name}` to be finite and at least 0, got {value!r}.")
+    pools = _pools(scores, live, costs)
+    return _free(pools, sum(pool.cost * pool.count() for pool in pools) - Fraction(budget))
+
+
+@torch.no_grad()
+def keep_strictly_above(
+    scores: Sequence[Tensor], sparsity: float, live: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """Keep what is strictly above the ``ceil(n * (1 - sparsity))``-th largest of ``n`` scores.
+
+    The rule of the published WoodFisher and CBS code, for masks equal to theirs: it prunes one
+    entry more than asked and all that tie with it, where :func:`smallest_k` is exact. Where the
+    rule has no threshold, ``sparsity`` 0 keeps every live entry and 1 prunes all. Time as
+    :func:`smallest_k`; with ``live`` the scores are copied once.
+
+    Args:
+        scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
+        sparsity: Fraction of all ``n`` entries to prune, those pruned already included.
+        live: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
+            already, which then takes part with score 0; ``None`` if all are alive.
+
+    Returns:
+        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
+
+    Raises:
+        ArgumentError: If ``sparsity`` is outside [0, 1], a live score is NaN, or the tensors do
+            not go together.
+        ArgumentTypeError: If a score is complex or a live mask not boolean.
+
+    Example:
+        >>> keep_strictly_above([torch.tensor([1.0, 2.0, 3.0, 4.0])], sparsity=0.5)
+        [tensor([False, False, False,  True])]
+    """
+    check_fraction("sparsity", sparsity)
+    pools = _pools(scores, live)
+    n = sum(score.numel() for score in scores)
+    rank = math.ceil(n * (1 - sparsity))
+    if sparsity == 0 or rank == 0:
+        return _free(pools, Fraction(n if sparsity else 0))
+    filled = [p.score if p.live is None else p.score.masked_fill(~p.live, 0) for p in pools]
+    threshold, _ = _threshold(_pools(filled, None), Fraction(n - rank + 1))
+    return _masks(pools, threshold, rest=Fraction(n))
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The entries of one tensor, and what pruning one of them frees."""
+
+    score: Tensor
+    live: Tensor | None
+    cost: Fraction
+    dtype: torch.dtype  # in which all pools are compared
+
+    def count(self) -> int:
+        return self.score.numel() if self.live is None else int(self.live.sum())
+
+    def check(self) -> None:
+        shape = tuple(self.score.shape)
+        if self.live is not None and self.live.shape != self.score.shape:
+            raise ArgumentError(f"Expected `live` of shape {shape}, got {tuple(self.live.shape)}.")
+        for part, mask in self.pieces():
+            if (part.isnan() if mask is None else part.isnan() & mask).any():
+                raise ArgumentError(f"Expected no NaN in `scores`, got one in shape {shape}.")
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Cut scores and live mask into flat pieces, in the order of the index."""
+        masks = repeat(None) if self.live is None else _split(self.live)
+        return zip(_split(self.score), masks)  # noqa: B905  # `repeat` has no end
+
+
+def _free(pools: Sequence[_Pool], target: Fraction) -> list[Tensor]:
+    """Prune the smallest live scores until their costs sum to ``target``, or all are pruned."""
+    threshold, freed = _threshold(pools, target)
+    return _masks(pools, threshold, rest=target - freed)
+
+
+def _threshold(pools: Sequence[_Pool], target: Fraction) -> tuple[int, Fraction]:
+    """Find the smallest key up to which live entries cost ``target``, and what those below do."""
+    bits = 8 * pools[0].dtype.itemsize
+    low, freed = -(1 << bits >> 1), Fraction(0)
+    for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
+        cost_through = partial(_cost_through, _cumulative_counts(pools, low, shift))
+        bin_ = bisect_left(range(_BINS - 1), target, key=cost_through)
+        freed = cost_through(bin_ - 1) if bin_ else freed
+        low += bin_ << shift
+    return low, freed
+
+
+def _cost_through(counts: dict[Fraction, list[int]], bin_: int) -> Fraction:
+    """Sum the costs of all live keys up to the end of a bin."""
+    return sum((cost * count[bin_] for cost, count in counts.items()), Fraction(0))
+
+
+def _cumulative_counts(pools: Sequence[_Pool], low: int, shift: int) -> dict[Fraction, list[int]]:
+    """Count, per distinct cost, the live keys up to the end of each bin.
+
+    The bins start at ``low`` and are ``2**shift`` wide. Keys below them count in the first, as
+    they do in all cumulative counts. Keys above count in the last, together with entries not
+    alive: nobody asks for its count, as it holds the threshold when none of the others does.
+    """
+    high = low + (_BINS << shift) - 1
+    device = pools[0].score.device
+    counts = {pool.cost: torch.zeros(_BINS, dtype=torch.int64, device=device) for pool in pools}
+    for pool in pools:
+        for part, live in pool.pieces():
+            keys = _keys(part, pool.dtype)
+            if live is not None:
+                keys = keys.masked_fill(~live, high)
+            digits = (keys.clamp(low, high) >> shift) - (low >> shift)
+            counts[pool.cost] += torch.bincount(digits, minlength=_BINS)
+    return {cost: count.cpu().cumsum(0).tolist() for cost, count in counts.items()}
+
+
+def _masks(pools: Sequence[_Pool], threshold: int, rest: Fraction) -> list[Tensor]:
+    """Prune live keys below ``threshold``, then those equal to it until ``rest`` is freed."""
+    masks = []
+    for pool in pools:
+        out = torch.empty(pool.score.shape, dtype=torch.bool, device=pool.score.device)
+        for (part, live), keep in zip(pool.pieces(), _split(out), strict=True):
+            keys = _keys(part, pool.dtype)
+            torch.ge(keys, threshold, out=keep)
+            if live is not None:
+                keep &= live
+            if rest > 0:
+                ties = keep & (keys == threshold)
+                wanted = min(math.ceil(rest / pool.cost), len(ties)) if pool.cost else len(ties)
+                keep &= ~ties | (ties.cumsum(0) >= wanted)
+                rest -= pool.cost * min(wanted, int(ties.sum()))
+        masks.append(out)
+    return masks
+
+
+def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Cut a tensor into flat pieces: views of it if it is contiguous."""
+    size = _PIECE_ON_CPU if tensor.device.type == "cpu" else _PIECE_ELSEWHERE
+    return tensor.reshape(-1).split(size)
+
+
+def _keys(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Map numbers to integers in the same order, int32 for float32 and int64 for the others."""
+    values = values.to(dtype)
+    if dtype == torch.int64:
+        return values
+    integer = torch.int32 if dtype == torch.float32 else torch.int64
+    bits = (values + 0.0).view(integer)  # -0.0 + 0.0 is 0.0: both zeros get one key
+    sign = bits >> (8 * dtype.itemsize - 1)  # -1 where negative, else 0
+    return bits.bitwise_xor_(sign.bitwise_and_(torch.iinfo(integer).max))
+
+
+def _common_dtype(scores: Sequence[Tensor]) -> torch.dtype:
+    """Find the dtype to compare in; float64 where floats meet integers."""
+    dtypes = {score.dtype for score in scores}
+    if not any(dtype.is_floating_point for dtype in dtypes):
+        return torch.int64
+    narrow = all(dtype.is_floating_point and dtype.itemsize <= 4 for dtype in dtypes)
+    return torch.float32 if narrow else torch.float64
+
+
+def _pools(
+    scores: Sequence[Tensor], live: Sequence[Tensor] | None, costs: Sequence[float] | None = None
+) -> list[_Pool]:
+    """Check that the tensors go together and hold no live NaN, and pair them up."""
+    _check_tensors(scores, live or [])
+    masks = [None] * len(scores) if live is None else live
+    values = [1] * len(scores) if costs is None else costs
+    for name, given in [("live", masks), ("costs", values)]:
+        if len(given) != len(scores):
+            raise ArgumentError(f"Expected {len(scores)} `{name}` like `scores`, got {len(given)}.")
+    dtype = _common_dtype(scores)
+    pools = [
+        _Pool(score, mask, Fraction(cost), dtype)
+        for score, mask, cost in zip(scores, masks, values, strict=True)
+    ]
+    for pool in pools:
+        pool.check()
+    return pools
+
+
+def _check_tensors(scores: Sequence[Tensor], live: Sequence[Tensor]) -> None:
+    """Refuse tensors on different devices and of dtypes that have no order."""
+    devices = sorted({str(tensor.device) for tensor in [*scores, *live]})
+    if len(devices) != 1:
+        found = ", ".join(devices) or "no tensors"
+        raise ArgumentError(f"Expected `scores` and `live` on one device, got {found}.")
+    for score in scores:
+        if score.is_complex():
+            raise ArgumentTypeError(f"Expected real `scores`, got {score.dtype}.")
+    for mask in live:
+        if mask.dtype != torch.bool:
+            raise ArgumentTypeError(f"Expected boolean tensors in `live`, got {mask.dtype}.")

@@ -1,0 +1,167 @@
+"""A model as a function of its weights: losses and gradients that leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils.prune import BasePruningMethod
+
+from torchprune_bayes.calibration._batches import Batch, batch_size, map_tensors
+from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
+from torchprune_bayes.params import ParameterSpace
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put the model into eval mode; afterwards modes and pruned views are as they were.
+
+    The host's hooks assign ``module.weight = weight_orig * weight_mask`` at every forward pass,
+    which would leave tensors of this pass behind on the module.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    views = [
+        (module, hook._tensor_name, module.__dict__.get(hook._tensor_name))
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, BasePruningMethod)
+    ]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, view in views:
+            module.__dict__[name] = view
+
+
+class FunctionalModel:
+    """The loss of a model at any weights, computed on copies of what a forward pass may change.
+
+    Args:
+        space: The tensors whose values can be given; keys below are their qualified names.
+        loss_fn: ``loss_fn(output, target) -> scalar mean loss``; ``None`` takes ``output.loss``.
+        device: Where to compute; the model itself stays where it is.
+
+    Half-precision weights, buffers and inputs are computed with in float32.
+    """
+
+    def __init__(
+        self, space: ParameterSpace, loss_fn: LossFunction | None, device: torch.device
+    ) -> None:
+        self.space = space
+        self.model = space.model
+        self.loss_fn = loss_fn
+        self.device = device
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        self.dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
+
+    def move(self, tensor: Tensor) -> Tensor:
+        """Detach a tensor, on the device and, if it is a float, in the dtype of the computation."""
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(self.device, dtype)
+
+    def move_input(self, tensor: Tensor) -> Tensor:
+        """Move data to the device; half-precision inputs follow the weights to float32."""
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        return tensor.to(self.device, self.dtype if half else tensor.dtype)
+
+    def constants(self) -> dict[str, Tensor]:
+        """Parameters, detached, and copies of buffers, by the names they have in the model now."""
+        held = {name: self.move(parameter) for name, parameter in self.model.named_parameters()}
+        for name, buffer in self.model.named_buffers():
+            is_mask = name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in held
+            held[name] = self.move(buffer) if is_mask else self.move(buffer).clone()
+        held |= {tensor.leaf_name: self.move(tensor.value) for tensor in self.space}
+        return held
+
+    def bind(
+        self, weights: Mapping[str, Tensor] | None, trainable: Collection[str] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Split the model's state, with ``weights`` put in, into trainable leaves and constants."""
+        constants, leaf_names = self.constants(), self._leaf_names()
+        for name, value in (weights or {}).items():
+            constants[leaf_names[name]] = self.move(value)
+        leaves = {name: constants.pop(leaf_names[name]) for name in trainable}
+        return leaves, constants
+
+    def loss(
+        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """Mean loss over a batch, a scalar."""
+        output, target = self.output(leaves, constants, batch)
+        if self.loss_fn is None:
+            loss = getattr(output, "loss", None)
+        else:
+            loss = self.loss_fn(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise CalibrationError(
+                f"Expected one scalar loss per batch, got {found}: pass a loss_fn with mean "
+                "reduction, or batches with labels for the model's own loss."
+            )
+        return loss.reshape(())
+
+    def output(
+        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Any, Any]:
+        """Run the model on a batch; returns its output and the target (``None``: its own loss)."""
+        leaf_names = self._leaf_names()
+        state = {**constants, **{leaf_names[name]: leaf for name, leaf in leaves.items()}}
+        if not isinstance(batch, Mapping):
+            inputs, target = batch
+            if isinstance(inputs, Mapping):
+                return functional_call(self.model, state, (), dict(inputs)), target
+            return functional_call(self.model, state, _as_args(inputs)), target
+        if self.loss_fn is None:
+            return functional_call(self.model, state, (), dict(batch)), None
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        output = functional_call(self.model, state, (), inputs)
+        return getattr(output, "logits", output), batch.get("labels")
+
+    def per_sample_gradients(
+        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
+    ) -> dict[str, Tensor]:
+        """Gradients of each sample's loss, ``{name: [samples, *shape]}``, by one vmapped pass."""
+
+        def sample_loss(trainable: dict[str, Tensor], sample: Batch) -> Tensor:
+            single = map_tensors(sample, lambda tensor: tensor.unsqueeze(0))
+            return self.loss(trainable, constants, single)
+
+        return vmap(grad(sample_loss), in_dims=(None, 0))(dict(leaves), batch)
+
+    def mean_gradients(
+        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], pieces: list[Batch]
+    ) -> dict[str, Tensor]:
+        """Gradients of the mean loss over the samples of all ``pieces``, ``{name: shape}``."""
+        trainable = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        samples = sum(batch_size(piece) for piece in pieces)
+        total: dict[str, Tensor] = {}
+        for piece in pieces:
+            with torch.enable_grad():
+                loss = self.loss(trainable, constants, piece) * (batch_size(piece) / samples)
+                # A weight that this input does not reach has a gradient of zero.
+                found = torch.autograd.grad(loss, list(trainable.values()), materialize_grads=True)
+            for name, gradient in zip(trainable, found, strict=True):
+                total[name] = total[name] + gradient if name in total else gradient
+        return total
+
+    def _leaf_names(self) -> dict[str, str]:
+        return {tensor.name: tensor.leaf_name for tensor in self.space}
+
+
+def _as_args(inputs: Any) -> tuple[Any, ...]:
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs)
+    raise ArgumentTypeError(
+        f"Expected model inputs to be a tensor, a tuple or a mapping, got {type(inputs).__name__}."
+    )

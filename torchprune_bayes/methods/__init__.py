@@ -1,0 +1,42 @@
+"""The pruning methods, and what applies them to models."""
+
+from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.host import (
+    apply_decision,
+    bake,
+    detach_views,
+    export_masks,
+    import_masks,
+    masks_of,
+    prune_global,
+)
+from torchprune_bayes.methods.magnitude import LayerMagnitude, Magnitude
+from torchprune_bayes.methods.random import Random
+from torchprune_bayes.methods.registry import (
+    RegisteredMethod,
+    find_method,
+    register,
+    registered_methods,
+)
+from torchprune_bayes.methods.woodfisher import WoodFisher
+from torchprune_bayes.methods.woodtaylor import WoodTaylor
+
+__all__ = [
+    "LayerMagnitude",
+    "Magnitude",
+    "PruningMethod",
+    "Random",
+    "RegisteredMethod",
+    "WoodFisher",
+    "WoodTaylor",
+    "apply_decision",
+    "bake",
+    "detach_views",
+    "export_masks",
+    "find_method",
+    "import_masks",
+    "masks_of",
+    "prune_global",
+    "register",
+    "registered_methods",
+]

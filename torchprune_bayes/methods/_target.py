@@ -1,0 +1,79 @@
+"""How many entries a method prunes at each of its steps, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torchprune_bayes._checks import count_to_prune
+from torchprune_bayes._numerics.selection import keep_strictly_above, smallest_k, within_budget
+from torchprune_bayes.schedules import sparsity_path
+from torchprune_bayes.types import Masks, Scores
+
+
+@dataclass(frozen=True)
+class Target:
+    """A pruning target, reached in ``steps`` steps.
+
+    Args:
+        initial: Live entries before the first step.
+        amount: Fraction or number of them to prune in all.
+        scope: ``"global"`` ranks all tensors together, ``"layer"`` each on its own.
+        steps: Number of steps.
+        path: How the sparsity grows over the steps: ``"cubic"``, ``"geometric"``, ``"linear"``.
+        costs: FLOPs per weight, by name, for ``flops_target``.
+        flops_target: Share of the dense FLOPs of these tensors to keep, instead of ``amount``.
+        strict: The papers' threshold, which keeps a weight only if its score is strictly above
+            the k-th largest, so one weight and all ties more are pruned.
+    """
+
+    initial: Masks
+    amount: float | int
+    scope: str = "global"
+    steps: int = 1
+    path: str = "cubic"
+    costs: Mapping[str, float] | None = None
+    flops_target: float | None = None
+    strict: bool = False
+
+    def keep(self, step: int, scores: Scores, masks: Masks) -> Masks:
+        """Masks after ``step`` (from 0), pruning the smallest scores among the live entries."""
+        if self.flops_target is not None:
+            return self._within_flops(step, scores, masks)
+        groups = [[name] for name in masks] if self.scope == "layer" else [list(masks)]
+        kept: Masks = {}
+        for names in groups:
+            found = self._keep_in_group(step, names, scores, masks)
+            kept |= dict(zip(names, found, strict=True))
+        return kept
+
+    def _keep_in_group(
+        self, step: int, names: list[str], scores: Scores, masks: Masks
+    ) -> list[Tensor]:
+        ranked, live = [scores[name] for name in names], [masks[name] for name in names]
+        start = sum(int(self.initial[name].sum()) for name in names)
+        total = count_to_prune(self.amount, start)
+        if not total:
+            return [mask.clone() for mask in live]
+        share = sparsity_path(self.path, total / start, self.steps)[step]
+        if self.strict:
+            entries = sum(mask.numel() for mask in live)
+            return keep_strictly_above(ranked, 1.0 - (1.0 - share) * start / entries, live)
+        goal = total if step == self.steps - 1 else round(share * start)
+        done = start - sum(int(mask.sum()) for mask in live)
+        return smallest_k(ranked, max(goal - done, 0), live)
+
+    def _within_flops(self, step: int, scores: Scores, masks: Masks) -> Masks:
+        assert self.costs is not None
+        assert self.flops_target is not None
+        costs = [self.costs[name] for name in masks]
+        dense = sum(c * mask.numel() for c, mask in zip(costs, masks.values(), strict=True))
+        start = sum(c * int(self.initial[n].sum()) for c, n in zip(costs, masks, strict=True))
+        # The share of FLOPs to remove plays the part of the sparsity on the path.
+        final = max(1.0 - self.flops_target * dense / start, 0.0)
+        share = sparsity_path(self.path, final, self.steps)[step]
+        ranked = [scores[name] for name in masks]
+        found = within_budget(ranked, costs, (1.0 - share) * start, list(masks.values()))
+        return dict(zip(masks, found, strict=True))

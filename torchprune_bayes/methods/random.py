@@ -1,0 +1,12 @@
+"""Random pruning: the host's own method, registered as it is."""
+
+from __future__ import annotations
+
+from torch.nn.utils.prune import RandomUnstructured
+
+from torchprune_bayes.methods.registry import register
+
+register("random", title="uniformly at random", paper="", needs_calibration=False)(
+    RandomUnstructured
+)
+Random = RandomUnstructured

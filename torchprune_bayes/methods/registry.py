@@ -1,0 +1,72 @@
+"""The registered pruning methods; a new method is a file with one decorated class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch.nn.utils.prune import BasePruningMethod
+
+from torchprune_bayes.errors import ArgumentError
+
+Method = TypeVar("Method", bound=type[BasePruningMethod])
+
+
+@dataclass(frozen=True)
+class RegisteredMethod:
+    """A method and what one has to know to choose and to call it."""
+
+    name: str
+    method: type[BasePruningMethod]
+    title: str
+    paper: str
+    needs_calibration: bool
+
+
+_METHODS: dict[str, RegisteredMethod] = {}
+
+
+def register(
+    name: str, *, title: str, paper: str, needs_calibration: bool = True
+) -> Callable[[Method], Method]:
+    """Class decorator that adds a method under ``name``, as the CLI and the tables show it.
+
+    Args:
+        name: Short name in lower case.
+        title: One line of what it does.
+        paper: arXiv number or reference.
+        needs_calibration: Whether it takes ``calibration=``.
+
+    Raises:
+        ArgumentError: If the name is taken.
+    """
+
+    def add(method: Method) -> Method:
+        if name in _METHODS:
+            raise ArgumentError(f"Expected a new method name, got {name!r}, which is registered.")
+        _METHODS[name] = RegisteredMethod(name, method, title, paper, needs_calibration)
+        return method
+
+    return add
+
+
+def registered_methods() -> dict[str, RegisteredMethod]:
+    """All registered methods by name.
+
+    Example:
+        >>> registered_methods()["woodfisher"].paper
+        'arXiv:2004.14340'
+    """
+    return dict(_METHODS)
+
+
+def find_method(name: str) -> RegisteredMethod:
+    """Look a method up by name.
+
+    Raises:
+        ArgumentError: If there is none of that name; the message lists the names.
+    """
+    if name not in _METHODS:
+        raise ArgumentError(f"Expected one of {', '.join(sorted(_METHODS))}, got {name!r}.")
+    return _METHODS[name]

@@ -1,0 +1,77 @@
+"""WoodTaylor: WoodFisher with the first-order term of the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torchprune_bayes._checks import check_fraction
+from torchprune_bayes._numerics.fisher_blocks import InverseFisher
+from torchprune_bayes.methods._obs import ObsPruning
+from torchprune_bayes.methods.registry import register
+
+_GRADIENT_STEPS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+@register(
+    "woodtaylor",
+    title="WoodFisher with the gradient: prunes and descends at once",
+    paper="arXiv:2004.14340",
+)
+class WoodTaylor(ObsPruning):
+    """Prune by the first- and second-order terms of the loss, for models that are not at a minimum.
+
+    `WoodFisher (Singh and Alistarh, 2020), section on WoodTaylor
+    <https://arxiv.org/abs/2004.14340>`_: minimising ``η ḡᵀδ + ½ δᵀFδ`` subject to ``δ_q = −w_q``
+    gives ``ρ_q = (w_q − ηu_q)²/(2F⁻¹_qq)`` with ``u = F⁻¹ḡ``, up to a constant that the published
+    code subtracts layer by layer. The survivors take the optimal joint update, which contains a
+    damped natural-gradient step ``η``. The local model does not hold for a full step, so ``η`` is
+    found on held-out samples; scores then use ``η = 0``.
+
+    Args:
+        amount: Fraction or number of the live entries to prune.
+        gradient_step: ``η``, or ``"auto"``, a line search on held-out loss.
+        options: As of :class:`~torchprune_bayes.WoodFisher`.
+
+    Raises:
+        ArgumentError: If an option has an impossible value.
+
+    Cost: That of :class:`~torchprune_bayes.WoodFisher`, and six forward passes over held-out
+    samples per step for the line search.
+
+    Example:
+        >>> import torch
+        >>> from torchprune_bayes import Calibration, WoodTaylor, prune_global
+        >>> model = torch.nn.Linear(8, 3)
+        >>> data = [(torch.randn(32, 8), torch.randint(3, (32,))) for _ in range(4)]
+        >>> calibration = Calibration(model, data, torch.nn.functional.cross_entropy)
+        >>> decision = prune_global(None, WoodTaylor, amount=0.5, calibration=calibration, steps=4)
+        >>> len(decision.info["steps"])
+        4
+    """
+
+    def __init__(
+        self, amount: float | int | None, *, gradient_step: float | str = "auto", **options: Any
+    ) -> None:
+        super().__init__(amount, **options)
+        if gradient_step != "auto":
+            check_fraction("gradient_step", gradient_step)
+        self.gradient_step = gradient_step
+
+    def gradient_steps(self) -> tuple[float, ...]:
+        """Values of ``η`` to choose from."""
+        if isinstance(self.gradient_step, str):
+            return _GRADIENT_STEPS
+        return (float(self.gradient_step),)
+
+    def scores(self, inverse: InverseFisher, weights: Tensor) -> Tensor:
+        """Rise of the loss for pruning each weight alone, ``(w − ηu)²/(2F⁻¹_ii)``."""
+        if not isinstance(self.gradient_step, str):
+            descent = inverse.solve(inverse.gradients.double().mean(-2))
+            weights = weights - self.gradient_step * descent
+        return super().scores(inverse, weights)
+
+    def _scales(self) -> tuple[float, ...]:
+        # The line search is over the gradient step; the compensation is taken whole.
+        return (1.0,) if self.update_scale == "auto" else super()._scales()

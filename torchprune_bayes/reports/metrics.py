@@ -1,0 +1,308 @@
+"""How right and how well calibrated class probabilities are, from logits and labels.
+
+Every function takes logits `[N, K]` or `[..., K]` of any floating type on any device, and
+integer labels of the leading shape. Positions labelled ``-100`` do not count. All sums are
+taken in float64. A perfect model has accuracy 1 and the rest 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._checks import check_count, check_finite
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+
+IGNORED_LABEL = -100
+"""The label that marks positions without a target, as in ``torch.nn.CrossEntropyLoss``."""
+
+_CHUNK_ENTRIES = 2**22  # logits in float64 at a time: 32 MiB, whatever the vocabulary
+_STATISTICS = 5  # columns of MetricSums: count, correct, confidence, nll, brier
+
+
+@dataclass(frozen=True)
+class ClassificationMetrics:
+    """What :func:`~torchprune_bayes.reports.evaluate` measured; ``dataclasses.asdict`` for a row.
+
+    Attributes:
+        accuracy: Fraction of samples whose largest logit is that of the label.
+        nll: Mean negative log-likelihood, in nats.
+        ece: Expected calibration error, in [0, 1].
+        brier: Brier score summed over classes, in [0, 2].
+        samples: Number of labels that counted.
+    """
+
+    accuracy: float
+    nll: float
+    ece: float
+    brier: float
+    samples: int
+
+
+class MetricSums:
+    """Sums from which all classification metrics follow, over batches, shards and ranks.
+
+    A float64 table `[bins, 5]` on the CPU: per confidence bin the number of samples, of correct
+    ones, and the summed confidence, negative log-likelihood and Brier score. Sums of disjoint
+    data add up, so :meth:`merge` over ranks gives what one process would have found. Objects
+    pickle: ``torch.distributed.all_gather_object`` carries them. A sampler that repeats samples
+    to make ranks equally long makes those samples count twice.
+
+    Args:
+        bins: Number of equal-width confidence bins of the expected calibration error.
+
+    Raises:
+        ArgumentError: If ``bins`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from torchprune_bayes.reports import MetricSums
+        >>> logits, labels = torch.tensor([[2.0, 0.0], [1.0, 3.0]]), torch.tensor([0, 0])
+        >>> first = MetricSums().update(logits[:1], labels[:1])
+        >>> second = MetricSums().update(logits[1:], labels[1:])
+        >>> first.merge(second).compute().accuracy
+        0.5
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        check_count("bins", bins)
+        self.bins = bins
+        self._sums = torch.zeros(bins, _STATISTICS, dtype=torch.float64)
+
+    def update(self, logits: Tensor, labels: Tensor) -> MetricSums:
+        """Add a batch; a refused batch leaves the sums as they were.
+
+        Takes O(N K) time and memory for a few million float64 logits beside the batch.
+
+        Args:
+            logits: Unnormalised log-probabilities `[..., K]`, floating.
+            labels: Classes `[...]` in 0 ... K - 1, integer; ``-100`` is ignored.
+
+        Returns:
+            This object, so that calls chain.
+
+        Raises:
+            ArgumentTypeError: If the logits are not floating or the labels not integer tensors.
+            ArgumentError: If the shapes do not match, or a label is out of range or a logit
+                NaN or infinite where the label counts.
+        """
+        added = torch.zeros_like(self._sums)
+        edges = torch.arange(1, self.bins, dtype=torch.float64) / self.bins
+        for part, targets in _chunks(logits, labels):
+            statistics = _per_sample_statistics(part, targets).cpu()
+            confidence = statistics[:, 2].contiguous()
+            added.index_add_(0, torch.bucketize(confidence, edges), statistics)
+        self._sums += added
+        return self
+
+    def merge(self, other: MetricSums) -> MetricSums:
+        """Add the sums of other data, such as another rank's.
+
+        Args:
+            other: Sums with the same number of bins; left as they are.
+
+        Returns:
+            This object, so that calls chain and ``functools.reduce(MetricSums.merge, ...)`` works.
+
+        Raises:
+            ArgumentError: If the numbers of bins differ.
+        """
+        if other.bins != self.bins:
+            raise ArgumentError(f"Expected sums with {self.bins} bins, got {other.bins} bins.")
+        self._sums += other._sums
+        return self
+
+    def compute(self) -> ClassificationMetrics:
+        """Turn the sums into metrics; more may be added afterwards.
+
+        Returns:
+            The metrics of all samples added so far.
+
+        Raises:
+            ArgumentError: If no sample has been added.
+        """
+        samples, correct, _, nll, brier = self._sums.sum(dim=0).tolist()
+        if not samples:
+            raise ArgumentError(
+                f"Expected at least one sample with a label other than {IGNORED_LABEL}, got none."
+            )
+        # Σ_b n_b/N |correct_b/n_b - confidence_b/n_b|: the n_b cancel, empty bins included.
+        gap = float((self._sums[:, 1] - self._sums[:, 2]).abs().sum())
+        return ClassificationMetrics(
+            accuracy=correct / samples,
+            nll=nll / samples,
+            ece=gap / samples,
+            brier=brier / samples,
+            samples=int(samples),
+        )
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of samples whose largest logit is that of the label; the first one wins ties.
+
+    Args:
+        logits: Unnormalised log-probabilities `[..., K]`, floating.
+        labels: Classes `[...]`, integer; ``-100`` is ignored.
+
+    Returns:
+        The accuracy, in [0, 1].
+
+    Raises:
+        ArgumentTypeError: As :meth:`MetricSums.update`.
+        ArgumentError: As :meth:`MetricSums.update`, or if no label counts.
+
+    Example:
+        >>> accuracy(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]))
+        0.5
+    """
+    return MetricSums().update(logits, labels).compute().accuracy
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
+    """Mean of -log softmax(logits)[label], in nats.
+
+    Args:
+        logits: Unnormalised log-probabilities `[..., K]`, floating.
+        labels: Classes `[...]`, integer; ``-100`` is ignored.
+
+    Returns:
+        The negative log-likelihood per sample; log K for equal logits.
+
+    Raises:
+        ArgumentTypeError: As :meth:`MetricSums.update`.
+        ArgumentError: As :meth:`MetricSums.update`, or if no label counts.
+
+    Example:
+        >>> round(negative_log_likelihood(torch.zeros(1, 10), torch.tensor([3])), 4)
+        2.3026
+    """
+    return MetricSums().update(logits, labels).compute().nll
+
+
+def brier_score(logits: Tensor, labels: Tensor) -> float:
+    """Squared distance of the probabilities from the one-hot label (Brier, 1950).
+
+    The mean over samples of the *sum* over classes Σ_k (p_k - [k = label])². Some papers divide
+    by K as well, and for two classes some count one class only, which halves the number.
+
+    Args:
+        logits: Unnormalised log-probabilities `[..., K]`, floating.
+        labels: Classes `[...]`, integer; ``-100`` is ignored.
+
+    Returns:
+        The Brier score, in [0, 2]; 1 - 1/K for equal logits.
+
+    Raises:
+        ArgumentTypeError: As :meth:`MetricSums.update`.
+        ArgumentError: As :meth:`MetricSums.update`, or if no label counts.
+
+    Example:
+        >>> brier_score(torch.zeros(1, 4), torch.tensor([3]))
+        0.75
+    """
+    return MetricSums().update(logits, labels).compute().brier
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Gap between confidence and accuracy (Guo et al., 2017, arXiv:1706.04599, eq. 5).
+
+    The confidence of a sample is its largest probability. Bin b of B holds the confidences in
+    (b/B, (b+1)/B], and the error is Σ_b n_b/N |accuracy_b - mean confidence_b|.
+
+    Args:
+        logits: Unnormalised log-probabilities `[..., K]`, floating.
+        labels: Classes `[...]`, integer; ``-100`` is ignored.
+        bins: Number of equal-width bins B.
+
+    Returns:
+        The expected calibration error, in [0, 1].
+
+    Raises:
+        ArgumentTypeError: As :meth:`MetricSums.update`.
+        ArgumentError: As :meth:`MetricSums.update`, if no label counts or ``bins`` is not positive.
+
+    Example:
+        >>> expected_calibration_error(torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
+        0.25
+    """
+    return MetricSums(bins).update(logits, labels).compute().ece
+
+
+def perplexity(mean_nll: float) -> float:
+    """Perplexity exp(NLL) of a language model.
+
+    Args:
+        mean_nll: Mean negative log-likelihood per token, in nats, such as
+            ``evaluate(...).nll``.
+
+    Returns:
+        The perplexity, at least 1; infinity where it exceeds the floats (NLL above 709).
+
+    Raises:
+        ArgumentError: If ``mean_nll`` is negative or NaN.
+
+    Example:
+        >>> round(perplexity(negative_log_likelihood(torch.zeros(1, 50), torch.tensor([7]))), 6)
+        50.0
+    """
+    if not mean_nll >= 0:
+        raise ArgumentError(f"Expected a non-negative `mean_nll`, got {mean_nll!r}.")
+    try:
+        return math.exp(mean_nll)
+    except OverflowError:
+        return math.inf
+
+
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield checked float64 logits `[n, K]` and labels `[n]` of the positions that count."""
+    _check_pair(logits, labels)
+    classes = logits.shape[-1]
+    rows = max(1, _CHUNK_ENTRIES // classes)
+    flat_logits = logits.detach().reshape(-1, classes)
+    flat_labels = labels.reshape(-1).to(logits.device)
+    for part, targets in zip(flat_logits.split(rows), flat_labels.split(rows), strict=True):
+        counted = targets != IGNORED_LABEL
+        part, targets = part[counted], targets[counted].long()
+        check_finite("logits", part)
+        outside = targets[(targets < 0) | (targets >= classes)]
+        if outside.numel():
+            raise ArgumentError(
+                f"Expected `labels` in [0, {classes}) or {IGNORED_LABEL}, got {int(outside[0])}."
+            )
+        if part.device.type == "mps":  # has no float64
+            part, targets = part.cpu(), targets.cpu()
+        yield part.double(), targets
+
+
+def _check_pair(logits: Tensor, labels: Tensor) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise ArgumentTypeError(
+            f"Expected `logits` to be a floating tensor, got {getattr(logits, 'dtype', logits)!r}."
+        )
+    integer = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
+    if not integer or labels.dtype == torch.bool:
+        raise ArgumentTypeError(
+            f"Expected `labels` to be an integer tensor, got {getattr(labels, 'dtype', labels)!r}."
+        )
+    if logits.ndim < 2 or logits.shape[-1] < 2 or labels.shape != logits.shape[:-1]:
+        raise ArgumentError(
+            "Expected `logits` [..., K] of K >= 2 classes and `labels` [...], "
+            f"got {list(logits.shape)} and {list(labels.shape)}."
+        )
+
+
+def _per_sample_statistics(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return `[n, 5]`: one, correct, confidence, negative log-likelihood, Brier score."""
+    predicted = logits.argmax(dim=1)  # of the logits: probabilities may tie where they do not
+    probabilities = logits.softmax(dim=1)
+    confidence = probabilities.gather(1, predicted[:, None])[:, 0]
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    # p - one_hot before squaring: 1 - 2 p_y + Σ p² would cancel for confident models.
+    errors = probabilities.scatter_add_(1, labels[:, None], -torch.ones_like(logits[:, :1]))
+    brier = errors.square().sum(dim=1)
+    correct = (predicted == labels).double()
+    return torch.stack([torch.ones_like(nll), correct, confidence, nll, brier], dim=1)
