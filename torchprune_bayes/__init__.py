@@ -19,8 +19,11 @@ Importing this package loads torch, safetensors and tqdm, and no optional depend
 from importlib.metadata import version as _version
 
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes.curvature import EmpiricalFisher, EmpiricalFisherDiagonal, KroneckerFactors
 from torchprune_bayes.methods import (
+    KFAC,
+    DiagonalFisher,
+    HessianDiagonal,
     LayerMagnitude,
     Magnitude,
     PruningMethod,
@@ -40,9 +43,14 @@ from torchprune_bayes.types import Decision, Masks, Scores
 __version__ = _version("torchprune_bayes")
 
 __all__ = [
+    "KFAC",
     "Calibration",
     "Decision",
+    "DiagonalFisher",
     "EmpiricalFisher",
+    "EmpiricalFisherDiagonal",
+    "HessianDiagonal",
+    "KroneckerFactors",
     "LayerMagnitude",
     "Magnitude",
     "Masks",

@@ -7,8 +7,8 @@ method works on is always ``leaf * mask``: the optimizer may have moved masked e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -114,6 +114,8 @@ class PrunableTensor:
     tensor_name: str
     name: str
     """Qualified name in the model, as if it were not pruned."""
+    held_mask: Tensor | None = field(default=None, compare=False)
+    """A mask held elsewhere, for plain weights whose zeros are the mask."""
 
     @property
     def leaf(self) -> Tensor:
@@ -132,17 +134,24 @@ class PrunableTensor:
     @property
     def mask(self) -> Tensor:
         """Boolean mask of the entries that are still alive, shaped like the tensor."""
-        mask = mask_of(self.module, self.tensor_name)
-        if mask is None:
-            return torch.ones_like(self.leaf, dtype=torch.bool)
-        return mask.detach() != 0
+        alive = torch.ones_like(self.leaf, dtype=torch.bool)
+        for mask in self.known_masks:
+            alive &= mask.detach().to(alive.device) != 0
+        return alive
 
     @property
     def value(self) -> Tensor:
         """The values in use, ``leaf * mask``, detached."""
-        mask = mask_of(self.module, self.tensor_name)
-        weight = self.leaf.detach()
-        return weight if mask is None else weight * mask.to(weight.dtype)
+        value = self.leaf.detach()
+        for mask in self.known_masks:
+            value = value * mask.to(value)
+        return value
+
+    @property
+    def known_masks(self) -> list[Tensor]:
+        """The host's mask and the held one, as far as there are any."""
+        masks = (mask_of(self.module, self.tensor_name), self.held_mask)
+        return [mask for mask in masks if mask is not None]
 
 
 class ParameterSpace(Sequence[PrunableTensor]):
@@ -208,13 +217,46 @@ class ParameterSpace(Sequence[PrunableTensor]):
 
     def restricted(self, module: nn.Module, name: str) -> ParameterSpace:
         """The space of one of its tensors alone."""
-        pairs = [(m, n) for m, n in self.pairs() if m is module and n == name]
-        if not pairs:
+        found = [t for t in self._tensors if t.module is module and t.tensor_name == name]
+        if not found:
             raise AlignmentError(
                 f"Expected `{name}` of {type(module).__name__} among the calibration's parameters "
                 f"({_shortened(self.names)}), got a tensor that is not one of them."
             )
-        return ParameterSpace(self.model, pairs)
+        return self._of(found)
+
+    def subset(self, names: Collection[str]) -> ParameterSpace:
+        """The space of some of its tensors, given by qualified name, in its own order."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise AlignmentError(
+                f"Expected names of the tensors ({_shortened(self.names)}), got {unknown[0]!r}."
+            )
+        return self._of([tensor for tensor in self._tensors if tensor.name in names])
+
+    def with_masks(self, masks: Mapping[str, Tensor]) -> ParameterSpace:
+        """The same tensors seen through masks of the caller's, which the model knows nothing of.
+
+        Args:
+            masks: Masks by qualified name, for any of the tensors; the host's masks hold as well.
+
+        Example:
+            >>> space = ParameterSpace(nn.Linear(2, 1))
+            >>> seen = space.with_masks({"weight": torch.tensor([[True, False]])})
+            >>> seen.masks()["weight"], int((seen.values()["weight"] != 0).sum())
+            (tensor([[ True, False]]), 1)
+        """
+        return self._of([replace(t, held_mask=masks.get(t.name)) for t in self._tensors])
+
+    def check_same_tensors(self, params: ParameterPairs) -> None:
+        """Refuse pairs, in any order, that are not the tensors of this space."""
+        wanted = {id(leaf(module, name)) for module, name in without_repeats(params)}
+        known = {id(tensor.leaf) for tensor in self._tensors}
+        if wanted != known:
+            raise AlignmentError(
+                f"Expected the {len(known)} parameters of the calibration, got a list of "
+                f"{len(wanted)} with {len(wanted & known)} of them: pass the same list to both."
+            )
 
     def check_alignment(self, flat: Tensor) -> None:
         """Refuse a flat vector from the host that is not the live entries, in this order.
@@ -252,13 +294,17 @@ class ParameterSpace(Sequence[PrunableTensor]):
                     "decide on masks before sharding and use `keep_sparse`."
                 )
 
+    def _of(self, tensors: list[PrunableTensor]) -> ParameterSpace:
+        other = object.__new__(ParameterSpace)
+        other.model, other._tensors = self.model, tensors
+        return other
+
 
 def _as_host_sees(tensor: PrunableTensor) -> Tensor:
     # `module.<name>` is refreshed only by a forward pass, so it may lag behind `leaf * mask`;
     # inside the host's `apply` it is gone, and the leaf is what the host hands over.
     shown = getattr(tensor.module, tensor.tensor_name, tensor.leaf).detach()
-    mask = mask_of(tensor.module, tensor.tensor_name)
-    return shown.reshape(-1) if mask is None else shown[mask == 1]
+    return shown[tensor.mask] if tensor.known_masks else shown.reshape(-1)
 
 
 def _prunable_names(module: nn.Module) -> list[str]:
@@ -266,11 +312,12 @@ def _prunable_names(module: nn.Module) -> list[str]:
         return ["in_proj_weight"]
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return []
-    known = isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or _is_hf_conv1d(module)
+    known = isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or is_hf_conv1d(module)
     return ["weight"] if known and not parametrize.is_parametrized(module, "weight") else []
 
 
-def _is_hf_conv1d(module: nn.Module) -> bool:
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's ``Conv1D``, a linear layer with a weight ``[in, out]``."""
     kind = type(module)
     return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")
 

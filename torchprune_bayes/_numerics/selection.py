@@ -232,7 +232,7 @@ def _masks(pools: Sequence[_Pool], threshold: int, rest: Fraction) -> list[Tenso
             if rest > 0:
                 ties = keep & (keys == threshold)
                 wanted = min(math.ceil(rest / pool.cost), len(ties)) if pool.cost else len(ties)
-                keep &= ~ties | (ties.cumsum(0) >= wanted)
+                keep &= ~ties | (ties.cumsum(0) > wanted)
                 rest -= pool.cost * min(wanted, int(ties.sum()))
         masks.append(out)
     return masks

@@ -75,11 +75,14 @@ class FunctionalModel:
 
     def constants(self) -> dict[str, Tensor]:
         """Parameters, detached, and copies of buffers, by the names they have in the model now."""
-        held = {name: self.move(parameter) for name, parameter in self.model.named_parameters()}
+        held = {tensor.leaf_name: self.move(tensor.value) for tensor in self.space}
+        ours = {id(tensor.leaf) for tensor in self.space}  # tied ones come up by another name too
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in ours:
+                held[name] = self.move(parameter)
         for name, buffer in self.model.named_buffers():
             is_mask = name.endswith("_mask") and f"{name.removesuffix('_mask')}_orig" in held
             held[name] = self.move(buffer) if is_mask else self.move(buffer).clone()
-        held |= {tensor.leaf_name: self.move(tensor.value) for tensor in self.space}
         return held
 
     def bind(

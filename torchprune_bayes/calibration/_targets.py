@@ -14,16 +14,16 @@ from torchprune_bayes.errors import CalibrationError
 
 def with_sampled_targets(
     functional: FunctionalModel,
-    constants: Mapping[str, Tensor],
     leaves: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
     batch: Batch,
 ) -> Batch:
     """Replace a batch's integer labels by draws from the softmax of the model's logits.
 
     Args:
         functional: The model.
-        constants: State that is not differentiated.
         leaves: The weights.
+        constants: State that is not differentiated.
         batch: ``(input, target)`` or a mapping with ``"labels"``; labels of -100 stay.
 
     Raises:

@@ -30,7 +30,12 @@ from torchprune_bayes.calibration._engines import (
 from torchprune_bayes.calibration._functional import FunctionalModel, LossFunction, preserved
 from torchprune_bayes.calibration._randomness import IsolatedRandomness
 from torchprune_bayes.calibration._targets import with_sampled_targets
-from torchprune_bayes.errors import ArgumentError, CalibrationError, CalibrationWarning
+from torchprune_bayes.errors import (
+    AlignmentError,
+    ArgumentError,
+    CalibrationError,
+    CalibrationWarning,
+)
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import ParameterPairs
 
@@ -180,9 +185,19 @@ class Calibration:
 
     def restricted(self, module: nn.Module, name: str) -> Calibration:
         """The same calibration for one of its tensors alone."""
+        return self.with_space(self.space.restricted(module, name))
+
+    def with_space(self, space: ParameterSpace) -> Calibration:
+        """The same calibration for other tensors of its model, or for the same under masks.
+
+        Raises:
+            AlignmentError: If the tensors belong to another model.
+        """
+        if space.model is not self.model:
+            raise AlignmentError("Expected tensors of the calibration's model, got of another.")
         other = copy.copy(self)
-        other.space = self.space.restricted(module, name)
-        other._functional = FunctionalModel(other.space, self._functional.loss_fn, self.device)
+        other.space = space
+        other._functional = FunctionalModel(space, self._functional.loss_fn, self.device)
         return other
 
     def reseeded(self, seed: int) -> Calibration:
@@ -241,6 +256,21 @@ class Calibration:
         """Yield all calibration samples, on the device, in batches of at most ``size``."""
         for pieces in self._groups(_sizes(self.num_samples, size), self.num_samples):
             yield from pieces
+
+    def fisher_batches(
+        self, weights: Mapping[str, Tensor] | None = None, size: int = _EVALUATION_BATCH
+    ) -> Iterator[Batch]:
+        """Yield what :meth:`batches` does, with the labels of a Fisher.
+
+        These are the data's own, or with ``fisher="true"`` draws from the model at ``weights``.
+        """
+        randomness = IsolatedRandomness(self.seed + 1, self.device)
+        for batch in self.batches(size):
+            if self.fisher == "true":
+                with preserved(self.model), torch.no_grad(), randomness:
+                    leaves, constants = self._functional.bind(weights, self.space.names)
+                    batch = with_sampled_targets(self._functional, leaves, constants, batch)
+            yield batch
 
     def loss(self, weights: Mapping[str, Tensor] | None, batch: Batch) -> Tensor:
         """Mean loss of one batch, differentiable in ``weights`` where these require gradients."""

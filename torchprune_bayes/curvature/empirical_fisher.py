@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -106,6 +107,28 @@ class EmpiricalFisher:
         self.blocks = self._cut()
         return self
 
+    def restricted(self, masks: Masks, damping: float) -> EmpiricalFisher:
+        """The same Fisher of fewer entries, with another damping; no new gradients are taken.
+
+        Args:
+            masks: Entries to keep, among those that are live here.
+            damping: ``λ``.
+        """
+        other = copy.copy(self)
+        other.damping = damping
+        if not self.active_only:
+            other._alive = self.live.gather(masks)
+            if self._gradients is not None:
+                other._gradients = self._gradients * other._alive
+            return other
+        other.live = LiveVector(masks)
+        if other.live.numel == self.live.numel:
+            return other
+        if self._gradients is not None:
+            other._gradients = self._gradients[:, self.live.gather(masks)]
+        other.blocks = other._cut()
+        return other
+
     @property
     def kept_in_memory(self) -> bool:
         """Whether the gradients are held, rather than streamed at every sweep."""
@@ -121,10 +144,7 @@ class EmpiricalFisher:
         per_group = int(self._memory / 2 / (item * self.count))
         for group in group_by_budget(self.blocks, max(per_group, 1)):
             low, high = group[0][0], group[-1][1]
-            if self._gradients is not None:
-                rows = self._gradients[:, low:high]
-            else:
-                rows = self._collect(low, high)
+            rows = self._rows(low, high)
             for start, number, size in runs_of_equal_size(group):
                 for first in range(0, number, self._batch(size)):
                     taken = min(self._batch(size), number - first)
@@ -252,6 +272,11 @@ class EmpiricalFisher:
             entries = max(int(self._memory / 4 / (self._item_size() * self.count)), 1)
             size = "full" if self.kept_in_memory else entries
         return partition(self.live.sizes, size, across_tensors=self.across_tensors)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        if self._gradients is None:
+            return self._collect(start, stop)
+        return self._gradients[:, start:stop]
 
     def _collect(self, start: int, stop: int) -> Tensor:
         assert self.calibration is not None

@@ -1,6 +1,8 @@
 """The pruning methods, and what applies them to models."""
 
 from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.diagonal_fisher import DiagonalFisher
+from torchprune_bayes.methods.hessian_diagonal import HessianDiagonal
 from torchprune_bayes.methods.host import (
     apply_decision,
     bake,
@@ -10,6 +12,7 @@ from torchprune_bayes.methods.host import (
     masks_of,
     prune_global,
 )
+from torchprune_bayes.methods.kfac import KFAC
 from torchprune_bayes.methods.magnitude import LayerMagnitude, Magnitude
 from torchprune_bayes.methods.random import Random
 from torchprune_bayes.methods.registry import (
@@ -22,6 +25,9 @@ from torchprune_bayes.methods.woodfisher import WoodFisher
 from torchprune_bayes.methods.woodtaylor import WoodTaylor
 
 __all__ = [
+    "KFAC",
+    "DiagonalFisher",
+    "HessianDiagonal",
     "LayerMagnitude",
     "Magnitude",
     "PruningMethod",

@@ -34,6 +34,7 @@ logger = logging.getLogger("torchprune_bayes")
 UPDATES = ("none", "single", "joint")
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # in units of the mean squared gradient
 _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_STAGES = 4
 _PAPER_EPSILON = 1e-10
 
 
@@ -72,6 +73,7 @@ class ObsPruning(PruningMethod):
         update: str = "joint",
         update_scale: float | str = "auto",
         steps: int = 1,
+        stages: int | str = "auto",
         path: str = "cubic",
         scope: str = "global",
         across_tensors: bool = False,
@@ -84,6 +86,8 @@ class ObsPruning(PruningMethod):
         _check_targets(amount, flops_target, scope)
         super().__init__(0.0 if amount is None else amount, calibration=calibration, scope=scope)
         check_count("steps", steps)
+        if stages != "auto":
+            check_count("stages", stages)
         check_choice("update", update, UPDATES)
         check_choice("path", path, ("cubic", "geometric", "linear"))
         check_choice("compat", compat, (None, "paper"))
@@ -100,7 +104,9 @@ class ObsPruning(PruningMethod):
         if calibration is None and curvature is not None:
             self.calibration = curvature.calibration
         self.damping, self.update, self.update_scale = damping, update, update_scale
+        staged = steps == 1 and update == "joint"
         self.steps, self.path, self.compat = steps, path, compat
+        self.stages = int(stages) if stages != "auto" else _STAGES if staged else 1
         self.flops_power, self.flops_target = flops_power, flops_target
         self._fisher_options: dict[str, Any] = {
             "block_size": block_size,
@@ -124,12 +130,8 @@ class ObsPruning(PruningMethod):
         reports: list[dict[str, Any]] = []
         for index in range(self.steps):
             step = self._step(index, weights, masks)
-            candidates = (
-                candidate
-                for damping in self._dampings(step.fisher, reports)
-                for candidate in self._candidates(step, target, damping)
-            )
-            best = _best(candidates, step.calibration)
+            damping = self._chosen_damping(step, target, reports)
+            best = _best(self._candidates(step, target, damping, self.stages), step.calibration)
             weights, masks = best.weights, best.masks
             reports.append(best.report())
             logger.info("%s step %d: %s", type(self).__name__, index + 1, reports[-1])
@@ -172,47 +174,67 @@ class ObsPruning(PruningMethod):
             masks,
             self.amount,
             scope=self.scope,
-            steps=self.steps,
+            steps=self.steps * self.stages,
             path=self.path,
             costs=flops_per_weight(self.required_calibration) if needs_costs else None,
             flops_target=self.flops_target,
             strict=self.compat == "paper",
         )
 
-    def _dampings(self, fisher: EmpiricalFisher, reports: list[dict[str, Any]]) -> list[float]:
-        if not isinstance(self.damping, str):
-            return [float(self.damping)]
-        if self.calibration is None:
-            return [fisher.damping]
+    def _chosen_damping(self, step: _Step, target: Target, reports: list[dict[str, Any]]) -> float:
+        if self.damping != "auto":
+            return float(self.damping)
+        if step.calibration is None:
+            return step.fisher.damping
         if reports:
-            return [reports[-1]["damping"]]
-        unit = fisher.mean_square() or 1.0
-        return [unit * factor for factor in _DAMPINGS]
+            return float(reports[-1]["damping"])
+        unit = step.fisher.mean_square() or 1.0
+        tried = (
+            candidate
+            for factor in _DAMPINGS
+            for candidate in self._candidates(step, target, unit * factor, stages=1)
+        )
+        return _best(tried, step.calibration).damping
 
-    def _candidates(self, step: _Step, target: Target, damping: float) -> Iterator[Candidate]:
+    def _candidates(
+        self, step: _Step, target: Target, damping: float, stages: int
+    ) -> Iterator[Candidate]:
         live = step.fisher.live
-        step.fisher.damping = damping
         flat = live.gather(step.weights)
-        scores = live.scatter(self._all_scores(step.fisher, flat))
-        if target.costs is not None and self.flops_power:
-            costs = {name: cost**self.flops_power for name, cost in target.costs.items()}
-            scores = {name: score / costs[name] for name, score in scores.items()}
-        kept = target.keep(step.index, scores, step.masks)
-        keep = live.gather(kept)
-        directions = self._directions(step.fisher, flat, keep)
+        kept, moved = step.masks, flat
+        for stage in range(stages):
+            # Scores are those of what is left, moved as far as it has been; the update is always
+            # taken anew from the weights that the gradients belong to.
+            scores = self._ranked(
+                step.fisher.restricted(kept, damping), live.scatter(moved), target
+            )
+            index = (step.index + 1) * self.stages - stages + stage
+            kept = target.keep(index, scores, kept)
+            keep = live.gather(kept)
+            directions = self._directions(step.fisher, damping, flat, keep)
+            moved = torch.where(keep, flat + directions.compensation, 0.0)
         for scale, eta in product(self._scales(), self.gradient_steps()):
             moved = flat + scale * directions.compensation + eta * directions.newton
             weights = live.scatter(torch.where(keep, moved, 0.0))
             yield Candidate(kept, weights, scores, damping, scale, eta)
 
-    def _all_scores(self, fisher: EmpiricalFisher, flat: Tensor) -> Tensor:
+    def _ranked(
+        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], target: Target
+    ) -> Scores:
+        flat = fisher.live.gather(weights)
         parts = [
             self.scores(inverse, flat[where].double().unflatten(0, inverse.shape)).to(flat.dtype)
             for where, inverse in fisher.inverses()
         ]
-        return torch.cat([part.flatten() for part in parts])
+        scores = fisher.live.scatter(torch.cat([part.flatten() for part in parts]))
+        if target.costs is None or not self.flops_power:
+            return scores
+        costs = {name: cost**self.flops_power for name, cost in target.costs.items()}
+        return {name: score / costs[name] for name, score in scores.items()}
 
-    def _directions(self, fisher: EmpiricalFisher, flat: Tensor, keep: Tensor) -> Directions:
+    def _directions(
+        self, fisher: EmpiricalFisher, damping: float, flat: Tensor, keep: Tensor
+    ) -> Directions:
         if self._scales() == (0.0,) and self.gradient_steps() == (0.0,):
             return Directions(torch.zeros_like(flat), torch.zeros_like(flat))
         parts = []
@@ -220,9 +242,9 @@ class ObsPruning(PruningMethod):
             shape = gradients.shape[::2]
             w, k = flat[where].unflatten(0, shape), keep[where].unflatten(0, shape)
             if self.update == "single":
-                found = single_directions(invert(gradients, fisher.damping), w, k)
+                found = single_directions(invert(gradients, damping), w, k)
             else:
-                found = joint_directions(gradients, fisher.damping, w, k)
+                found = joint_directions(gradients, damping, w, k)
             parts.append([part.flatten().to(flat.dtype) for part in found])
         return Directions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from torchprune_bayes._checks import count_to_prune
 from torchprune_bayes._numerics.selection import keep_strictly_above, smallest_k, within_budget
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.schedules import sparsity_path
 from torchprune_bayes.types import Masks, Scores
 
@@ -19,7 +21,7 @@ class Target:
 
     Args:
         initial: Live entries before the first step.
-        amount: Fraction or number of them to prune in all.
+        amount: Fraction or number of them to prune in all, or the number for each tensor.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` each on its own.
         steps: Number of steps.
         path: How the sparsity grows over the steps: ``"cubic"``, ``"geometric"``, ``"linear"``.
@@ -30,7 +32,7 @@ class Target:
     """
 
     initial: Masks
-    amount: float | int
+    amount: float | int | Mapping[str, int]
     scope: str = "global"
     steps: int = 1
     path: str = "cubic"
@@ -54,14 +56,15 @@ class Target:
     ) -> list[Tensor]:
         ranked, live = [scores[name] for name in names], [masks[name] for name in names]
         start = sum(int(self.initial[name].sum()) for name in names)
-        total = count_to_prune(self.amount, start)
-        if not total:
-            return [mask.clone() for mask in live]
-        share = sparsity_path(self.path, total / start, self.steps)[step]
+        amount = self._amount_of(names)
+        total = count_to_prune(amount, start)
+        is_count = isinstance(amount, numbers.Integral)
+        final = total / max(start, 1) if is_count else float(amount)
+        share = sparsity_path(self.path, final, self.steps)[step]
         if self.strict:
-            entries = sum(mask.numel() for mask in live)
-            return keep_strictly_above(ranked, 1.0 - (1.0 - share) * start / entries, live)
-        goal = total if step == self.steps - 1 else round(share * start)
+            dead = 1.0 - start / sum(mask.numel() for mask in live)
+            return keep_strictly_above(ranked, share + (1.0 - share) * dead, live)
+        goal = total if self._is_last(step) else round(share * start)
         done = start - sum(int(mask.sum()) for mask in live)
         return smallest_k(ranked, max(goal - done, 0), live)
 
@@ -71,9 +74,23 @@ class Target:
         costs = [self.costs[name] for name in masks]
         dense = sum(c * mask.numel() for c, mask in zip(costs, masks.values(), strict=True))
         start = sum(c * int(self.initial[n].sum()) for c, n in zip(costs, masks, strict=True))
-        # The share of FLOPs to remove plays the part of the sparsity on the path.
-        final = max(1.0 - self.flops_target * dense / start, 0.0)
-        share = sparsity_path(self.path, final, self.steps)[step]
+        budget = self.flops_target * dense
+        if budget < start and not self._is_last(step):
+            # The share of FLOPs to remove plays the part of the sparsity on the path.
+            share = sparsity_path(self.path, 1.0 - budget / start, self.steps)[step]
+            budget = (1.0 - share) * start
         ranked = [scores[name] for name in masks]
-        found = within_budget(ranked, costs, (1.0 - share) * start, list(masks.values()))
+        found = within_budget(ranked, costs, budget, list(masks.values()))
         return dict(zip(masks, found, strict=True))
+
+    def _amount_of(self, names: list[str]) -> float | int:
+        if not isinstance(self.amount, Mapping):
+            return self.amount
+        if set(self.amount) != set(self.initial):
+            raise ArgumentError(
+                f"Expected amounts for {', '.join(self.initial)}, got {', '.join(self.amount)}."
+            )
+        return self.amount[names[0]]
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.steps - 1

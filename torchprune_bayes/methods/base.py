@@ -1,4 +1,4 @@
-"""What every method shares: deciding without changing anything, and the host's door.
+"""What every method shares: deciding without changing anything, and the host's doors.
 
 In plain words: ``decide`` is pure. ``compute_mask`` is what the host calls; it knows only the live
 values, so it checks that they are the calibration's, decides, writes the update of the survivors
@@ -8,25 +8,27 @@ keeps the method on the module and pickles it.
 
 from __future__ import annotations
 
+import numbers
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils.prune import BasePruningMethod
 
-from torchprune_bayes._checks import check_amount, check_choice
+from torchprune_bayes._checks import check_amount, check_choice, check_count, check_finite
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
+from torchprune_bayes.methods._module_state import all_or_nothing, same_order
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision
 
 SCOPES = ("global", "layer")
 
 
-class PruningMethod(prune.BasePruningMethod):
+class PruningMethod(BasePruningMethod):
     """Base class of the methods; works wherever a ``BasePruningMethod`` does.
 
     Laws, run over the whole registry by the contract tests: ``decide`` changes nothing; exactly
@@ -34,21 +36,49 @@ class PruningMethod(prune.BasePruningMethod):
     same masks; dtype and device of tensors stay.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the live entries to prune; with
+            ``scope="layer"`` a fraction, or the number for each tensor by qualified name.
         calibration: Data, model and loss; the parameters are the calibration's.
         scope: ``"global"`` ranks all tensors together; ``"layer"`` prunes the fraction ``amount``
             of each.
+
+    Raises:
+        ArgumentError: If an argument has an impossible value.
+        ArgumentTypeError: If ``amount`` is no number.
+
+    Example:
+        >>> from torchprune_bayes.methods._target import Target
+        >>> class First(PruningMethod):
+        ...     needs_calibration = False
+        ...
+        ...     def decide(self, space):
+        ...         masks = space.masks()
+        ...         scores = {name: torch.zeros(mask.shape) for name, mask in masks.items()}
+        ...         return Decision(Target(masks, self.amount).keep(0, scores, masks))
+        >>> layer = nn.Linear(4, 1)
+        >>> First.apply(layer, "weight", amount=0.5)._tensor_name
+        'weight'
+        >>> layer.weight_mask
+        tensor([[0., 0., 1., 1.]])
     """
 
     PRUNING_TYPE = "unstructured"
     needs_calibration = True
 
     def __init__(
-        self, amount: float | int, *, calibration: Calibration | None = None, scope: str = "global"
+        self,
+        amount: float | int | Mapping[str, int],
+        *,
+        calibration: Calibration | None = None,
+        scope: str = "global",
     ) -> None:
-        check_amount(amount)
         check_choice("scope", scope, SCOPES)
-        if scope == "layer" and isinstance(amount, int):
+        if scope == "layer" and isinstance(amount, Mapping):
+            for name, count in amount.items():
+                check_count(f"amount of {name}", count, minimum=0)
+        else:
+            check_amount(amount)
+        if scope == "layer" and isinstance(amount, numbers.Integral):
             raise ArgumentError(
                 f"Expected a fraction for `amount` with scope='layer', got the count {amount}."
             )
@@ -88,21 +118,53 @@ class PruningMethod(prune.BasePruningMethod):
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """The host's door: decide on the live entries ``t`` and return their mask.
 
+        Args:
+            t: What the host shows, the live entries where ``default_mask`` is one.
+            default_mask: Shaped like ``t``, zero where an entry is pruned already.
+
+        Returns:
+            The mask, shaped like ``default_mask`` and of its dtype.
+
         Raises:
             AlignmentError: If ``t`` is not the live entries of the calibration's parameters.
         """
-        planned = self._planned
-        if planned is None:
-            space = self.space
-            space.check_hookable()
-            space.check_alignment(t[default_mask == 1])
-            decision = self.decide(space)
-            planned = LiveVector(space.masks()).gather(decision.masks)
+        alive = default_mask == 1
+        keep = self._planned
+        if keep is None:
+            space, decision = self._decide_on(t[alive])
+            keep = LiveVector(space.masks()).gather(decision.masks)
             write_updates(space, decision.updates)
         self.release()
         mask = torch.zeros_like(default_mask)
-        mask[default_mask == 1] = planned.to(mask)
+        mask[alive] = keep.to(mask)
         return mask
+
+    def prune(
+        self,
+        t: Tensor,
+        default_mask: Tensor | None = None,
+        importance_scores: Tensor | None = None,
+    ) -> Tensor:
+        """Return a pruned copy of ``t`` with its survivors updated; the model stays as it is.
+
+        Args:
+            t: A tensor of the calibration if it is the only one there; else a flat vector of the
+                live entries of all its tensors.
+            default_mask: Shaped like ``t``, zero where an entry is pruned already.
+            importance_scores: Must be ``None``: the method computes its own.
+
+        Raises:
+            AlignmentError: If ``t`` is not the live entries of the calibration's parameters.
+            ArgumentError: If importance scores are passed.
+        """
+        self._refuse_scores(importance_scores)
+        alive = torch.ones_like(t).bool() if default_mask is None else default_mask == 1
+        space, decision = self._decide_on(t[alive])
+        live = LiveVector(space.masks())
+        values = t[alive] if decision.updates is None else live.gather(decision.updates).to(t)
+        pruned = torch.zeros_like(t)
+        pruned[alive] = values * live.gather(decision.masks).to(t.device)
+        return pruned
 
     def release(self) -> None:
         """Let go of model, data and curvature."""
@@ -117,7 +179,7 @@ class PruningMethod(prune.BasePruningMethod):
         *args: Any,
         importance_scores: Tensor | None = None,
         **kwargs: Any,
-    ) -> prune.BasePruningMethod:
+    ) -> BasePruningMethod:
         """Prune one tensor, as ``BasePruningMethod.apply`` does; nothing is changed on failure.
 
         Args:
@@ -127,35 +189,95 @@ class PruningMethod(prune.BasePruningMethod):
             importance_scores: Must be ``None``: the method computes its own.
             kwargs: Arguments of the method.
 
+        Returns:
+            The hook: the method, or a container of it and of those applied before.
+
         Raises:
+            AlignmentError: If the tensor is not one of the calibration's.
             ArgumentError: If importance scores are passed.
+            ParameterError: If the tensor cannot be pruned.
         """
-        if importance_scores is not None:
-            raise ArgumentError(f"Expected no importance_scores: {cls.__name__} computes its own.")
+        cls._refuse_scores(importance_scores)
         method = cls(*args, **kwargs)
         space = method._space_of(module, name)
-        space.check_hookable()
-        decision = method.decide(space)
+        decision = method._checked_decision(space)
         method._planned = LiveVector(space.masks()).gather(decision.masks)
-        hooks = module._forward_pre_hooks.copy()
-        before = space[0].leaf.detach().clone()
-        try:
+        with all_or_nothing(space.pairs(), values=decision.updates is not None), same_order(module):
             write_updates(space, decision.updates)
             # The host builds the method by calling its first argument, so a plan can be handed in.
-            return prune.BasePruningMethod.apply.__func__(lambda: method, module, name)  # type: ignore[attr-defined]
-        except BaseException:
-            # The host drops an earlier hook before it tries the new method.
-            module._forward_pre_hooks.clear()
-            module._forward_pre_hooks.update(hooks)
-            with torch.no_grad():
-                space[0].leaf.copy_(before)
-            raise
+            return BasePruningMethod.apply.__func__(lambda: method, module, name)  # type: ignore[attr-defined]
 
     def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:
         if not self.needs_calibration:
             return ParameterSpace.of_pairs([(module, name)])
         self.calibration = self.required_calibration.restricted(module, name)
         return self.space
+
+    def _decide_on(self, flat: Tensor) -> tuple[ParameterSpace, Decision]:
+        space = self.space if self.needs_calibration else self._space_of_vector(flat)
+        return space, self._checked_decision(space, shown=flat)
+
+    def _space_of_vector(self, flat: Tensor) -> ParameterSpace:
+        if self.scope == "layer":
+            raise ArgumentError(
+                "Expected scope='global' in prune.global_unstructured, which shows a method no "
+                "layers, got 'layer': use prune_global."
+            )
+        holder = nn.Module()
+        holder.weights = nn.Parameter(flat.detach())
+        return ParameterSpace(holder, [(holder, "weights")])
+
+    def _checked_decision(self, space: ParameterSpace, shown: Tensor | None = None) -> Decision:
+        check_prunable(space)
+        if shown is not None:
+            space.check_alignment(shown)
+        decision = self.decide(space)
+        check_decision(space, decision)
+        return decision
+
+    @classmethod
+    def _refuse_scores(cls, importance_scores: Tensor | None) -> None:
+        if importance_scores is not None:
+            raise ArgumentError(f"Expected no importance_scores: {cls.__name__} computes its own.")
+
+
+def check_prunable(space: ParameterSpace) -> None:
+    """Refuse tensors that cannot be pruned as they are now.
+
+    Raises:
+        ArgumentError: If a tensor has NaN or infinite entries.
+        ParameterError: If the host's hooks cannot work on a tensor, or its mask is not binary.
+    """
+    space.check_hookable()
+    for tensor in space:
+        check_finite(tensor.name, tensor.leaf)
+        if not all(((mask == 0) | (mask == 1)).all() for mask in tensor.known_masks):
+            raise ParameterError(
+                f"Expected a mask of zeros and ones on `{tensor.name}`, got other values."
+            )
+
+
+def check_decision(space: ParameterSpace, decision: Decision) -> None:
+    """Refuse a decision that does not fit the tensors, revives entries or ruins weights.
+
+    Raises:
+        ArgumentError: If a mask is missing, misshapen, not boolean or keeps an entry that is
+            pruned already, or a new value is missing, misshapen or not finite.
+    """
+    for tensor in space:
+        mask = decision.masks.get(tensor.name)
+        _check_like(tensor.leaf, f"masks['{tensor.name}']", mask, torch.bool)
+        assert mask is not None
+        revived = int((mask.to(tensor.leaf.device) & ~tensor.mask).sum())
+        if revived:
+            raise ArgumentError(
+                f"Expected pruned entries of `{tensor.name}` to stay so, got {revived} revived."
+            )
+        if decision.updates is not None:
+            update = decision.updates.get(tensor.name)
+            _check_like(tensor.leaf, f"updates['{tensor.name}']", update)
+            assert update is not None
+            check_finite(f"updates['{tensor.name}']", update)
 
 
 def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -> None:
@@ -165,3 +287,14 @@ def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -
     with torch.no_grad():
         for tensor in space:
             tensor.leaf.copy_(updates[tensor.name])
+
+
+def _check_like(
+    leaf: Tensor, what: str, found: Tensor | None, dtype: torch.dtype | None = None
+) -> None:
+    if found is None or found.shape != leaf.shape or dtype not in (None, found.dtype):
+        kind = "a tensor" if dtype is None else f"a {dtype} tensor"
+        got = "none" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+        raise ArgumentError(
+            f"Expected {kind} of shape {tuple(leaf.shape)} for `{what}`, got {got}."
+        )

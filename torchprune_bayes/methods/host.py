@@ -6,7 +6,7 @@ behind is exactly what ``torch.nn.utils.prune`` leaves: ``<name>_orig``, ``<name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from torchprune_bayes._checks import check_finite
+from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError, ParameterError
-from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods._module_state import all_or_nothing, pruning_hooks, same_order
+from torchprune_bayes.methods.base import (
+    PruningMethod,
+    check_decision,
+    check_prunable,
+    write_updates,
+)
 from torchprune_bayes.methods.registry import find_method
-from torchprune_bayes.params import ParameterSpace, PrunableTensor, leaf, mask_of, without_repeats
+from torchprune_bayes.params import ParameterSpace, leaf, mask_of, unwrap, without_repeats
 from torchprune_bayes.types import Decision, Masks, ParameterPairs
 
 
@@ -31,8 +37,9 @@ def prune_global(
     """Prune tensors together, all or none: the atomic form of ``prune.global_unstructured``.
 
     Gives the masks that the host's call gives, and more: it takes any memory format and any
-    iterable, counts tied tensors once, keeps no flat mask alive, prunes again in place, and leaves
-    the model untouched if anything fails.
+    iterable, counts tied tensors once and masks them at every place in ``params``, keeps no flat
+    mask alive, leaves the order of the parameters, prunes again in place, and leaves the model
+    untouched if anything fails.
 
     Args:
         params: ``(module, tensor name)`` pairs; ``None`` takes the calibration's.
@@ -45,9 +52,12 @@ def prune_global(
 
     Raises:
         AlignmentError: If ``params`` are not the calibration's.
-        ArgumentError: If an option has an impossible value.
+        ArgumentError: If an option has an impossible value, or weights are not finite.
         ArgumentTypeError: If the method is no unstructured pruning method, or something is missing.
         ParameterError: If a tensor cannot be pruned.
+
+    Cost: that of the method; beside the host's masks, a byte per weight, and a copy of the weights
+    where the method moves them.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -56,47 +66,61 @@ def prune_global(
         >>> sum(int(mask.sum()) for mask in decision.masks.values())
         16
     """
-    instance = _unstructured(method)(**options)
-    space = _space_for(instance, params)
-    space.check_hookable()
-    for tensor in space:
-        check_finite(tensor.name, tensor.leaf)
-    if isinstance(instance, PruningMethod):
-        decision = instance.decide(space)
-        instance.release()
-    else:
-        decision = _decide_by_host(instance, space)
-    apply_decision(space, decision)
+    instance = unstructured_method(method)(**options)
+    pairs = None if params is None else list(params)
+    space = _space_for(instance, pairs)
+    decision = decide_on(space, instance)
+    apply_decision(space, decision, pairs)
     return decision
 
 
-def apply_decision(space: ParameterSpace, decision: Decision) -> None:
+def decide_on(space: ParameterSpace, method: prune.BasePruningMethod) -> Decision:
+    """Let a method, ours or the host's, decide on the tensors of ``space``; changes no model.
+
+    Raises:
+        ArgumentError: If weights are not finite.
+        ParameterError: If a tensor cannot be pruned.
+    """
+    check_prunable(space)
+    if not isinstance(method, PruningMethod):
+        return _decide_by_host(method, space)
+    decision = method.decide(space)
+    method.release()
+    return decision
+
+
+def apply_decision(
+    space: ParameterSpace, decision: Decision, params: ParameterPairs | None = None
+) -> None:
     """Write updates and masks into the modules of ``space``; on failure everything is put back.
 
     Args:
         space: The tensors, as they were when the decision was made.
         decision: Masks and, if weights move, new values by qualified name.
+        params: Places of these tensors to mask, where tied ones have several; default the space's.
+
+    Raises:
+        AlignmentError: If ``params`` are not the tensors of the space.
+        ArgumentError: If the decision does not fit the tensors or revives pruned entries.
     """
-    undo: list[Callable[[], None]] = []
-    try:
-        for tensor in space:
-            undo.append(_snapshot(tensor, keep_values=decision.updates is not None))
-            if decision.updates is not None:
-                with torch.no_grad():
-                    tensor.leaf.copy_(decision.updates[tensor.name])
-            _set_mask(tensor, decision.masks[tensor.name])
-    except BaseException:
-        for restore in reversed(undo):
-            restore()
-        raise
+    check_decision(space, decision)
+    pairs = space.pairs() if params is None else list(params)
+    space.check_same_tensors(pairs)
+    masks = {id(tensor.leaf): decision.masks[tensor.name] for tensor in space}
+    # The space reads masks at its own places, so these are masked in any case.
+    places = dict.fromkeys([*space.pairs(), *pairs])
+    with all_or_nothing(places, values=decision.updates is not None):
+        write_updates(space, decision.updates)
+        for module, name in places:
+            _set_mask(module, name, masks[id(leaf(module, name))])
 
 
 def bake(model: nn.Module) -> nn.Module:
     """Make all pruning of a model permanent: plain weights with zeros, no masks, no hooks.
 
-    Unlike ``prune.remove`` on every module it handles tied tensors once: ``tie`` partners keep
-    sharing the same parameter. Zeros are not protected from an optimizer afterwards; see
-    :func:`~torchprune_bayes.keep_sparse`.
+    As ``prune.remove`` on every module, but parameters keep their order, so that the state of an
+    optimizer still fits. A tied tensor stays tied, and its zeros hold at all its places. Nothing
+    keeps an optimizer from moving the zeros; see :func:`~torchprune_bayes.keep_sparse`.
 
     Args:
         model: The model; changed in place.
@@ -111,10 +135,9 @@ def bake(model: nn.Module) -> nn.Module:
         ['weight', 'bias']
     """
     for module in model.modules():
-        for name in _pruned_names(module):
-            order = [name if key == f"{name}_orig" else key for key in module._parameters]
-            prune.remove(module, name)
-            _reorder(module, order)
+        with same_order(module):
+            for name in pruning_hooks(module):
+                prune.remove(module, name)
     return model
 
 
@@ -130,9 +153,16 @@ def detach_views(model: nn.Module) -> nn.Module:
 
     Returns:
         The model.
+
+    Example:
+        >>> from copy import deepcopy
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = prune_global([(layer, "weight")], "magnitude", amount=0.5)
+        >>> torch.equal(deepcopy(detach_views(layer)).weight, layer.weight)
+        True
     """
     for module in model.modules():
-        for name in _pruned_names(module):
+        for name in pruning_hooks(module):
             view = module.__dict__.get(name)
             if isinstance(view, Tensor):
                 module.__dict__[name] = view.detach()
@@ -140,10 +170,20 @@ def detach_views(model: nn.Module) -> nn.Module:
 
 
 def masks_of(model: nn.Module) -> Masks:
-    """Boolean masks of everything that is pruned in a model, by qualified name."""
+    """Boolean masks of everything that is pruned in a model, by qualified name.
+
+    Wrappers such as ``DistributedDataParallel`` are looked through.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2))
+        >>> _ = prune_global([(model[1], "weight")], "magnitude", amount=1.0)
+        >>> masks_of(model)
+        {'1.weight': tensor([[False],
+                [False]])}
+    """
     found: Masks = {}
-    for prefix, module in model.named_modules():
-        for name in _pruned_names(module):
+    for prefix, module in unwrap(model).named_modules():
+        for name in pruning_hooks(module):
             mask = mask_of(module, name)
             assert mask is not None
             found[f"{prefix}.{name}" if prefix else name] = mask.detach() != 0
@@ -155,6 +195,16 @@ def export_masks(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ArgumentError: If nothing is pruned.
+
+    Example:
+        >>> import tempfile
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = prune_global([(layer, "weight")], "magnitude", amount=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export_masks(layer, f"{folder}/masks.safetensors")
+        ...     masks = import_masks(nn.Linear(2, 2), f"{folder}/masks.safetensors")
+        >>> torch.equal(masks["weight"], masks_of(layer)["weight"])
+        True
     """
     masks = masks_of(model)
     if not masks:
@@ -166,36 +216,33 @@ def import_masks(model: nn.Module, path: str | Path) -> Masks:
     """Prune a model by the masks of a file that :func:`export_masks` wrote.
 
     Args:
-        model: A model with tensors of the same names and shapes; changed in place.
+        model: A model with tensors of the same names and shapes; changed in place. What is pruned
+            in it already stays pruned.
         path: The file.
 
     Returns:
-        The masks.
+        The masks that hold now, by qualified name; a tied tensor once.
 
     Raises:
         AlignmentError: If a tensor is missing or has another shape; nothing is changed then.
+        ArgumentTypeError: If the file holds other things than boolean masks.
+        ParameterError: If a tensor cannot be pruned.
     """
     masks = load_file(path)
-    modules = dict(model.named_modules())
-    pairs = []
-    for full, mask in masks.items():
-        prefix, _, name = full.rpartition(".")
-        tensor = leaf(modules[prefix], name) if prefix in modules else None
-        if tensor is None or tensor.shape != mask.shape:
-            found = "none" if tensor is None else f"one of shape {tuple(tensor.shape)}"
-            raise AlignmentError(
-                f"Expected a tensor `{full}` of shape {tuple(mask.shape)}, got {found}."
-            )
-        pairs.append((modules[prefix], name))
-    space = ParameterSpace(model, pairs)
+    modules = dict(unwrap(model).named_modules())
+    pairs = [_place_of(modules, full, mask) for full, mask in masks.items()]
+    space = ParameterSpace(model, without_repeats(pairs))
     placed = {
         tensor.name: masks[tensor.name].to(tensor.leaf.device) & tensor.mask for tensor in space
     }
-    apply_decision(space, Decision(placed))
+    apply_decision(space, Decision(placed), pairs)
     return placed
 
 
-def _unstructured(method: type[prune.BasePruningMethod] | str) -> type[prune.BasePruningMethod]:
+def unstructured_method(
+    method: type[prune.BasePruningMethod] | str,
+) -> type[prune.BasePruningMethod]:
+    """Look a class up by name if need be, and refuse what is no unstructured pruning method."""
     kind = find_method(method).method if isinstance(method, str) else method
     if not (isinstance(kind, type) and issubclass(kind, prune.BasePruningMethod)):
         raise ArgumentTypeError(f"Expected a BasePruningMethod class, got {kind!r}.")
@@ -208,98 +255,59 @@ def _unstructured(method: type[prune.BasePruningMethod] | str) -> type[prune.Bas
 
 
 def _space_for(instance: prune.BasePruningMethod, params: ParameterPairs | None) -> ParameterSpace:
-    calibrated = isinstance(instance, PruningMethod) and instance.needs_calibration
-    if not calibrated:
+    if not (isinstance(instance, PruningMethod) and instance.needs_calibration):
         if params is None:
             raise ArgumentTypeError(
                 f"Expected (module, tensor name) pairs for {type(instance).__name__}, got None."
             )
         return ParameterSpace.of_pairs(params)
-    assert isinstance(instance, PruningMethod)
     space = instance.space
     if params is not None:
-        wanted = {(id(module), name) for module, name in without_repeats(params)}
-        known = {(id(module), name) for module, name in space.pairs()}
-        if wanted != known:
-            raise AlignmentError(
-                f"Expected the {len(known)} parameters of the calibration, got a list of "
-                f"{len(wanted)} with {len(wanted & known)} of them: pass the same list to both."
-            )
+        space.check_same_tensors(params)
     return space
 
 
 def _decide_by_host(method: prune.BasePruningMethod, space: ParameterSpace) -> Decision:
     # The host's contract: a flat vector of the live entries and a mask of ones.
-    values, masks = space.values(), space.masks()
-    flat = torch.cat([values[name][mask] for name, mask in masks.items()])
-    kept = method.compute_mask(flat, torch.ones_like(flat)) != 0
-    pieces = kept.split([int(mask.sum()) for mask in masks.values()])
-    new = {
-        name: torch.zeros_like(mask).masked_scatter_(mask, piece)
-        for (name, mask), piece in zip(masks.items(), pieces, strict=True)
-    }
-    return Decision(new)
+    live = LiveVector(space.masks())
+    flat = live.gather(space.values())
+    mask = method.compute_mask(flat, torch.ones_like(flat))
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ArgumentError(
+            f"Expected a mask of zeros and ones from {type(method).__name__}, got other values."
+        )
+    return Decision(live.scatter(mask == 1))
 
 
-def _set_mask(tensor: PrunableTensor, mask: Tensor) -> None:
-    module, name = tensor.module, tensor.tensor_name
+def _set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     current = mask_of(module, name)
     if current is None:
-        order = [f"{name}_orig" if key == name else key for key in module._parameters]
-        prune.custom_from_mask(module, name, mask.to(tensor.leaf.device))
-        _reorder(module, order)
-        hook = _hook_of(module, name)
-        hook.mask = mask_of(module, name)  # type: ignore[attr-defined]  # one mask, not two
-    else:
-        with torch.no_grad():
-            current.copy_(mask)
-        setattr(module, name, _hook_of(module, name).apply_mask(module))
+        parameter = module._parameters[name]
+        assert parameter is not None
+        with same_order(module):
+            prune.custom_from_mask(module, name, mask.to(parameter.device))
+        # One mask, not two.
+        pruning_hooks(module)[name].mask = mask_of(module, name)  # type: ignore[attr-defined]
+        return
+    hook = pruning_hooks(module).get(name)
+    if hook is None:
+        raise ParameterError(
+            f"Expected the host's hook on `{name}` of {type(module).__name__}, "
+            "got a mask without one."
+        )
+    with torch.no_grad():
+        current.copy_(mask)
+    setattr(module, name, hook.apply_mask(module))
 
 
-def _snapshot(tensor: PrunableTensor, *, keep_values: bool) -> Callable[[], None]:
-    module, name, parameter = tensor.module, tensor.tensor_name, tensor.leaf
-    values = parameter.detach().clone() if keep_values else None
-    old_mask = mask_of(module, name)
-    saved_mask = None if old_mask is None else old_mask.clone()
-    parameters, buffers = module._parameters.copy(), module._buffers.copy()
-    hooks, attributes = module._forward_pre_hooks.copy(), module.__dict__.get(name)
-
-    def restore() -> None:
-        with torch.no_grad():
-            if values is not None:
-                parameter.copy_(values)
-            if old_mask is not None and saved_mask is not None:
-                old_mask.copy_(saved_mask)
-        _refill(module._parameters, parameters)
-        _refill(module._buffers, buffers)
-        _refill(module._forward_pre_hooks, hooks)
-        if attributes is None:
-            module.__dict__.pop(name, None)
-        else:
-            module.__dict__[name] = attributes
-
-    return restore
-
-
-def _refill(target: dict[Any, Any], content: Mapping[Any, Any]) -> None:
-    target.clear()
-    target.update(content)
-
-
-def _pruned_names(module: nn.Module) -> list[str]:
-    hooks = module._forward_pre_hooks.values()
-    return [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
-
-
-def _hook_of(module: nn.Module, name: str) -> prune.BasePruningMethod:
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name:
-            return hook
-    raise ParameterError(
-        f"Expected the host's hook on `{name}` of {type(module).__name__}, got a mask without one."
-    )
-
-
-def _reorder(module: nn.Module, order: list[str]) -> None:
-    # The host moves a pruned tensor to the end, and optimizer states are matched by position.
-    _refill(module._parameters, {key: module._parameters[key] for key in order})
+def _place_of(modules: Mapping[str, nn.Module], full: str, mask: Tensor) -> tuple[nn.Module, str]:
+    if mask.dtype != torch.bool:
+        raise ArgumentTypeError(f"Expected a boolean mask of `{full}`, got {mask.dtype}.")
+    prefix, _, name = full.rpartition(".")
+    tensor = leaf(modules[prefix], name) if prefix in modules else None
+    if tensor is None or tensor.shape != mask.shape:
+        found = "none" if tensor is None else f"one of shape {tuple(tensor.shape)}"
+        raise AlignmentError(
+            f"Expected a tensor `{full}` of shape {tuple(mask.shape)}, got {found}."
+        )
+    return modules[prefix], name

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.utils import prune
-
-from torchprune_bayes._checks import count_to_prune
-from torchprune_bayes._numerics.selection import smallest_k
-from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
@@ -16,17 +10,21 @@ from torchprune_bayes.types import Decision
 
 
 @register("magnitude", title="smallest |w|", paper="", needs_calibration=False)
-class Magnitude(PruningMethod, prune.L1Unstructured):
+class Magnitude(PruningMethod):
     """Prune the smallest absolute weights, over all tensors or in each.
 
-    The masks are those of the host's ``L1Unstructured``, which this class is; only the selection
-    differs (a histogram threshold with ties by index, instead of a sort of all weights).
+    The masks are those of the host's ``L1Unstructured``, except that ties go by index and that
+    the threshold comes from histograms, not from a sort of all weights.
 
     Args:
         amount: Fraction or number of the live entries to prune.
         scope: ``"global"`` or ``"layer"``.
 
-    Cost: linear in the number of weights; one byte per weight.
+    Raises:
+        ArgumentError: If an argument has an impossible value.
+        ArgumentTypeError: If ``amount`` is no number.
+
+    Cost: linear in the number of weights; a copy of the weights and one byte per weight.
 
     Example:
         >>> import torch
@@ -42,18 +40,6 @@ class Magnitude(PruningMethod, prune.L1Unstructured):
 
     def __init__(self, amount: float | int, *, scope: str = "global") -> None:
         super().__init__(amount, scope=scope)
-
-    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The host's door: rank the live entries ``t`` by absolute value."""
-        if self._planned is None:
-            if self.scope == "layer":
-                raise ArgumentError(
-                    "Expected scope='global' in prune.global_unstructured, which shows a method "
-                    "no layers, got 'layer': use prune_global."
-                )
-            values = t[default_mask == 1].detach().abs()
-            (self._planned,) = smallest_k([values], count_to_prune(self.amount, len(values)))
-        return super().compute_mask(t, default_mask)
 
     def decide(self, space: ParameterSpace) -> Decision:
         """Rank by absolute value."""

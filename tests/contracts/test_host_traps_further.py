@@ -1,0 +1,344 @@
+"""T15 to T25: traps of ``torch.nn.utils.prune`` around copies, checkpoints, wrappers and inputs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations, prune
+
+from tests.contracts.cases import batches, calibration_of, live_count, masks_by_place, mlp, pairs
+from tests.contracts.state import unchanged
+from torchprune_bayes import (
+    Calibration,
+    Decision,
+    Magnitude,
+    WoodFisher,
+    bake,
+    detach_views,
+    masks_of,
+    prunable_parameters,
+    prune_global,
+)
+from torchprune_bayes.errors import (
+    AlignmentError,
+    ArgumentError,
+    ArgumentTypeError,
+    ParameterError,
+)
+from torchprune_bayes.methods import apply_decision
+from torchprune_bayes.params import ParameterSpace
+
+
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_t15_deepcopy_works_after_detach_views():
+    """``deepcopy`` refuses the masked view, and with it EMA, SWA and FLOP counters fail."""
+    model = mlp()
+    prune_global(pairs(model), Magnitude, amount=0.5)
+    x, y = batches()[0]
+    cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="graph leaves|deepcopy"):
+        copy.deepcopy(model)
+    twin = copy.deepcopy(detach_views(model))
+    assert torch.equal(twin(x), model(x))
+    with torch.no_grad():
+        twin[0].weight_orig.mul_(2)
+    assert not torch.equal(twin(x), model(x))
+    assert not torch.equal(twin[0].weight, model[0].weight)
+    torch.optim.swa_utils.AveragedModel(detach_views(model))
+
+
+def test_t16_hugging_face_checkpoints_are_equal_after_bake(tmp_path):
+    """``from_pretrained`` gives pruned layers random weights, with a log line and no exception."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DistilBertConfig(
+        vocab_size=20, dim=8, hidden_dim=16, n_heads=2, n_layers=1, max_position_embeddings=8
+    )
+    kind = transformers.DistilBertForSequenceClassification
+    model = kind(config).eval()
+    prune_global(prunable_parameters(model), Magnitude, amount=0.5)
+    tokens = torch.arange(10).view(2, 5)
+    logits = model(tokens).logits
+    bake(model).save_pretrained(tmp_path)
+    assert torch.equal(kind.from_pretrained(tmp_path)(tokens).logits, logits)
+
+
+def test_t16_a_checkpoint_loads_where_the_host_alone_is_installed(tmp_path):
+    """What is left on a model are the host's names and the host's hooks."""
+    model = mlp()
+    prune_global(pairs(model), WoodFisher, amount=0.5, calibration=calibration_of(model))
+    plain = mlp(seed=1)
+    for module, name in pairs(plain):
+        prune.identity(module, name)
+    plain.load_state_dict(model.state_dict())
+    x, _ = batches()[0]
+    assert torch.equal(plain(x), model(x))
+    assert b"torchprune_bayes" not in pickle.dumps(model)
+
+
+def states_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = [name.removesuffix("_orig") for name, _ in model.named_parameters()]
+    stored = [optimizer.state[parameter]["exp_avg"] for parameter in model.parameters()]
+    return dict(zip(names, stored, strict=True))
+
+
+def test_t17_optimizer_states_fit_before_and_after():
+    """States are matched by position, and the host moves what it prunes to the end."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=True), nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(model.parameters())
+    cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))).backward()
+    optimizer.step()
+    expected = states_by_name(model, optimizer)
+    order = [name for name, _ in model.named_parameters()]
+    prune_global([(model[0], "weight")], Magnitude, amount=0.5)
+    Magnitude.apply(model[1], "weight", amount=0.5)
+    assert [name.removesuffix("_orig") for name, _ in model.named_parameters()] == order
+    for _ in ("pruned", "baked"):
+        loaded = torch.optim.Adam(model.parameters())
+        loaded.load_state_dict(optimizer.state_dict())
+        found = states_by_name(model, loaded)
+        assert all(torch.equal(found[name], state) for name, state in expected.items())
+        bake(model)
+    assert [name for name, _ in model.named_parameters()] == order
+
+
+def test_t18_the_output_projection_of_attention_is_refused():
+    """Its forward pre-hook never runs: masks would be invisible to the forward pass."""
+    model = nn.MultiheadAttention(8, 2)
+    for call in (
+        lambda: prune_global([(model.out_proj, "weight")], Magnitude, amount=0.5),
+        lambda: Magnitude.apply(model.out_proj, "weight", amount=0.5),
+    ):
+        with unchanged(model), pytest.raises(ParameterError, match="whose hooks never run"):
+            call()
+    assert prunable_parameters(model) == [(model, "in_proj_weight")]
+    prune_global(prunable_parameters(model), Magnitude, amount=1.0)
+    x = torch.randn(3, 1, 8)
+    assert torch.equal(model(x, x, x)[0], model.out_proj.bias.expand(3, 1, 8))
+
+
+def size_of(model: nn.Module) -> int:
+    buffer = io.BytesIO()
+    torch.save(detach_views(model), buffer)
+    return len(buffer.getvalue())
+
+
+def test_t19_repeated_pruning_keeps_no_masks_alive():
+    """Every call of the host leaves a flat mask of the whole model behind."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    sizes = []
+    for _ in range(5):
+        prune_global(pairs(model), Magnitude, amount=0.2)
+        sizes.append(size_of(model))
+    assert set(sizes) == {sizes[0]}
+    # Two weights and two masks; the view of the last forward pass counts as another weight.
+    assert sizes[0] < 3.5 * 2 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("method", ["random", "woodfisher"])
+def test_t20_equal_seeds_give_equal_masks_on_every_rank(method):
+    """Ranks whose masks differ train different models, without a word.
+
+    Two models in one process stand for two ranks; their global generators differ, as they do
+    where every rank seeds its own data.
+    """
+    found = []
+    for rank in range(2):
+        model = mlp()
+        shuffled = torch.utils.data.DataLoader(
+            [(x[0], y[0]) for x, y in batches()], batch_size=1, shuffle=True
+        )
+        options = {}
+        torch.manual_seed(rank)
+        if method == "woodfisher":
+            options["calibration"] = Calibration(model, shuffled, cross_entropy, seed=5)
+        else:
+            torch.manual_seed(5)
+        prune_global(pairs(model), method, amount=0.5, **options)
+        found.append(masks_by_place(model))
+    assert all(map(torch.equal, *found))
+
+
+def test_t21_sharded_tensors_are_refused(process_group):
+    """On a DTensor the host fails somewhere inside, after it has renamed parameters."""
+    tensors = pytest.importorskip("torch.distributed.tensor")
+    mesh = tensors.init_device_mesh("cpu", (1,))
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(
+        tensors.distribute_tensor(model.weight.detach(), mesh, [tensors.Shard(0)])
+    )
+    weight = model.weight
+    for call in (
+        lambda: prune_global([(model, "weight")], Magnitude, amount=0.5),
+        lambda: Magnitude.apply(model, "weight", amount=0.5),
+    ):
+        with pytest.raises(ParameterError, match="Expected a whole tensor, got the sharded"):
+            call()
+    assert list(model._parameters) == ["weight", "bias"]
+    assert model.weight is weight
+    assert not model._forward_pre_hooks
+
+
+class Halving(prune.BasePruningMethod):
+    """A foreign method with a mask that scales."""
+
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        return default_mask * 0.5
+
+
+def test_t22_masks_of_other_values_are_refused():
+    """The host multiplies by whatever it is given."""
+    model = mlp()
+    with unchanged(model), pytest.raises(ArgumentError, match="zeros and ones from Halving"):
+        prune_global(pairs(model), Halving)
+    prune.custom_from_mask(model[0], "weight", torch.full((5, 6), 0.5))
+    with unchanged(model), pytest.raises(ParameterError, match="zeros and ones on"):
+        prune_global(pairs(model), Magnitude, amount=0.5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [
+        (torch.ones(5, 6), "torch.bool tensor of shape \\(5, 6\\)"),
+        (torch.ones(6, 5).bool(), "got torch.bool of shape \\(6, 5\\)"),
+        (torch.ones(5, 6).bool(), "got 15 revived"),
+        (None, "got none"),
+    ],
+)
+def test_t22_decisions_that_do_not_fit_are_refused(mask, error):
+    """Masks only ever multiply, so an entry that is pruned cannot come back."""
+    model = mlp()
+    prune_global([pairs(model)[0]], Magnitude, amount=0.5)
+    space = ParameterSpace(model, [pairs(model)[0]])
+    with unchanged(model), pytest.raises(ArgumentError, match=error):
+        apply_decision(space, Decision({} if mask is None else {"0.weight": mask}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", [Magnitude, WoodFisher])
+def test_t23_weights_that_are_not_finite_are_refused(method, value):
+    """The host never prunes NaN and says nothing."""
+    model = mlp()
+    options = {} if method is Magnitude else {"calibration": calibration_of(model)}
+    with torch.no_grad():
+        model[0].weight[1, 2] = value
+    calls = (
+        lambda: prune_global(pairs(model), method, amount=0.5, **options),
+        lambda: prune.global_unstructured(pairs(model), method, amount=0.5, **options),
+        lambda: method.apply(model[0], "weight", amount=0.5, **options),
+    )
+    for call in calls:
+        with unchanged(model), pytest.raises(ArgumentError, match="got 1 NaN or infinite"):
+            call()
+
+
+def test_t24_prune_gives_a_pruned_copy():
+    """The host's ``method.prune(t)`` calls ``compute_mask`` with no module at all."""
+    t = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
+    assert Magnitude(0.5).prune(t).tolist() == [[3.0, 0.0], [0.0, 2.0]]
+    alive = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    assert Magnitude(1).prune(t, alive).tolist() == [[3.0, -1.0], [0.0, 0.0]]
+
+
+def test_t24_prune_moves_the_copy_and_not_the_model():
+    """A method that updates survivors must not do so behind the back of ``prune``."""
+    model = mlp()
+    method = WoodFisher(0.5, calibration=calibration_of(model), damping=0.01, update_scale=1.0)
+    with unchanged(model):
+        flat = method.prune(nn.utils.parameters_to_vector([m.weight for m, _ in pairs(model)]))
+    prune_global(pairs(model), method=WoodFisher, **vars_of(method))
+    expected = nn.utils.parameters_to_vector([m.weight for m, _ in pairs(model)])
+    assert torch.equal(flat, expected)
+    with pytest.raises(AlignmentError):
+        WoodFisher(0.5, calibration=calibration_of(mlp())).prune(torch.zeros(3))
+
+
+def vars_of(method: WoodFisher) -> dict[str, object]:
+    names = ("amount", "calibration", "damping", "update_scale")
+    return {name: getattr(method, name) for name in names}
+
+
+def frozen() -> tuple[nn.Module, str]:
+    return nn.Linear(2, 2).requires_grad_(False), "weight"
+
+
+def parametrized() -> tuple[nn.Module, str]:
+    return parametrizations.weight_norm(nn.Linear(2, 2)), "weight"
+
+
+@pytest.mark.parametrize(
+    ("pair", "error"),
+    [
+        ((nn.Linear(2, 2, bias=False), "bias"), "Expected a parameter `0.bias`, got none"),
+        ((nn.Linear(2, 2), "wieght"), "Expected a parameter `0.wieght`, got none"),
+        (frozen(), "with requires_grad=False"),
+        (parametrized(), "got the parametrized"),
+        ((nn.BatchNorm1d(2), "running_mean"), "got none in BatchNorm1d"),
+    ],
+)
+def test_t25_tensors_that_cannot_be_pruned_are_refused(pair, error):
+    """The host answers with errors from deep inside, or not at all."""
+    module, name = pair
+    with unchanged(module), pytest.raises(ParameterError, match=error):
+        prune_global([pair], Magnitude, amount=0.5)
+    with unchanged(module), pytest.raises(ParameterError, match=error):
+        Magnitude.apply(module, name, amount=0.5)
+
+
+@pytest.mark.parametrize("params", [[], None])
+def test_t25_no_tensors_at_all_are_refused(params):
+    """An empty list gives the host's ``torch.cat`` something to complain about."""
+    with pytest.raises((ParameterError, ArgumentTypeError), match="pair"):
+        prune_global(params, Magnitude, amount=0.5)
+
+
+def test_biases_can_be_pruned():
+    model = mlp()
+    prune_global([*pairs(model), (model[0], "bias")], Magnitude, amount=1.0)
+    assert torch.equal(model(batches()[0][0]), torch.zeros(8, 3))
+
+
+def test_compiled_models():
+    model = mlp()
+    compiled = torch.compile(model, backend="eager")
+    x, _ = batches()[0]
+    before = compiled(x)
+    calibration = calibration_of(compiled, prunable_parameters(compiled))
+    for _ in range(2):
+        prune_global(prunable_parameters(compiled), WoodFisher, amount=0.5, calibration=calibration)
+        assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), before)
+    assert list(masks_of(compiled)) == ["0.weight", "2.weight"]
+
+
+def test_models_wrapped_for_distributed_training(process_group):
+    model = mlp()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    calibration = calibration_of(wrapped, prunable_parameters(wrapped))
+    prune_global(None, WoodFisher, amount=0.5, calibration=calibration)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    x, y = batches()[0]
+    for _ in range(2):
+        cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+    assert live_count(model) == 23
+    assert all(int((m.weight_orig.grad[m.weight_mask == 0] != 0).sum()) == 0 for m, _ in pairs(model))
+    assert list(masks_of(wrapped)) == ["0.weight", "2.weight"]
+
+
