@@ -5,6 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import settings
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
+# Tensors are small: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

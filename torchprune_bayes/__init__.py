@@ -38,6 +38,8 @@ from torchprune_bayes.methods import (
     registered_methods,
 )
 from torchprune_bayes.params import prunable_parameters
+from torchprune_bayes.schedules import constant, cubic, geometric, linear, one_shot
+from torchprune_bayes.training import GradualPruner, keep_sparse, reestimate_batch_norm
 from torchprune_bayes.types import Decision, Masks, Scores
 
 __version__ = _version("torchprune_bayes")
@@ -49,6 +51,7 @@ __all__ = [
     "DiagonalFisher",
     "EmpiricalFisher",
     "EmpiricalFisherDiagonal",
+    "GradualPruner",
     "HessianDiagonal",
     "KroneckerFactors",
     "LayerMagnitude",
@@ -59,11 +62,18 @@ __all__ = [
     "WoodFisher",
     "WoodTaylor",
     "bake",
+    "constant",
+    "cubic",
     "detach_views",
     "export_masks",
+    "geometric",
     "import_masks",
+    "keep_sparse",
+    "linear",
     "masks_of",
+    "one_shot",
     "prunable_parameters",
     "prune_global",
+    "reestimate_batch_norm",
     "registered_methods",
 ]

@@ -2,51 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.params import is_hf_conv1d
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def flops_per_weight(calibration: Calibration) -> dict[str, float]:
     """Count the FLOPs of each layer's forward pass, per weight and sample.
 
-    A convolution's weight is used once per output position, a linear layer's once per token, so
-    this is twice the number of uses (a multiplication and an addition each). Counted by
-    ``torch.utils.flop_counter`` while one sample runs through the model.
+    That is two, a multiplication and an addition, for every use of a weight: one per output
+    position in a convolution, per input position in a transposed one, and per token in a linear
+    layer. A layer that is called twice counts twice.
 
     Args:
-        calibration: Model and data.
+        calibration: Model and data; one sample runs through the model.
 
     Returns:
         FLOPs per weight by qualified name, in the order of the calibration's parameters.
 
     Raises:
-        ArgumentError: If a layer was not reached, or does nothing that is counted.
+        ArgumentError: If a layer was not called, or is none of those.
 
     Example:
-        >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Flatten(), nn.Linear(8, 2))
         >>> data = [(torch.randn(4, 1, 4, 4), torch.randint(2, (4,)))]
         >>> flops_per_weight(Calibration(model, data, nn.functional.cross_entropy))
         {'0.weight': 8.0, '2.weight': 2.0}
     """
+    flops = {tensor.name: 0.0 for tensor in calibration.space}
+
+    def count(
+        name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        flops[name] += 2.0 * _uses(name, module, inputs, output)
+
     sample = next(calibration.batches(size=1))
-    # The counter follows modules by name only when it sees the model itself being called.
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        for tensor in calibration.space:
+            hook = partial(count, tensor.name)
+            handle = tensor.module.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
         calibration.loss(None, sample)
-    counts = counter.get_flop_counts()
-    root = type(calibration.model).__name__
-    found = {}
-    for tensor in calibration.space:
-        layer = tensor.name.removesuffix(f".{tensor.tensor_name}")
-        flops = sum(counts.get(f"{root}.{layer}", {}).values())
-        if not flops:
-            raise ArgumentError(
-                f"Expected countable FLOPs in the layer of `{tensor.name}`, got none: leave it "
-                "out of the parameters, or use no FLOP-aware option."
-            )
-        found[tensor.name] = flops / tensor.leaf.numel()
-    return found
+    _check_reached(flops)
+    return flops
+
+
+def _uses(name: str, module: nn.Module, inputs: list[Tensor], output: Any) -> float:
+    """How often each weight is used in one call."""
+    if isinstance(module, _CONVOLUTIONS):
+        return output.numel() / module.out_channels
+    if isinstance(module, _TRANSPOSED):
+        return inputs[0].numel() / module.in_channels
+    if isinstance(module, nn.MultiheadAttention):
+        # The rows of `in_proj_weight` are shared out between query, key and value.
+        kinds = {"q_proj_weight": [0], "k_proj_weight": [1], "v_proj_weight": [2]}
+        chosen = kinds.get(name.rpartition(".")[2], [0, 1, 2])
+        return sum(inputs[i].numel() / inputs[i].shape[-1] for i in chosen) / len(chosen)
+    if isinstance(module, nn.Linear) or is_hf_conv1d(module):
+        return inputs[0].numel() / inputs[0].shape[-1]
+    raise ArgumentError(
+        f"Expected a linear or convolution layer for FLOPs per weight, got `{name}` of "
+        f"{type(module).__name__}: leave it out of the parameters, or use no FLOP-aware option."
+    )
+
+
+def _check_reached(flops: Mapping[str, float]) -> None:
+    unused = [name for name, count in flops.items() if not count]
+    if unused:
+        raise ArgumentError(
+            f"Expected every layer to be called for FLOPs per weight, got no call of the layer of "
+            f"`{unused[0]}`: leave it out of the parameters, or use no FLOP-aware option."
+        )

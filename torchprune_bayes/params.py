@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
@@ -31,6 +32,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         >>> unwrap(torch.compile(nn.DataParallel(layer))) is layer
         True
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"Expected `model` to be an nn.Module, got {model!r}.")
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):
@@ -47,7 +50,7 @@ def prunable_parameters(
     """List the weights that pruning methods are usually applied to.
 
     These are the weights of linear and (transposed) convolution layers, of Hugging Face's
-    ``Conv1D``, and the input projection of ``nn.MultiheadAttention``. Left out are biases, norms,
+    ``Conv1D``, and the input projections of ``nn.MultiheadAttention``. Left out are biases, norms,
     embeddings, frozen weights, a weight that is tied to an embedding, the second and later
     places of other tied weights, and the output projection of ``nn.MultiheadAttention``, on which
     the host's hooks do not run.
@@ -94,16 +97,17 @@ def leaf(module: nn.Module, name: str) -> Tensor | None:
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor | None:
-    """Return the host's mask buffer of ``module.name``, or ``None`` if it was never pruned."""
-    return module._buffers.get(f"{name}_mask")
+    """Return the host's mask buffer of ``module.name``, or ``None`` if it is not pruned."""
+    pruned = f"{name}_orig" in module._parameters  # else a buffer of this name is the user's own
+    return module._buffers.get(f"{name}_mask") if pruned else None
 
 
 def without_repeats(params: ParameterPairs) -> list[tuple[nn.Module, str]]:
     """List the pairs, the second and later places of a tied tensor left out."""
-    pairs = _as_pairs(params)
-    return list(
-        {id(leaf(module, name)): (module, name) for module, name in reversed(pairs)}.values()
-    )[::-1]
+    first: dict[int, tuple[nn.Module, str]] = {}
+    for module, name in _as_pairs(params):
+        first.setdefault(id(leaf(module, name)), (module, name))
+    return list(first.values())
 
 
 @dataclass(frozen=True)
@@ -309,7 +313,7 @@ def _as_host_sees(tensor: PrunableTensor) -> Tensor:
 
 def _prunable_names(module: nn.Module) -> list[str]:
     if isinstance(module, nn.MultiheadAttention):
-        return ["in_proj_weight"]
+        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
     if type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return []
     known = isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or is_hf_conv1d(module)
@@ -343,7 +347,7 @@ def _modules_inside(
         root = item if isinstance(item, str) else names.get(id(item))
         if root not in modules:
             raise ParameterError(f"Expected `exclude` to name modules of the model, got {item!r}.")
-        skipped |= {name for name in modules if name == root or name.startswith(f"{root}.")}
+        skipped |= {name for name in modules if f"{name}.".startswith(f"{root}." if root else "")}
     return skipped
 
 
@@ -376,6 +380,8 @@ def _prunable_tensor(
     tensor = leaf(module, name)
     if tensor is None:
         raise ParameterError(f"Expected a parameter `{full}`, got none in {kind}.")
+    if is_lazy(tensor):
+        raise ParameterError(f"Expected a tensor with a shape, got the uninitialized `{full}`.")
     if not tensor.is_floating_point():
         raise ParameterError(f"Expected floating-point weights, got {tensor.dtype} in `{full}`.")
     if not tensor.requires_grad:

@@ -20,7 +20,9 @@ def snapshot(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, 
         found[f"{prefix}: parameter order"] = tuple(module._parameters)
         found[f"{prefix}: buffer order"] = tuple(module._buffers)
         found[f"{prefix}: mode"] = module.training
-        found[f"{prefix}: hooks"] = tuple(_hook(*item) for item in module._forward_pre_hooks.items())
+        found[f"{prefix}: hooks"] = tuple(
+            _hook(*item) for item in module._forward_pre_hooks.items()
+        )
         for name, tensor in {**module._parameters, **module._buffers}.items():
             found[f"{prefix}.{name}"] = _tensor(tensor)
             found[f"{prefix}.{name}.grad"] = _tensor(None if tensor is None else tensor.grad)

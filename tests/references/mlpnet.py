@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 _MEAN, _STD = 0.1307, 0.3081
 
@@ -46,6 +47,12 @@ def load_mnist(shared: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """Share of right answers, in percent."""
     return 100.0 * float((model(x).argmax(-1) == y).double().mean())
+
+
+def shuffled_batches(x: Tensor, y: Tensor) -> DataLoader[tuple[Tensor, ...]]:
+    """Batches of 512 in an order that a calibration's seed decides, indexed at once."""
+    data = TensorDataset(x, y)
+    return DataLoader(data, sampler=BatchSampler(RandomSampler(data), 512, False), batch_size=None)
 
 
 def _idx(path: Path, header: int) -> Tensor:

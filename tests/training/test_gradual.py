@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +16,14 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from torchprune_bayes import Calibration, PruningMethod, WoodFisher, prunable_parameters
+from torchprune_bayes import (
+    Calibration,
+    PruningMethod,
+    WoodFisher,
+    prunable_parameters,
+    prune_global,
+    registered_methods,
+)
 from torchprune_bayes.errors import (
     AlignmentError,
     ArgumentError,
@@ -126,14 +133,12 @@ def schedules(draw: st.DrawFn) -> Schedule:
 def test_counts_are_exact_after_every_step(schedule: Schedule, mode: str, scope: str) -> None:
     model = Network()
     pruner = GradualPruner(model, "magnitude", schedule, mode=mode, scope=scope)
-    target = 0.0
     for step in range(1, 12):
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter))
         pruner.step()
-        for due in {step, 0 if step == 1 else step}:
-            target = max(target, schedule(due)) if schedule.is_due(due) else target
+        target = max((schedule(due) for due in schedule.steps() if due <= step), default=0.0)
         found = pruned(model.weights())
         if scope == "layer":
             assert found == {"first.weight": round(48 * target), "last.weight": round(24 * target)}
@@ -158,9 +163,9 @@ def test_zeros_hold_for_ten_steps(mode: str, optimizer: str, protect: bool) -> N
     assert all(torch.equal(mask, masks[name]) for name, mask in run.pruner.masks.items())
     leaves = [tensor.leaf for tensor in ParameterSpace(run.model)]
     # Without the optimizer's help the host's hidden leaf drifts, and moments do anyway.
-    assert all((leaf == 0).any() for leaf in leaves) == (protect or mode == "zeros")
+    assert all(bool((leaf == 0).any()) for leaf in leaves) == (protect or mode == "zeros")
     moments = [v for p in leaves for v in run.optimizer.state[p].values() if v.shape == p.shape]
-    assert all(bool((moment == 0).any()) for moment in moments) == (protect or mode == "hooks")
+    assert all(bool((moment == 0).any()) for moment in moments) == protect
 
 
 def test_both_modes_train_to_the_same_weights() -> None:
@@ -177,10 +182,10 @@ def test_both_modes_train_to_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("saved_at", [1, 2, 3, 5])
+@pytest.mark.parametrize("saved_at", [1, 2, 5])
 def test_resumed_training_is_the_uninterrupted_one(mode: str, saved_at: int) -> None:
-    schedule = cubic(0.6, begin=2, end=7, every=2, initial=0.2)
-    options: dict[str, Any] = {"mode": mode, "damping": 0.01, "update": "joint"}
+    schedule = linear(0.6, begin=2, end=7, every=2, initial=0.2)
+    options: dict[str, Any] = {"mode": mode, "damping": 0.01, "update_scale": 1.0}
     whole, first = (run_of(WoodFisher, schedule, **options) for _ in range(2))
     whole.train(0, 8)
     first.train(0, saved_at)
@@ -189,7 +194,8 @@ def test_resumed_training_is_the_uninterrupted_one(mode: str, saved_at: int) -> 
     saved.seek(0)
     states = torch.load(saved, weights_only=True)
     second = run_of(WoodFisher, schedule, seed=1, **options)
-    for part, state in zip((second.pruner, second.model, second.optimizer), states, strict=True):
+    parts: tuple[Any, ...] = (second.pruner, second.model, second.optimizer)
+    for part, state in zip(parts, states, strict=True):
         part.load_state_dict(state)
     second.train(saved_at, 8)
     assert len(whole.pruner.history) == 4
@@ -217,8 +223,8 @@ def test_tensors_may_have_schedules_of_their_own(mode: str) -> None:
 def test_equal_schedules_are_one_group_and_pairs_name_tensors() -> None:
     model = Network()
     with torch.no_grad():
-        model.first.weight /= 100
-    schedule = {(model.first, "weight"): one_shot(0.5, at=1), "last.weight": one_shot(0.5, at=1)}
+        model.first.weight *= 1e-6
+    schedule = {(layer, "weight"): one_shot(0.5, at=1) for layer in (model.first, model.last)}
     pruner = GradualPruner(model, "magnitude", schedule)
     event = pruner.step()
     assert event is not None
@@ -229,7 +235,7 @@ def test_equal_schedules_are_one_group_and_pairs_name_tensors() -> None:
 class Recording(PruningMethod):
     """Prunes the first live entries; keeps the calibrations it was given; fails on request."""
 
-    seen: list[Calibration] = []
+    seen: ClassVar[list[Calibration]] = []
     fails = False
 
     def decide(self, space: ParameterSpace) -> Decision:
@@ -277,14 +283,15 @@ def test_failing_method_leaves_everything_as_it_was(
     run.train(0, 2)
     run.model(batch(0)[0]).sum().backward()
     before = [value.clone() for value in all_state(run)]
-    gradients = [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
+    gradients = {name: deepcopy(p.grad) for name, p in run.model.named_parameters()}
     state, names = run.pruner.state_dict(), list(run.model.state_dict())
     monkeypatch.setattr(Recording, "fails", True)
     with pytest.raises(RuntimeError, match="no decision"):
         run.pruner.step()
     assert names == list(run.model.state_dict())
     assert all(map(torch.equal, before, all_state(run)))
-    assert all(map(torch.equal, gradients, [p.grad for p in run.model.parameters()]))
+    for name, parameter in run.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=0, atol=0)
     assert run.pruner.state_dict()["step"] == state["step"] == 2
     assert run.pruner.state_dict()["history"] == state["history"]
     monkeypatch.setattr(Recording, "fails", False)
@@ -310,8 +317,9 @@ def test_zeros_mode_keeps_the_model_plain() -> None:
     run.train(0, 1)
     run.model(batch(0)[0]).sum().backward()
     assert list(run.model.state_dict()) == names
-    copies = [deepcopy(run.model), AveragedModel(run.model).module, Network()]
-    copies[2].load_state_dict(run.model.state_dict())
+    AveragedModel(run.model).update_parameters(run.model)
+    copies = [deepcopy(run.model), Network()]
+    copies[1].load_state_dict(run.model.state_dict())
     assert all(pruned(copy.weights()) == pruned(run.model.weights()) for copy in copies)
 
 
@@ -337,7 +345,8 @@ def test_what_is_due_at_zero_is_done_at_the_first_step(schedule: Schedule) -> No
 def test_methods_of_the_host_work_too() -> None:
     models = [Network() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    for model, method in zip(models, ["magnitude", prune.L1Unstructured], strict=True):
+    methods: list[Any] = ["magnitude", prune.L1Unstructured]
+    for model, method in zip(models, methods, strict=True):
         pruner = GradualPruner(prunable_parameters(model), method, TWICE)
         for _ in range(4):
             pruner.step()
@@ -365,7 +374,7 @@ def test_subset_and_restriction_keep_the_masks() -> None:
     for part in (space.subset(["last.weight"]), space.restricted(model.last, "weight")):
         assert part.names == ["last.weight"]
         assert torch.equal(part.masks()["last.weight"], masks["last.weight"])
-    with pytest.raises(AlignmentError, match="got 'middle.weight'"):
+    with pytest.raises(AlignmentError, match="names of the tensors"):
         space.subset(["middle.weight"])
     with pytest.raises(AlignmentError, match="calibration's model"):
         calibration_for(model).with_space(ParameterSpace(Network()))
@@ -395,9 +404,9 @@ def test_subset_and_restriction_keep_the_masks() -> None:
 def test_mistakes_show_at_once(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    given_ones = {"params": Network(), "method": "magnitude", "schedule": TWICE} | arguments
+    good: dict[str, Any] = {"params": Network(), "method": "magnitude", "schedule": TWICE}
     with pytest.raises(error, match=message):
-        GradualPruner(**given_ones)
+        GradualPruner(**good | arguments)
 
 
 def test_tensors_of_others_are_refused() -> None:
@@ -428,3 +437,39 @@ def test_foreign_state_is_refused(
         run.pruner.load_state_dict(run.pruner.state_dict() | change)
     assert all(map(torch.equal, before, all_state(run)))
     assert run.pruner.sparsity == 0.5
+
+
+@pytest.mark.parametrize("name", sorted(registered_methods()))
+def test_every_method_sees_held_masks_as_it_sees_the_hosts(name: str) -> None:
+    found = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        model = Network()
+        needed = registered_methods()[name].needs_calibration
+        pruner = GradualPruner(
+            model,
+            name,
+            linear(0.5, 1, 2, initial=0.25),
+            calibration=calibration_for(model) if needed else None,
+            mode=mode,
+        )
+        for _ in range(2):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+            pruner.step()
+        assert sum(pruned(model.weights()).values()) == 36
+        found.append(pruner.masks)
+    assert all(torch.equal(mask, found[1][tensor]) for tensor, mask in found[0].items())
+
+
+def test_amounts_by_tensor_must_name_all_tensors() -> None:
+    model = Network()
+    with pytest.raises(ArgumentError, match=r"for 0.weight, 1.weight, got first.weight"):
+        prune_global(
+            prunable_parameters(model), "magnitude", amount={"first.weight": 1}, scope="layer"
+        )
+    with pytest.raises(ArgumentError, match="of at least 0, got -1"):
+        prune_global(
+            prunable_parameters(model), "magnitude", amount={"0.weight": -1}, scope="layer"
+        )

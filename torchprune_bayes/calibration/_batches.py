@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any
 
 import torch
@@ -73,6 +72,23 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
     return map_tensors(batch, lambda tensor: tensor[start:stop])
 
 
+def samples_in(pieces: Iterable[Batch]) -> int:
+    """Number of samples in several batches."""
+    return sum(batch_size(piece) for piece in pieces)
+
+
+def sizes(total: int, size: int) -> Iterator[int]:
+    """Split ``total`` into parts of ``size``, the last one smaller where it does not divide.
+
+    Example:
+        >>> list(sizes(7, 3))
+        [3, 3, 1]
+    """
+    yield from repeat(size, total // size)
+    if total % size:
+        yield total % size
+
+
 class SampleStream:
     """The data, drawn the same way on every pass.
 
@@ -80,18 +96,24 @@ class SampleStream:
         data: Any iterable of batches. One that can be iterated only once (an iterator) is kept
             in memory as far as it was drawn.
         seed: Seeds all generators while batches are drawn, those of a ``DataLoader`` included.
+        device: The device whose generator is seeded beside the CPU's.
     """
 
-    def __init__(self, data: Iterable[Batch], seed: int) -> None:
+    def __init__(self, data: Iterable[Batch], seed: int, device: torch.device | None) -> None:
         if not isinstance(data, Iterable):
             raise ArgumentTypeError(
                 f"Expected `data` to be an iterable of batches, got {type(data).__name__}."
             )
         self.data = _Replayed(data) if isinstance(data, Iterator) else data
         self.seed = seed
+        self.device = device
 
-    def pieces(self, sizes: Iterable[int]) -> Iterator[list[Batch]]:
-        """Cut the stream into consecutive groups of ``sizes`` samples.
+    def reseeded(self, seed: int) -> SampleStream:
+        """The same data, drawn in another way."""
+        return SampleStream(self.data, seed, self.device)
+
+    def pieces(self, group_sizes: Iterable[int]) -> Iterator[list[Batch]]:
+        """Cut the stream into consecutive groups of ``group_sizes`` samples.
 
         A group that spans several batches comes as several pieces, because batches that were
         padded to different lengths cannot be joined.
@@ -99,60 +121,64 @@ class SampleStream:
         Yields:
             One list of pieces per size; the last one may hold fewer samples if the data ends.
         """
-        with self._batches() as batches:
-            current: Batch = None
-            position = available = 0
-            for size in sizes:
-                group: list[Batch] = []
-                missing = size
-                while missing:
-                    if position == available:
-                        current = next(batches, None)
-                        if current is None:
-                            break
-                        position, available = 0, batch_size(current)
-                    taken = min(missing, available - position)
-                    group.append(cut(current, position, position + taken))
-                    position, missing = position + taken, missing - taken
-                if group:
+        wanted = iter(group_sizes)
+        missing, group = next(wanted, 0), []
+        for batch in self._batches():
+            start, stop = 0, batch_size(batch)
+            while missing and start < stop:
+                taken = min(missing, stop - start)
+                group.append(cut(batch, start, start + taken))
+                start, missing = start + taken, missing - taken
+                if not missing:
                     yield group
-                if missing:
-                    return
+                    missing, group = next(wanted, 0), []
+            if not missing:
+                return
+        if group:
+            yield group
 
     def count(self) -> int:
         """Number of samples in the data, found by drawing them all once."""
-        with self._batches() as batches:
-            return sum(batch_size(batch) for batch in batches)
+        return samples_in(self._batches())
 
-    @contextmanager
-    def _batches(self) -> Iterator[Iterator[Batch]]:
-        # The global generators are swapped in only while a batch is drawn; a loader's own
-        # generators are seeded for the pass and put back after it.
-        randomness = IsolatedRandomness(self.seed)
-        generators = _generators_of(self.data)
-        states = [generator.get_state() for generator in generators]
-        for generator in generators:
-            generator.manual_seed(self.seed)
-        try:
-            yield _draw(self.data, randomness)
-        finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
+    def following(self, skipped: int, wanted: int, size: int, room_bytes: float) -> list[Batch]:
+        """Draw the samples after the first ``skipped`` ones, as far as they fit, at least a batch.
 
+        Args:
+            skipped: Samples to pass over.
+            wanted: Samples to return at most.
+            size: Largest batch.
+            room_bytes: Size of all returned batches at most, save of the first.
+        """
+        before = list(sizes(skipped, size))
+        groups = self.pieces(chain(before, sizes(wanted, size)))
+        kept: list[Batch] = []
+        for batch in chain.from_iterable(islice(groups, len(before), None)):
+            room_bytes -= sum(tensor.nbytes for tensor in tensors_in(batch))
+            if kept and room_bytes < 0:
+                break
+            kept.append(batch)
+        return kept
 
-def _draw(data: Iterable[Batch], randomness: IsolatedRandomness) -> Iterator[Batch]:
-    with randomness:
-        iterator = iter(data)
-    while True:
+    def _batches(self) -> Iterator[Batch]:
+        # All generators are swapped in only while a batch is drawn, so that a pass that is left
+        # half-way, in whatever manner, has nothing to put back.
+        randomness = IsolatedRandomness(self.seed, self.device, _generators_of(self.data))
         with randomness:
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch
+            batches = iter(self.data)
+        while True:
+            with randomness:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+            yield batch
 
 
 def _generators_of(data: Any) -> list[torch.Generator]:
-    owners = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    batch_sampler = getattr(data, "batch_sampler", None)
+    nested = [getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
+    owners = [data, getattr(data, "sampler", None), batch_sampler, *nested]
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
@@ -165,7 +191,13 @@ class _Replayed:
         self._kept: list[Batch] = []
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from self._kept
-        while fresh := list(islice(self._iterator, 1)):
-            self._kept += fresh
-            yield fresh[0]
+        index = 0  # rather than an iterator of the list, because passes may be interleaved
+        while index < len(self._kept) or self._draw():
+            yield self._kept[index]
+            index += 1
+
+    def _draw(self) -> bool:
+        for item in self._iterator:
+            self._kept.append(item)
+            return True
+        return False

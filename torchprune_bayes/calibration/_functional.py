@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_bayes.calibration._batches import Batch, batch_size, map_tensors
-from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
+from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -20,26 +20,22 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode; afterwards modes and pruned views are as they were.
+    """Put the model into eval mode; afterwards all its plain attributes are as they were.
 
-    The host's hooks assign ``module.weight = weight_orig * weight_mask`` at every forward pass,
-    which would leave tensors of this pass behind on the module.
+    These are the modes; the tensors that the host's pruning hooks and the like assign at every
+    forward pass (``module.weight = weight_orig * weight_mask``), which would leave a graph of this
+    pass behind; and what a model notes down about its inputs.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    views = [
-        (module, hook._tensor_name, module.__dict__.get(hook._tensor_name))
-        for module in model.modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, BasePruningMethod)
-    ]
-    model.eval()
+    held = [(module, dict(vars(module))) for module in model.modules()]
+    for module, _ in held:
+        module.training = False  # not by `eval()`, which layers overload to merge their weights
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
-        for module, name, view in views:
-            module.__dict__[name] = view
+        for module, attributes in held:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
 
 
 class FunctionalModel:
@@ -56,6 +52,8 @@ class FunctionalModel:
     def __init__(
         self, space: ParameterSpace, loss_fn: LossFunction | None, device: torch.device
     ) -> None:
+        if loss_fn is not None and not callable(loss_fn):
+            raise ArgumentTypeError(f"Expected `loss_fn` to be callable, got {loss_fn!r}.")
         self.space = space
         self.model = space.model
         self.loss_fn = loss_fn
@@ -71,7 +69,7 @@ class FunctionalModel:
     def move_input(self, tensor: Tensor) -> Tensor:
         """Move data to the device; half-precision inputs follow the weights to float32."""
         half = tensor.dtype in (torch.float16, torch.bfloat16)
-        return tensor.to(self.device, self.dtype if half else tensor.dtype)
+        return tensor.detach().to(self.device, self.dtype if half else tensor.dtype)
 
     def constants(self) -> dict[str, Tensor]:
         """Parameters, detached, and copies of buffers, by the names they have in the model now."""
@@ -91,6 +89,10 @@ class FunctionalModel:
         """Split the model's state, with ``weights`` put in, into trainable leaves and constants."""
         constants, leaf_names = self.constants(), self._leaf_names()
         for name, value in (weights or {}).items():
+            if name not in leaf_names:
+                raise AlignmentError(
+                    f"Expected weights of the calibration's tensors only, got {name!r}."
+                )
             constants[leaf_names[name]] = self.move(value)
         leaves = {name: constants.pop(leaf_names[name]) for name in trainable}
         return leaves, constants
@@ -99,7 +101,10 @@ class FunctionalModel:
         self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
     ) -> Tensor:
         """Mean loss over a batch, a scalar."""
-        output, target = self.output(leaves, constants, batch)
+        return self.loss_of(*self.output(leaves, constants, batch))
+
+    def loss_of(self, output: Any, target: Any) -> Tensor:
+        """Mean loss of what :meth:`output` returned, a scalar."""
         if self.loss_fn is None:
             loss = getattr(output, "loss", None)
         else:
@@ -138,7 +143,10 @@ class FunctionalModel:
             single = map_tensors(sample, lambda tensor: tensor.unsqueeze(0))
             return self.loss(trainable, constants, single)
 
-        return vmap(grad(sample_loss), in_dims=(None, 0))(dict(leaves), batch)
+        with warnings.catch_warnings():
+            # An operation that vmap loops over (attention on a CPU) is slower, not wrong.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return vmap(grad(sample_loss), in_dims=(None, 0))(dict(leaves), batch)
 
     def mean_gradients(
         self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], pieces: list[Batch]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +17,24 @@ from torchprune_bayes.calibration._batches import (
     Batch,
     SampleStream,
     batch_size,
+    cut,
     map_tensors,
-    tensors_in,
+    samples_in,
+    sizes,
 )
-from torchprune_bayes.calibration._engines import (
-    first_sample,
-    gradient_rows,
-    rows_in,
-    vmap_or_sequential,
-)
+from torchprune_bayes.calibration._engines import Engine, choose_engine
 from torchprune_bayes.calibration._functional import FunctionalModel, LossFunction, preserved
 from torchprune_bayes.calibration._randomness import IsolatedRandomness
-from torchprune_bayes.calibration._targets import with_sampled_targets
-from torchprune_bayes.errors import (
-    AlignmentError,
-    ArgumentError,
-    CalibrationError,
-    CalibrationWarning,
+from torchprune_bayes.calibration._targets import FisherTargets
+from torchprune_bayes.calibration._verification import (
+    RepeatCheck,
+    check_finite_gradients,
+    check_num_samples,
 )
+from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import ParameterPairs
 
-_LARGEST_CHUNK = 128
 _HELD_OUT_SAMPLES = 2000
 _EVALUATION_BATCH = 256
 
@@ -75,14 +70,12 @@ class Calibration:
             own predictive distribution (classification with integer labels).
         vectorize: ``"auto"``, or force (``True``) or forbid (``False``) ``torch.func.vmap``.
         device: Where to compute; default is where the model is. The model itself stays.
-        memory_mb: Budget in MiB for gradients held at one time.
-        check_deterministic: Whether the first pass verifies that model and data repeat.
+        memory_mb: Budget in MiB for gradients and activations held at one time.
+        check_deterministic: Whether it is verified that model and data repeat.
         progress: Whether long passes show a progress bar.
 
     Attributes:
         space: The ordered tensors, a :class:`~torchprune_bayes.params.ParameterSpace`.
-        engine: How gradients are computed and why, known after the first pass: ``"vmap"``,
-            ``"sequential (...)"`` or ``"mini-batch"``.
 
     Raises:
         ArgumentError: If an argument has an impossible value.
@@ -123,20 +116,20 @@ class Calibration:
         check_choice("fisher", fisher, ("empirical", "true"))
         check_choice("vectorize", vectorize, ("auto", True, False))
         check_positive("memory_mb", memory_mb)
-        _check_num_samples(num_samples, mini_batch)
+        check_num_samples(num_samples, mini_batch)
         self.space = ParameterSpace(model, params)
         place = self.space[0].leaf.device if device is None else torch.device(device)
         self._functional = FunctionalModel(self.space, loss_fn, place)
-        self._stream = SampleStream(data, seed)
+        self._stream = SampleStream(data, seed, place)
         self._num_samples = num_samples
         self.mini_batch = mini_batch
         self.fisher = fisher
         self.memory_mb = memory_mb
         self.progress = progress
-        self.engine: str | None = "mini-batch" if mini_batch > 1 else None
         self._vectorize = vectorize
-        self._to_check = check_deterministic
+        self._engine = Engine("mini-batch") if mini_batch > 1 else None
         self._held_out: list[Batch] | None = None
+        self._repeats = RepeatCheck(self._functional, seed + 1, enabled=check_deterministic)
 
     @property
     def model(self) -> nn.Module:
@@ -159,6 +152,14 @@ class Calibration:
         return self._stream.seed
 
     @property
+    def engine(self) -> str | None:
+        """How gradients are computed and why, known after the first pass.
+
+        ``"vmap"``, ``"sequential (...)"`` or ``"mini-batch"``.
+        """
+        return None if self._engine is None else self._engine.description
+
+    @property
     def num_samples(self) -> int:
         """Samples that gradients are taken from; counts the data if the number was not given.
 
@@ -169,7 +170,7 @@ class Calibration:
             found = self._stream.count()
             if found < self.mini_batch:
                 raise CalibrationError(
-                    f"Expected at least {self.mini_batch} calibration samples, got {found}."
+                    f"Expected at least {self.mini_batch} samples in the data, got {found}."
                 )
             self._num_samples = found - found % self.mini_batch
         return self._num_samples
@@ -203,9 +204,20 @@ class Calibration:
     def reseeded(self, seed: int) -> Calibration:
         """The same calibration with another draw of the samples."""
         other = copy.copy(self)
-        other._stream = SampleStream(self._stream.data, seed)
+        other._stream = self._stream.reseeded(seed)
+        other._repeats = self._repeats.restarted()
         other._held_out = None
         return other
+
+    def fresh(self, index: int) -> Calibration:
+        """The ``index``-th further draw of samples, unrelated to those of other seeds; 0 is this.
+
+        Seeds that count on from one another would give neighbouring seeds the same draws.
+        """
+        if not index:
+            return self
+        digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
+        return self.reseeded(int.from_bytes(digest[:4], "big"))
 
     def gradients(
         self,
@@ -225,36 +237,44 @@ class Calibration:
             ``[rows, stop - start]``, in all ``num_gradients`` rows, in the order of the data.
 
         Raises:
+            ArgumentError: If there are no entries in the range.
             CalibrationError: If there are fewer samples than asked, or a gradient is not finite.
         """
         live = LiveVector(self.space.masks()) if live is None else live
         start, stop = (0, live.numel) if span is None else span
         touched = live.overlap(start, stop)
-        names = [name for name, _, _ in touched]
-        with preserved(self.model), torch.no_grad():
-            leaves, constants = self._functional.bind(weights, names)
-            for found in self._gradient_rows(leaves, constants):
-                columns = [
-                    live.entries(name, found[name])[:, low:high] for name, low, high in touched
-                ]
-                rows = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-                _check_gradients(rows, columns, names)
-                yield rows
+        if not touched:
+            raise ArgumentError(f"Expected live entries in the range {start}:{stop}, got none.")
+        for found in self._gradient_rows(weights, [name for name, _, _ in touched]):
+            columns = {
+                name: live.entries(name, found[name])[:, low:high] for name, low, high in touched
+            }
+            parts = list(columns.values())
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
+                check_finite_gradients(columns)
+            yield rows
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Gradient of the mean loss over all calibration samples, by qualified name."""
-        with preserved(self.model), torch.no_grad():
-            leaves, constants = self._functional.bind(weights, self.space.names)
-            total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-            for batch in self.batches():
+        """Gradient of the mean loss over all calibration samples, by qualified name.
+
+        Raises:
+            CalibrationError: If there are fewer samples than asked, or it is not finite.
+        """
+        leaves, constants = self._functional.bind(weights, self.space.names)
+        total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        randomness = self._randomness()
+        for batch in self.batches():
+            with preserved(self.model), randomness:
                 found = self._functional.mean_gradients(leaves, constants, [batch])
-                for name, gradient in found.items():
-                    total[name] += gradient * (batch_size(batch) / self.num_samples)
+            for name, gradient in found.items():
+                total[name] += gradient * (batch_size(batch) / self.num_samples)
+        check_finite_gradients(total)
         return total
 
     def batches(self, size: int = _EVALUATION_BATCH) -> Iterator[Batch]:
         """Yield all calibration samples, on the device, in batches of at most ``size``."""
-        for pieces in self._groups(_sizes(self.num_samples, size), self.num_samples):
+        for pieces in self._groups(size):
             yield from pieces
 
     def fisher_batches(
@@ -264,18 +284,17 @@ class Calibration:
 
         These are the data's own, or with ``fisher="true"`` draws from the model at ``weights``.
         """
-        randomness = IsolatedRandomness(self.seed + 1, self.device)
+        leaves, constants = self._functional.bind(weights, self.space.names)
+        randomness, targets = self._randomness(), self._targets()
         for batch in self.batches(size):
-            if self.fisher == "true":
-                with preserved(self.model), torch.no_grad(), randomness:
-                    leaves, constants = self._functional.bind(weights, self.space.names)
-                    batch = with_sampled_targets(self._functional, leaves, constants, batch)
+            with preserved(self.model), randomness:
+                batch = targets.put_into(batch, leaves, constants)
             yield batch
 
     def loss(self, weights: Mapping[str, Tensor] | None, batch: Batch) -> Tensor:
         """Mean loss of one batch, differentiable in ``weights`` where these require gradients."""
-        with preserved(self.model):
-            _, constants = self._functional.bind(None)
+        _, constants = self._functional.bind(None)
+        with preserved(self.model), self._randomness():
             return self._functional.loss(weights or {}, constants, batch)
 
     def held_out_loss(self, weights: Mapping[str, Tensor] | None = None) -> MeanLoss:
@@ -285,121 +304,64 @@ class Calibration:
         The samples are drawn once and kept, up to an eighth of the memory budget.
         """
         if self._held_out is None:
-            self._held_out = self._draw_held_out()
+            wanted, room = min(self.num_samples, _HELD_OUT_SAMPLES), self.memory_mb * 2**20 / 8
+            drawn = self._stream.following(self.num_samples, wanted, _EVALUATION_BATCH, room)
+            self._held_out = [map_tensors(batch, self._functional.move_input) for batch in drawn]
         in_sample = not self._held_out
+        _, constants = self._functional.bind(weights)
+        randomness = self._randomness()
         total, samples = 0.0, 0
-        with preserved(self.model), torch.no_grad():
-            _, constants = self._functional.bind(weights)
-            for batch in self.batches() if in_sample else self._held_out:
-                total += float(self._functional.loss({}, constants, batch)) * batch_size(batch)
-                samples += batch_size(batch)
+        for batch in self.batches() if in_sample else self._held_out:
+            with preserved(self.model), randomness, torch.no_grad():
+                loss = self._functional.loss({}, constants, batch)
+            total += float(loss) * batch_size(batch)
+            samples += batch_size(batch)
         return MeanLoss(total / samples, samples, in_sample)
 
-    def _draw_held_out(self) -> list[Batch]:
-        wanted = min(self.num_samples, _HELD_OUT_SAMPLES)
-        sizes = chain([self.num_samples], _sizes(wanted, _EVALUATION_BATCH))
-        kept: list[Batch] = []
-        room = self.memory_mb * 2**20 / 8
-        for batch in chain.from_iterable(islice(self._groups(sizes, None), 1, None)):
-            room -= sum(tensor.nbytes for tensor in tensors_in(batch))
-            if kept and room < 0:
-                break
-            kept.append(batch)
-        return kept
-
-    def _groups(self, sizes: Iterable[int], expected: int | None) -> Iterator[list[Batch]]:
-        found = 0
-        for pieces in self._stream.pieces(sizes):
-            found += rows_in(pieces)
-            yield [map_tensors(piece, self._functional.move_input) for piece in pieces]
-        if expected is not None and found < expected:
+    def _groups(self, size: int) -> Iterator[list[Batch]]:
+        """Yield all calibration samples, on the device, ``size`` at a time, in pieces."""
+        expected, found = self.num_samples, 0
+        for pieces in self._stream.pieces(sizes(expected, size)):
+            moved = [map_tensors(piece, self._functional.move_input) for piece in pieces]
+            if not found:
+                self._repeats.begin_pass(cut(moved[0], 0, 1))
+            found += samples_in(moved)
+            yield moved
+        if found < expected:
             raise CalibrationError(
                 f"Expected {expected} calibration samples, got {found}: lower num_samples or give "
                 "more data (an iterator's samples can be drawn once only)."
             )
 
     def _gradient_rows(
-        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+        self, weights: Mapping[str, Tensor] | None, names: list[str]
     ) -> Iterator[dict[str, Tensor]]:
+        engine = self._chosen_engine()
+        leaves, constants = self._functional.bind(weights, names)
+        randomness, targets = self._randomness(), self._targets()
+        group = self.mini_batch
+        if engine.vectorized:
+            group = engine.samples_at_once(leaves, self.memory_mb)
         total = self.num_samples
-        self._check_first_pass()
-        vectorized = self.engine == "vmap"
-        group = self._chunk(leaves) if vectorized else self.mini_batch
-        randomness = IsolatedRandomness(self.seed + 1, self.device)
-        bar = tqdm(total=total, desc="Gradients", unit="sample", disable=not self.progress)
-        with bar:
-            for pieces in self._groups(_sizes(total, group), total):
-                # The model may draw random numbers, and so do labels of the true Fisher.
-                with randomness:
-                    if self.fisher == "true":
-                        pieces = [
-                            with_sampled_targets(self._functional, leaves, constants, piece)
-                            for piece in pieces
-                        ]
-                    found = list(
-                        gradient_rows(
-                            self._functional, leaves, constants, pieces, vectorized=vectorized
-                        )
-                    )
+        with tqdm(total=total, unit="sample", disable=not self.progress) as bar:
+            for pieces in self._groups(group):
+                # Nothing of the model's may be swapped while the caller has the rows.
+                with preserved(self.model), randomness:
+                    pieces = [targets.put_into(piece, leaves, constants) for piece in pieces]
+                    found = list(engine.gradient_rows(self._functional, leaves, constants, pieces))
                 yield from found
-                bar.update(rows_in(pieces))
+                bar.update(samples_in(pieces))
 
-    def _chunk(self, leaves: Mapping[str, Tensor]) -> int:
-        per_row = sum(leaf.numel() * leaf.element_size() for leaf in leaves.values())
-        affordable = int(self.memory_mb * 2**20 / 4) // per_row
-        return max(1, min(affordable, _LARGEST_CHUNK))
+    def _chosen_engine(self) -> Engine:
+        if self._engine is None:
+            sample = next(self.batches(1))
+            with preserved(self.model), self._randomness():
+                self._engine = choose_engine(self._functional, self._vectorize, sample)
+        return self._engine
 
-    def _check_first_pass(self) -> None:
-        if self.engine is not None and not self._to_check:
-            return
-        pieces = next(self._groups([1], 1))
-        sample = first_sample(pieces)
-        if self.engine is None:
-            self.engine = vmap_or_sequential(self._functional, self._vectorize, sample)
-        if self._to_check:
-            self._to_check = False
-            _warn_if_random(self._functional, sample, first_sample(next(self._groups([1], 1))))
+    def _randomness(self) -> IsolatedRandomness:
+        # The same for all batches and candidates, so that their losses can be compared.
+        return IsolatedRandomness(self.seed + 1, self.device)
 
-
-def _warn_if_random(functional: FunctionalModel, sample: Batch, again: Batch) -> None:
-    _, constants = functional.bind(None)
-    first, repeated, redrawn = (
-        float(functional.loss({}, constants, batch)) for batch in (sample, sample, again)
-    )
-    for what, other in (("model", repeated), ("data", redrawn)):
-        if other != first:
-            warn(
-                f"The {what} is not deterministic: the loss of the first calibration sample "
-                f"changed by {abs(other - first):.1e} (from {first:.6g}) on repetition, so "
-                "curvature and scores of several passes will not belong together.",
-                CalibrationWarning,
-                stacklevel=2,
-            )
-
-
-def _check_gradients(rows: Tensor, columns: list[Tensor], names: list[str]) -> None:
-    if torch.isfinite(rows.sum()):
-        return
-    bad = [name for name, part in zip(names, columns, strict=True) if not part.isfinite().all()]
-    if bad:
-        raise CalibrationError(
-            f"Expected finite gradients, got NaN or infinite ones in {', '.join(bad)}: "
-            "check the loss, the data and the weights."
-        )
-
-
-def _check_num_samples(num_samples: int | None, mini_batch: int) -> None:
-    if num_samples is None:
-        return
-    check_count("num_samples", num_samples)
-    if num_samples % mini_batch:
-        raise ArgumentError(
-            f"Expected `num_samples` to be a multiple of mini_batch={mini_batch}, "
-            f"got {num_samples}."
-        )
-
-
-def _sizes(total: int, size: int) -> Iterator[int]:
-    yield from repeat(size, total // size)
-    if total % size:
-        yield total % size
+    def _targets(self) -> FisherTargets:
+        return FisherTargets(self._functional, self.fisher, self.seed + 1)

@@ -38,8 +38,9 @@ class KroneckerFactors(SampleSums):
 
         A = (1/N) Σ_n Σ_s (a_ns/S)(a_ns/S)ᵀ        G = (1/NS) Σ_n Σ_s (S g_ns)(S g_ns)ᵀ
 
-    Biases and dependences between layers are left out. Gradients are of single samples, whatever
-    the calibration's mini-batch; the loss has to be a mean over the batch.
+    Biases and dependences between layers are left out, and of a tied weight the uses in other
+    layers than the listed one. Gradients are of single samples, whatever the calibration's
+    mini-batch; the loss has to be a mean over the batch.
 
     Supported are ``nn.Linear``, ``nn.Conv2d`` without groups and Hugging Face's ``Conv1D``.
 

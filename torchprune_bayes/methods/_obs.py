@@ -7,6 +7,7 @@ damped Fisher, ``ḡ`` mean gradient, ``u = F⁻¹ḡ``, ``η`` gradient step.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator
@@ -108,12 +109,12 @@ class ObsPruning(PruningMethod):
         self.steps, self.path, self.compat = steps, path, compat
         self.stages = int(stages) if stages != "auto" else _STAGES if staged else 1
         self.flops_power, self.flops_target = flops_power, flops_target
-        self._fisher_options: dict[str, Any] = {
-            "block_size": block_size,
-            "across_tensors": across_tensors,
-            "active_only": active_only,
-            "centred": centred,
-        }
+        self._fisher = EmpiricalFisher(
+            block_size=block_size,
+            across_tensors=across_tensors,
+            active_only=active_only,
+            centred=centred,
+        )
 
     def decide(self, space: ParameterSpace) -> Decision:
         """Choose masks and new weights of the survivors; the model is not changed.
@@ -156,16 +157,11 @@ class ObsPruning(PruningMethod):
         return weights.square() / (2.0 * diagonal)
 
     def _step(self, index: int, weights: dict[str, Tensor], masks: Masks) -> _Step:
-        calibration = self.calibration
-        if index and calibration is not None:
-            calibration = calibration.reseeded(calibration.seed + index)
         if self.curvature is not None:
             _check_fitted_to(self.curvature, masks)
-            return _Step(index, calibration, self.curvature, weights, masks)
-        fisher = EmpiricalFisher(**self._fisher_options)
-        fisher.fit(
-            self.required_calibration if calibration is None else calibration, weights, masks
-        )
+            return _Step(index, self.calibration, self.curvature, weights, masks)
+        calibration = self.required_calibration.fresh(index)
+        fisher = copy.copy(self._fisher).fit(calibration, weights, masks)
         return _Step(index, calibration, fisher, weights, masks)
 
     def _target(self, masks: Masks) -> Target:

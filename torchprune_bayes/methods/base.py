@@ -73,15 +73,7 @@ class PruningMethod(BasePruningMethod):
         scope: str = "global",
     ) -> None:
         check_choice("scope", scope, SCOPES)
-        if scope == "layer" and isinstance(amount, Mapping):
-            for name, count in amount.items():
-                check_count(f"amount of {name}", count, minimum=0)
-        else:
-            check_amount(amount)
-        if scope == "layer" and isinstance(amount, numbers.Integral):
-            raise ArgumentError(
-                f"Expected a fraction for `amount` with scope='layer', got the count {amount}."
-            )
+        _check_amount_in(scope, amount)
         self.amount = amount
         self.calibration = calibration
         self.scope = scope
@@ -287,6 +279,19 @@ def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -
     with torch.no_grad():
         for tensor in space:
             tensor.leaf.copy_(updates[tensor.name])
+
+
+def _check_amount_in(scope: str, amount: float | int | Mapping[str, int]) -> None:
+    if scope == "layer" and isinstance(amount, Mapping):
+        for name, count in amount.items():
+            check_count(f"amount['{name}']", count, minimum=0)
+        return
+    check_amount(amount)
+    if scope == "layer" and isinstance(amount, numbers.Integral):
+        raise ArgumentError(
+            "Expected a fraction, or a count for each tensor by name, for `amount` with "
+            f"scope='layer', got the count {amount}."
+        )
 
 
 def _check_like(

@@ -82,4 +82,4 @@ class HessianDiagonal(PruningMethod):
             for name, weight in weights.items()
         }
         kept = Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
-        return Decision(kept, scores=scores, info={"probes": self.probes})
+        return Decision(kept, scores=scores, info={"probes": self.probes or "exact"})

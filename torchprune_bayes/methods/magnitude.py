@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torchprune_bayes._checks import check_choice
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
@@ -17,8 +20,11 @@ class Magnitude(PruningMethod):
     the threshold comes from histograms, not from a sort of all weights.
 
     Args:
-        amount: Fraction or number of the live entries to prune.
+        amount: Fraction or number of the live entries to prune; with ``scope="layer"`` a
+            fraction, or the number for each tensor by qualified name.
         scope: ``"global"`` or ``"layer"``.
+        compat: ``"paper"`` takes over the threshold of the WoodFisher and CBS code, which prunes
+            one entry more and all ties.
 
     Raises:
         ArgumentError: If an argument has an impossible value.
@@ -38,20 +44,28 @@ class Magnitude(PruningMethod):
 
     needs_calibration = False
 
-    def __init__(self, amount: float | int, *, scope: str = "global") -> None:
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int],
+        *,
+        scope: str = "global",
+        compat: str | None = None,
+    ) -> None:
         super().__init__(amount, scope=scope)
+        check_choice("compat", compat, (None, "paper"))
+        self.compat = compat
 
     def decide(self, space: ParameterSpace) -> Decision:
         """Rank by absolute value."""
         scores = {name: value.abs() for name, value in space.values().items()}
         masks = space.masks()
-        kept = Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
-        return Decision(kept, scores=scores)
+        target = Target(masks, self.amount, scope=self.scope, strict=self.compat == "paper")
+        return Decision(target.keep(0, scores, masks), scores=scores)
 
 
 @register("layer-magnitude", title="smallest |w| of each tensor", paper="", needs_calibration=False)
 class LayerMagnitude(Magnitude):
     """:class:`Magnitude` with ``scope="layer"``: the fraction ``amount`` of every tensor goes."""
 
-    def __init__(self, amount: float | int, *, scope: str = "layer") -> None:
+    def __init__(self, amount: float | int | Mapping[str, int], *, scope: str = "layer") -> None:
         super().__init__(amount, scope=scope)

@@ -25,7 +25,7 @@ from torchprune_bayes.types import Decision, Masks, ParameterPairs
 logger = logging.getLogger("torchprune_bayes")
 
 MODES = ("zeros", "hooks")
-Schedules: TypeAlias = Schedule | Mapping[str | tuple[nn.Module, str], Schedule]
+Schedules: TypeAlias = Schedule | Mapping[Any, Schedule]
 
 
 class GradualPruner:
@@ -68,8 +68,8 @@ class GradualPruner:
         ArgumentTypeError: If something is missing or of the wrong type.
         ParameterError: If a tensor cannot be pruned.
 
-    Cost: at a due step that of the method; at others one elementwise pass over the weights. The
-    masks take one byte per weight.
+    Cost: at a due step that of the method; at others one elementwise pass over the weights, or
+    with ``optimizer`` that of :func:`~torchprune_bayes.keep_sparse`. One byte per weight.
 
     Example:
         >>> from torchprune_bayes.schedules import cubic
@@ -146,7 +146,8 @@ class GradualPruner:
             What was added to :attr:`history`, or ``None`` if nothing was pruned. If the method
             raises, nothing is pruned and the step is not counted.
         """
-        self._restore_zeros()
+        if self._handle is None:  # otherwise the optimizer's hook has done it
+            self._restore_zeros()
         now = self._step + 1
         decisions = self._decisions(now)
         event = None
@@ -187,10 +188,10 @@ class GradualPruner:
         _check_state(state, self._space)
         space = self._space.subset(state["masks"])
         masks = {t.name: state["masks"][t.name].to(t.leaf.device, torch.bool) for t in space}
-        if self.mode == "hooks":
-            apply_decision(space, Decision(masks))
-        else:
+        if self.mode == "zeros":
             self._masks = masks
+        elif masks:
+            apply_decision(space, Decision(masks))
         self._step = int(state["step"])
         self.history = [dict(event) for event in state["history"]]
         self._restore_zeros()
@@ -213,7 +214,7 @@ class GradualPruner:
     ) -> BasePruningMethod:
         options = dict(self._options)
         if self._calibration is not None and getattr(self._method, "needs_calibration", False):
-            fresh = self._calibration.reseeded(self._calibration.seed + len(self.history))
+            fresh = self._calibration.fresh(len(self.history))
             options["calibration"] = fresh.with_space(space)
         return self._method(amount=amount, **options)
 

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from torchprune_bayes import Calibration, prune_global
+from torchprune_bayes.cli._plan import estimate, in_mib, in_words
+
+MIB = 2**20
+
+
+def calibration(samples=64, **options):
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = [(torch.randn(samples, 32), torch.randint(4, (samples,)))]
+    return Calibration(model, data, cross_entropy, **options)
+
+
+def test_sizes_are_those_of_the_gradients():
+    plan = estimate(calibration())
+    assert (plan.samples, plan.gradients, plan.weights) == (64, 64, 576)
+    assert plan.gradient_mb == 64 * 576 * 4 / MIB
+    assert plan.sweeps == 1
+    assert plan.engine == "vmap"
+    assert plan.gradient_seconds > 0
+
+
+def test_mini_batches_make_fewer_gradients():
+    plan = estimate(calibration(mini_batch=4))
+    assert (plan.samples, plan.gradients, plan.engine) == (64, 16, "mini-batch")
+
+
+def test_float64_gradients_take_twice_the_memory():
+    wide = calibration()
+    wide.model.double()
+    data = [(torch.randn(64, 32).double(), torch.randint(4, (64,)))]
+    plan = estimate(Calibration(wide.model, data, cross_entropy))
+    assert plan.gradient_mb == 2 * estimate(wide_as_float32()).gradient_mb
+
+
+def wide_as_float32():
+    return calibration()
+
+
+def test_gradients_over_half_the_budget_are_swept_in_parts():
+    size = 64 * 576 * 4 / MIB
+    assert estimate(calibration(memory_mb=2.01 * size)).sweeps == 1
+    assert estimate(calibration(memory_mb=size)).sweeps == 2
+    assert estimate(calibration(memory_mb=size / 2)).sweeps == 4
+
+
+def test_the_peak_grows_with_the_budget_until_all_is_held():
+    size = 64 * 576 * 4 / MIB
+    peaks = [estimate(calibration(memory_mb=size * share)).peak_mb for share in (1, 4, 100, 1000)]
+    assert peaks[0] < peaks[1] < peaks[2]
+    assert peaks[2] == peaks[3]
+
+
+def test_pruned_weights_do_not_count():
+    pruned = calibration()
+    prune_global(pruned.pairs(), "magnitude", amount=0.5)
+    assert estimate(pruned).weights == 288
+
+
+def test_only_a_few_samples_are_drawn_and_the_calibration_stays_usable():
+    drawn = []
+
+    class Counting:
+        def __iter__(self):
+            for _ in range(1000):
+                drawn.append(1)
+                yield torch.randn(1, 32), torch.randint(4, (1,))
+
+    model = nn.Linear(32, 4)
+    counted = Calibration(model, Counting(), cross_entropy, num_samples=1000, vectorize=False)
+    before = torch.get_rng_state()
+    estimate(counted)
+    assert len(drawn) < 50
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.is_grad_enabled()
+    assert sum(len(rows) for rows in counted.gradients()) == 1000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0312, "0.031 s"), (9.96, "10 s"), (99.9, "100 s"), (119, "119 s"), (120, "2 min"),
+     (5400, "90 min"), (7200, "2 h"), (86400, "24 h")],
+)  # fmt: skip
+def test_durations_in_words(seconds, words):
+    assert in_words(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("size", "words"), [(0.0123, "0.012 MiB"), (3.69, "3.7 MiB"), (1024, "1,024 MiB")]
+)
+def test_sizes_in_words(size, words):
+    assert in_mib(size) == words

@@ -1,0 +1,62 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchprune_bayes._numerics.fisher_blocks import invert
+from torchprune_bayes._numerics.greedy import Removals, greedy_removals
+from torchprune_bayes._numerics.obs import joint_directions
+
+
+@st.composite
+def blocks(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    number, count, size = (draw(st.integers(1, high)) for high in (3, 9, 8))
+    gradients = torch.randn(number, count, size, generator=generator, dtype=torch.float64)
+    weights = torch.randn(number, size, generator=generator, dtype=torch.float64)
+    return gradients, weights, draw(st.sampled_from([1e-3, 0.1, 10.0]))
+
+
+def fishers(gradients, damping):
+    eye = torch.eye(gradients.shape[-1], dtype=torch.float64)
+    return gradients.mT @ gradients / gradients.shape[-2] + damping * eye
+
+
+@settings(max_examples=40)
+@given(blocks(), st.data())
+def test_costs_add_up_to_the_rise_of_the_quadratic_model(problem, data):
+    gradients, weights, damping = problem
+    record = greedy_removals(invert(gradients, damping), weights)
+    removed = data.draw(st.integers(0, weights.shape[-1]))
+    keep = torch.ones_like(weights).bool().scatter(-1, record.order[:, :removed], False)
+    step = joint_directions(gradients, damping, weights, keep).compensation.unsqueeze(-1)
+    rise = (step.mT @ fishers(gradients, damping) @ step).flatten() / 2
+    torch.testing.assert_close(record.costs[:, :removed].sum(-1), rise, rtol=1e-7, atol=1e-10)
+
+
+@settings(max_examples=40)
+@given(blocks())
+def test_each_removal_is_the_cheapest_of_those_left(problem):
+    gradients, weights, damping = problem
+    record = greedy_removals(invert(gradients, damping), weights)
+    for block, (fisher, w) in enumerate(zip(fishers(gradients, damping), weights, strict=True)):
+        removed = []
+        paid = 0.0
+        for step in range(len(w)):
+            totals = {}
+            for other in set(range(len(w))) - set(removed):
+                pruned = [*removed, other]
+                schur = fisher.inverse()[pruned][:, pruned].inverse()
+                totals[other] = float(w[pruned] @ schur @ w[pruned]) / 2
+            removed.append(int(record.order[block, step]))
+            assert totals[removed[-1]] <= min(totals.values()) + 1e-9 * (1 + paid)
+            paid = totals[removed[-1]]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20), st.randoms(use_true_random=False))
+def test_scores_rank_the_entries_of_a_block_in_the_order_of_removal(costs, random):
+    order = list(range(len(costs)))
+    random.shuffle(order)
+    record = Removals(torch.tensor([order]), torch.tensor([costs], dtype=torch.float64))
+    scores = record.scores()[0]
+    assert scores.argsort().tolist() == order
+    assert len(set(scores.tolist())) == len(costs)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.references import fisher as reference
+from torchprune_bayes._numerics.fisher_blocks import invert
+from torchprune_bayes._numerics.obs import (
+    joint_directions,
+    joint_directions_in_dual,
+    joint_directions_in_primal,
+    joint_directions_in_sample_space,
+    single_directions,
+)
+
+JOINT = [
+    joint_directions,
+    joint_directions_in_dual,
+    joint_directions_in_primal,
+    joint_directions_in_sample_space,
+]
+
+
+@st.composite
+def problems(draw: st.DrawFn):
+    number, size = draw(st.integers(1, 3)), draw(st.integers(1, 25))
+    count = draw(st.sampled_from([1, max(size - 1, 1), size + 1, 3 * size]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    gradients = torch.randn(number, count, size, dtype=torch.float64, generator=generator)
+    if draw(st.booleans()):
+        gradients[:, :, ::3] = 0.0
+    if draw(st.booleans()):
+        gradients[:, count // 2 :] = gradients[:, :1]
+    weights = torch.randn(number, size, dtype=torch.float64, generator=generator)
+    density = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+    keep = torch.rand(number, size, generator=generator) < density
+    return gradients, 10.0 ** draw(st.integers(-3, 0)), weights, keep
+
+
+@pytest.mark.parametrize("form", JOINT)
+@given(problem=problems(), step=st.sampled_from([0.0, 0.3, 1.0]))
+@settings(deadline=None, max_examples=50)
+def test_joint_update_solves_its_kkt_system(form, problem, step):
+    gradients, damping, weights, keep = problem
+    found = form(gradients, damping, weights, keep)
+    update = found.compensation + step * found.newton
+    for block in range(len(weights)):
+        exact = reference.joint_update(
+            gradients[block], damping, weights[block], keep[block], step
+        )
+        scale = exact.abs().max() + weights[block].abs().max()
+        assert (update[block] - exact).abs().max() <= 1e-10 * scale
+    assert torch.equal(update[~keep], -weights[~keep])
+
+
+@given(problem=problems(), step=st.sampled_from([0.0, 0.3, 1.0]))
+@settings(deadline=None, max_examples=50)
+def test_single_update_is_the_sum_of_the_updates_for_each_weight(problem, step):
+    gradients, damping, weights, keep = problem
+    found = single_directions(invert(gradients, damping), weights, keep)
+    update = found.compensation + step * found.newton
+    for block in range(len(weights)):
+        exact = reference.single_update(
+            gradients[block], damping, weights[block], keep[block], step
+        )
+        scale = exact.abs().max() + weights[block].abs().max()
+        assert (update[block] - exact).abs().max() <= 1e-9 * scale
+
+
+@given(problem=problems())
+@settings(deadline=None, max_examples=30)
+def test_the_joint_update_is_the_best_one_on_its_support(problem):
+    gradients, damping, weights, keep = problem
+    update = joint_directions(gradients, damping, weights, keep).compensation
+    single = single_directions(invert(gradients, damping), weights, keep).compensation
+    nothing = torch.where(keep, 0.0, -weights)
+    for block in range(len(weights)):
+        fisher = reference.damped_fisher(gradients[block], damping)
+        best, other, none = (d[block] @ fisher @ d[block] for d in (update, single, nothing))
+        assert best <= other * (1 + 1e-9) + 1e-12
+        assert best <= none * (1 + 1e-9) + 1e-12
+
+
+def test_float32_inputs_give_the_float64_answer():
+    gradients, weights = torch.randn(2, 30, 80), torch.randn(2, 80)
+    keep = torch.rand(2, 80) < 0.4
+    wide = joint_directions(gradients.double(), 1e-3, weights.double(), keep)
+    narrow = joint_directions(gradients, 1e-3, weights, keep)
+    torch.testing.assert_close(narrow.compensation, wide.compensation)
+    torch.testing.assert_close(narrow.newton, wide.newton)

@@ -1,0 +1,113 @@
+"""The comparison on digits: train, prune copies by every method, measure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.cli._options import options_of
+from torchprune_bayes.cli.digits import CalibrationDigits, load_digits
+from torchprune_bayes.methods import find_method, prune_global, registered_methods
+from torchprune_bayes.params import prunable_parameters
+from torchprune_bayes.reports import evaluate
+
+STRONGEST, STEPS = "woodtaylor", 5
+"""The method that is run in several steps too, and in how many."""
+
+DENSE = "dense"
+"""What the network is called before pruning."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with options, and what the table calls it."""
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method takes gradients."""
+        return find_method(self.method).needs_calibration
+
+
+def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
+    """The rows to compare: each method in one step, and some in several.
+
+    Args:
+        names: Registered methods; ``None`` for all.
+        steps: Steps for every method that takes ``steps``; ``None`` for 5 by the strongest alone.
+
+    Raises:
+        ArgumentError: If a method does not exist.
+
+    Example:
+        >>> [variant.label for variant in variants(["magnitude", "woodtaylor"], None)]
+        ['magnitude', 'woodtaylor', 'woodtaylor, 5 steps']
+    """
+    names = list(registered_methods()) if names is None else list(dict.fromkeys(names))
+    found = []
+    for name in names:
+        found.append(Variant(name, name))
+        takes_steps = "steps" in options_of(find_method(name).method)
+        several = (STEPS if name == STRONGEST else 1) if steps is None else steps
+        if takes_steps and several > 1:
+            found.append(Variant(f"{name}, {several} steps", name, {"steps": several}))
+    return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trained network, and what decides how copies of it are pruned."""
+
+    model: nn.Module
+    seed: int
+    num_samples: int
+
+    def dense(self) -> dict[str, Any]:
+        """The row of the network as it is."""
+        return self._row(DENSE, 0.0) | _measured(self.model)
+
+    def pruned(self, variant: Variant, sparsity: float) -> dict[str, Any]:
+        """The row of a pruned copy; a method that fails leaves its error in the row."""
+        row = self._row(variant.label, sparsity)
+        model = copy.deepcopy(self.model)
+        options = {"amount": sparsity, **variant.options}
+        torch.manual_seed(self.seed)  # the host's random method draws from it
+        try:
+            if variant.needs_calibration:
+                options["calibration"] = self.calibration(model)
+            begin = perf_counter()
+            prune_global(prunable_parameters(model), variant.method, **options)
+            seconds = perf_counter() - begin
+            return row | _measured(model) | {"seconds": seconds}
+        except Exception as error:  # one method must not take the others' results with it
+            reason = " ".join(str(error).split())
+            return row | {"error": f"{type(error).__name__}: {reason}"}
+
+    def calibration(self, model: nn.Module) -> Calibration:
+        """The digits as calibration data for the network or a copy of it."""
+        data = CalibrationDigits(load_digits(), self.num_samples)
+        return Calibration(model, data, cross_entropy, num_samples=self.num_samples, seed=self.seed)
+
+    def _row(self, label: str, sparsity: float) -> dict[str, Any]:
+        return {
+            "method": label,
+            "sparsity": sparsity,
+            "seed": self.seed,
+            "num_samples": self.num_samples,
+        }
+
+
+def _measured(model: nn.Module) -> dict[str, Any]:
+    metrics = asdict(evaluate(model, load_digits().test.batches()))
+    return {f"test_{name}" if name == "samples" else name: v for name, v in metrics.items()}

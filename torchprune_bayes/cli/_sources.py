@@ -1,0 +1,225 @@
+"""Models and data by the names that are typed in a shell."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model as load_safetensors
+from torch import nn
+
+from torchprune_bayes.cli._extras import optional
+from torchprune_bayes.cli.digits import CalibrationDigits, load_digits
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+
+_IMAGENET_SIZE = 224
+_NESTED = ("state_dict", "model")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches to prune with and batches to measure with."""
+
+    calibration: Iterable[Any]
+    evaluation: Iterable[Any]
+    evaluated_on: str
+
+
+def load_model(source: str, *, checkpoint: Path | None, random_init: bool) -> nn.Module:
+    """Make the model that ``source`` names and load a checkpoint into it.
+
+    Args:
+        source: ``timm:NAME``, ``hf:NAME_OR_FOLDER`` or ``module:callable``.
+        checkpoint: Weights to load, ``.safetensors`` or a file of ``torch.save`` that holds
+            tensors alone.
+        random_init: Whether timm and Hugging Face models keep their random weights.
+
+    Raises:
+        ArgumentError: If there is no such model, or the checkpoint does not fit.
+        ArgumentTypeError: If the callable returns no module.
+        MissingExtraError: If timm or transformers is not installed.
+    """
+    scheme, _, name = source.partition(":")
+    published = checkpoint is None and not random_init
+    if scheme == "timm":
+        model = _timm_model(name, published)
+    elif scheme == "hf":
+        model = _hf_model(name, published)
+    else:
+        model = _called(source)
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"Expected `{source}` to return a torch.nn.Module, got {type(model).__name__}."
+        )
+    if checkpoint is not None:
+        _load_checkpoint(model, checkpoint)
+    return model
+
+
+def load_data(
+    source: str,
+    evaluation: str | None,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    num_samples: int | None,
+) -> Data:
+    """Make the batches that ``source`` names.
+
+    Args:
+        source: ``digits``, a folder of images with one folder per class, or ``module:callable``.
+        evaluation: The same for the batches to measure with; default the test images for
+            ``digits``, else ``source``.
+        model: Decides about the preprocessing of images.
+        batch_size: Images per batch.
+        num_samples: Calibration samples; the held-out images of ``digits`` follow them.
+
+    Raises:
+        ArgumentError: If there is no such data.
+        MissingExtraError: If scikit-learn or torchvision is not installed.
+    """
+    if source == "digits":
+        calibration: Iterable[Any] = _calibration_digits(num_samples)
+    else:
+        calibration = _batches(source, model, batch_size)
+    if evaluation is None and source != "digits":
+        return Data(calibration, calibration, f"{source} (the calibration data)")
+    measured = source if evaluation is None else evaluation
+    name = "the test images of digits" if measured == "digits" else measured
+    return Data(calibration, _batches(measured, model, batch_size), name)
+
+
+def _batches(source: str, model: nn.Module, batch_size: int) -> Iterable[Any]:
+    if source == "digits":
+        return load_digits().test.batches(batch_size)
+    if Path(source).is_dir():
+        return _image_folder(Path(source), model, batch_size)
+    found = _called(source)
+    if not isinstance(found, Iterable):
+        raise ArgumentTypeError(
+            f"Expected `{source}` to return an iterable of batches, got {type(found).__name__}."
+        )
+    return list(found) if isinstance(found, Iterator) else found
+
+
+def _calibration_digits(num_samples: int | None) -> CalibrationDigits:
+    digits = load_digits()
+    available = len(digits.train)
+    wanted = available if num_samples is None else num_samples
+    if wanted > available:
+        raise ArgumentError(f"Expected at most {available} samples of the digits, got {wanted}.")
+    return CalibrationDigits(digits, wanted)
+
+
+def _called(source: str) -> Any:
+    module, _, name = source.partition(":")
+    if not name:
+        raise ArgumentError(f"Expected `module:callable`, got {source!r}, which is no folder.")
+    with _importable_from_here():
+        try:
+            found: Any = import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise ArgumentError(f"Expected `{source}` to be importable, got: {error}.") from error
+        if not isinstance(found, Callable):  # type: ignore[arg-type]
+            raise ArgumentTypeError(
+                f"Expected `{source}` to be callable, got {type(found).__name__}."
+            )
+        return found()
+
+
+@contextmanager
+def _importable_from_here() -> Iterator[None]:
+    # A console script, unlike `python -m`, does not look into the working folder.
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _timm_model(name: str, published: bool) -> Any:
+    with optional("timm", "timm"):
+        import timm
+    try:
+        return timm.create_model(name, pretrained=published)
+    except RuntimeError as error:
+        raise ArgumentError(f"Expected a model of timm, got: {_first_line(error)}") from error
+
+
+def _hf_model(name: str, published: bool) -> Any:
+    with optional("transformers", "hf"):
+        import transformers
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        architecture = (config.architectures or [None])[0]
+        kind = getattr(transformers, architecture or "AutoModel")
+        return kind.from_pretrained(name) if published else kind._from_config(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"Expected a Hugging Face model, got: {_first_line(error)}") from error
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            load_safetensors(model, path)
+        else:
+            model.load_state_dict(_state_dict(path))
+    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ArgumentError(
+            f"Expected `{path}` to hold the weights of {type(model).__name__}, got: {error}"
+        ) from error
+
+
+def _state_dict(path: Path) -> dict[str, Any]:
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    for key in _NESTED:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise RuntimeError(f"{type(found).__name__}, no dictionary of tensors")
+    return found
+
+
+def _image_folder(folder: Path, model: nn.Module, batch_size: int) -> Iterable[Any]:
+    with optional("torchvision", "timm"):
+        from torchvision.datasets import ImageFolder
+    try:
+        images = ImageFolder(folder, _image_transform(model))
+    except FileNotFoundError as error:
+        raise ArgumentError(f"Expected a folder per class, got: {error}") from error
+    # Shuffled, because the images of a folder come class by class.
+    generator = torch.Generator().manual_seed(0)
+    return torch.utils.data.DataLoader(images, batch_size, shuffle=True, generator=generator)
+
+
+def _image_transform(model: nn.Module) -> Any:
+    if hasattr(model, "pretrained_cfg"):
+        with optional("timm", "timm"):
+            from timm.data import create_transform, resolve_model_data_config
+        return create_transform(**resolve_model_data_config(model), is_training=False)
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.Resize(_IMAGENET_SIZE * 8 // 7),
+            transforms.CenterCrop(_IMAGENET_SIZE),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,169 @@
+"""``torchprune-bayes compare``: every method on a small real problem."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from time import perf_counter
+
+from tqdm.auto import tqdm
+
+from torchprune_bayes._checks import check_count, check_fraction
+from torchprune_bayes.cli._blocks import in_blocks
+from torchprune_bayes.cli._experiment import (
+    DENSE,
+    STEPS,
+    STRONGEST,
+    Trial,
+    Variant,
+    variants,
+)
+from torchprune_bayes.cli._extras import require
+from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._plan import estimate, in_mib, in_words
+from torchprune_bayes.cli.digits import load_digits, one_thread, trained_network
+from torchprune_bayes.errors import ArgumentError, TorchPruneBayesWarning
+from torchprune_bayes.reports import ResultsTable, plot_accuracy_against_sparsity
+
+_DESCRIPTION = """\
+Train a small convolutional network on real 8 x 8 images of digits, prune copies of it with
+every method at several sparsities, and compare what is left: accuracy, negative
+log-likelihood (NLL), expected calibration error (ECE) and time. Nothing is downloaded, and
+nothing is trained after pruning. One thread is used, for the network is too small for more.
+
+OUTPUT holds compare.json and compare.csv, one row per run, and compare.png.
+"""
+
+_EXAMPLES = """\
+  torchprune-bayes compare
+  torchprune-bayes compare --methods magnitude woodfisher --sparsities 0.8 0.9 --seeds 3
+  torchprune-bayes compare --methods woodfisher woodtaylor --steps 10 --output many_steps/
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "compare",
+        summary="compare all methods on a small real problem, in two minutes",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+    add = parser.add_argument
+    add("--methods", nargs="+", metavar="NAME", help="methods to compare (default: all)")
+    add(
+        "--sparsities",
+        nargs="+",
+        type=float,
+        default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98],
+        metavar="S",
+        help="fractions of the weights to prune, between 0 and 1",
+    )
+    add("--seeds", type=int, default=2, metavar="N", help="networks to train and prune")
+    add("--num-samples", type=int, default=256, metavar="N", help="images to take gradients from")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="also prune in N steps, with fresh gradients in each, by every method that can "
+        f"(default: {STEPS} by {STRONGEST} alone; 1 for none)",
+    )
+    add("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where to write")
+    add("--no-plot", action="store_true", help="write no figure, which needs matplotlib")
+    add("--quiet", action="store_true", help="print the table and nothing else")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the comparison, print and write it; returns the exit code."""
+    _check(arguments)
+    compared = variants(arguments.methods, arguments.steps)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    begin = perf_counter()
+    with one_thread(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TorchPruneBayesWarning)
+        table = _all_rows(arguments, compared)
+    print(f"{_caption(arguments)}\n\n{in_blocks(table)}")
+    files = _write(table, arguments)
+    if not arguments.quiet:
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
+            print(f"warning: {message}")
+        print(f"\nwrote {', '.join(map(str, files))} in {in_words(perf_counter() - begin)}")
+    return 1 if "error" in table.columns else 0
+
+
+def _all_rows(arguments: argparse.Namespace, compared: list[Variant]) -> ResultsTable:
+    table = ResultsTable()
+    runs = len(compared) * len(arguments.sparsities)
+    total = arguments.seeds * (1 + runs)
+    # None: no bar where stderr is no terminal.
+    with tqdm(total=total, unit="run", disable=True if arguments.quiet else None) as bar:
+        for seed in range(arguments.seeds):
+            bar.set_description("training")
+            trial = Trial(trained_network(seed), seed, arguments.num_samples)
+            table.add(**trial.dense())
+            bar.update()
+            if not seed and not arguments.quiet:
+                bar.write(_plan(trial, compared, runs * arguments.seeds))
+            for variant in compared:
+                bar.set_description(variant.label)
+                for sparsity in arguments.sparsities:
+                    table.add(**trial.pruned(variant, sparsity))
+                    bar.update()
+    return table
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    check_count("--seeds", arguments.seeds)
+    check_count("--num-samples", arguments.num_samples)
+    if arguments.steps is not None:
+        check_count("--steps", arguments.steps)
+    for sparsity in arguments.sparsities:
+        check_fraction("--sparsities", sparsity, closed=False)
+        if not sparsity:
+            raise ArgumentError("Expected `--sparsities` above 0, got 0.0: dense is always shown.")
+    largest = len(load_digits().train)
+    if arguments.num_samples > largest:
+        raise ArgumentError(
+            f"Expected `--num-samples` of at most {largest}, got {arguments.num_samples}."
+        )
+    if not arguments.no_plot:
+        require("matplotlib", "cli")
+
+
+def _plan(trial: Trial, compared: list[Variant], runs: int) -> str:
+    plan = estimate(trial.calibration(trial.model))
+    steps = sum(
+        variant.options.get("steps", 1) for variant in compared if variant.needs_calibration
+    )
+    seconds = plan.gradient_seconds * steps * runs / len(compared)
+    return (
+        f"plan: {runs} prunings of a network with {plan.weights:,} weights; {plan.samples} samples "
+        f"give {in_mib(plan.gradient_mb)} of gradients\n"
+        f"      about {in_words(seconds)} for gradients in all, an estimate from a few; solving "
+        "comes on top\n"
+    )
+
+
+def _caption(arguments: argparse.Namespace) -> str:
+    digits = load_digits()
+    networks = f"{arguments.seeds} networks" if arguments.seeds > 1 else "one network"
+    spread = ", mean ± standard deviation" if arguments.seeds > 1 else ""
+    return (
+        f"Digits, {len(digits.test)} test images, {networks}{spread}. Pruned after training, with "
+        f"no fine-tuning;\ngradients from {arguments.num_samples} training images, damping and "
+        "steps chosen on other images than these and the test images."
+    )
+
+
+def _write(table: ResultsTable, arguments: argparse.Namespace) -> list[Path]:
+    files = [arguments.output / f"compare.{ending}" for ending in ("json", "csv", "png")]
+    table.to_json(files[0])
+    table.to_csv(files[1])
+    measured = ResultsTable(row for row in table if "error" not in row)
+    if arguments.no_plot or all(row["method"] == DENSE for row in measured):
+        return files[:2]
+    plot_accuracy_against_sparsity(measured, files[2], title="Digits, no fine-tuning")
+    return files

@@ -1,0 +1,73 @@
+"""The entry point: the subcommands, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from torchprune_bayes.cli import compare, methods, prune
+from torchprune_bayes.cli._help import HelpFormatter
+from torchprune_bayes.errors import CalibrationError, NumericalError, TorchPruneBayesError
+
+_DESCRIPTION = """\
+Second-order and Bayesian pruning of PyTorch models.
+
+Without a model at hand, `torchprune-bayes compare` prunes a small network with every method
+and shows what each costs and what it keeps; it downloads nothing.
+"""
+
+_EPILOG = """\
+examples:
+  torchprune-bayes methods                         what there is
+  torchprune-bayes compare                         all methods on a small real problem
+  torchprune-bayes prune --help                    one method on your model
+
+exit codes: 0 done, 1 a method failed, 2 wrong usage
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; default those of the process.
+
+    Returns:
+        0 if all went well, 1 if a method failed, 2 for wrong usage.
+
+    Example:
+        >>> main(["methods", "magnitude"])
+        magnitude: smallest |w|
+        paper: -
+        calibration data: not needed
+        <BLANKLINE>
+        option  default
+        ------  --------
+        scope   'global'
+        0
+    """
+    arguments = build_parser().parse_args(argv)
+    arguments.command = shlex.join(["torchprune-bayes", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        return int(arguments.run(arguments))
+    except TorchPruneBayesError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, (CalibrationError, NumericalError)) else 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="torchprune-bayes",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("torchprune_bayes"))
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (methods, compare, prune):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,267 @@
+"""``torchprune-bayes prune``: one method on one model, saved for use without this package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._options import amount, parsed_options
+from torchprune_bayes.cli._plan import estimate, in_mib, in_words
+from torchprune_bayes.cli._results import count_pruned, loss_for, measure, save_pruned
+from torchprune_bayes.cli._sources import Data, load_data, load_model
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+from torchprune_bayes.methods import find_method, prune_global
+from torchprune_bayes.params import ParameterSpace, prunable_parameters
+
+_DESCRIPTION = """\
+Prune the linear and convolution weights of a model with one method and save the result.
+
+OUTPUT holds model.safetensors (plain weights with zeros: loads where this package is not
+installed), masks.safetensors (one byte per weight, True keeps) and report.json (sparsity of
+each tensor, metrics before and after, what the method did, and this command). Hugging Face
+models are saved by save_pretrained, so hf:OUTPUT loads them again.
+"""
+
+_EXAMPLES = """\
+  # runs as it is: a small network on 8 x 8 digits
+  torchprune-bayes prune --model torchprune_bayes.cli.digits:trained_network \\
+      --data digits --method woodtaylor --amount 0.9 --option steps=5
+
+  # a published image model, on images in one folder per class
+  torchprune-bayes prune --model timm:resnet18 --data imagenet/train \\
+      --eval-data imagenet/val --method woodfisher --amount 0.8 --option block_size=2000
+
+  # your own code: callables of a file in this folder
+  torchprune-bayes prune --model my_project:make_model --checkpoint weights.safetensors \\
+      --data my_project:make_loader --method magnitude --amount 0.9 --output sparse/
+
+`torchprune-bayes methods NAME` lists what --option can set.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = add_command(
+        commands,
+        "prune",
+        summary="prune a model with one method and save it",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+    _add_model_options(parser.add_argument_group("model and data"))
+    _add_method_options(parser.add_argument_group("method"))
+    group = parser.add_argument_group("running and saving")
+    group.add_argument("--device", help="where to compute (default: cuda if there is one)")
+    group.add_argument(
+        "--memory-mb", type=float, default=1024.0, metavar="MIB", help="budget for gradients"
+    )
+    group.add_argument(
+        "--output", type=Path, default=Path("pruned"), metavar="FOLDER", help="where to save"
+    )
+    parser.set_defaults(run=run)
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="SOURCE",
+        help="timm:NAME, hf:NAME_OR_FOLDER or module:callable, which returns a torch.nn.Module",
+    )
+    group.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights to load: .safetensors, or a .pt file of tensors (loaded with weights_only)",
+    )
+    group.add_argument(
+        "--random-init",
+        action="store_true",
+        help="leave timm and hf models at random weights instead of the published ones",
+    )
+    group.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="names of modules to leave dense, with everything inside, such as the classifier",
+    )
+    group.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="digits, a folder of images with a folder per class, or module:callable, which "
+        "returns an iterable of (input, target) batches or of mappings with labels",
+    )
+    group.add_argument(
+        "--eval-data",
+        metavar="SOURCE",
+        help="data to measure with, as --data (default: test images for digits, else --data)",
+    )
+    group.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="images per batch of a folder"
+    )
+
+
+def _add_method_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--method", required=True, metavar="NAME", help="see `torchprune-bayes methods`"
+    )
+    group.add_argument(
+        "--amount",
+        type=amount,
+        metavar="A",
+        help="fraction (0.9) or number (5000) of the weights to prune",
+    )
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the method, a Python literal or a word; may be repeated",
+    )
+    group.add_argument(
+        "--num-samples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="calibration samples to take gradients from",
+    )
+    group.add_argument(
+        "--mini-batch",
+        type=int,
+        default=1,
+        metavar="M",
+        help="samples averaged into one gradient: M times less memory",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of draws and of random weights"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Load, prune, measure, save; returns the exit code."""
+    options = _method_options(arguments)
+    torch.manual_seed(arguments.seed)
+    model, data = _loaded(arguments)
+    space = ParameterSpace(model, prunable_parameters(model, exclude=arguments.exclude))
+    if find_method(arguments.method).needs_calibration:
+        options["calibration"] = _calibration(arguments, model, data, space)
+    _print_plan(arguments, space, options)
+    before = None if data is None else measure(model, data.evaluation)
+    begin = perf_counter()
+    decision = prune_global(space.pairs(), arguments.method, amount=arguments.amount, **options)
+    report = {
+        "command": arguments.command,
+        "settings": {k: v for k, v in vars(arguments).items() if k not in ("run", "command")},
+        "seconds": perf_counter() - begin,
+        **count_pruned(decision.masks),
+        "metrics": None,
+        "info": decision.info,
+    }
+    if data is not None and before is not None:
+        after = measure(model, data.evaluation)
+        report["metrics"] = {"data": data.evaluated_on, "before": before, "after": after}
+    files = save_pruned(model, arguments.output, report)
+    print(_summary(report))
+    print("wrote", ", ".join(map(str, files)))
+    return 0
+
+
+def _method_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = parsed_options(arguments.method, arguments.option)
+    method: Callable[..., Any] = find_method(arguments.method).method
+    try:  # Before anything is loaded; the host's own methods raise plain exceptions.
+        method(arguments.amount, **options)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(str(error)) from error
+    return options
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[nn.Module, Data | None]:
+    model = load_model(
+        arguments.model, checkpoint=arguments.checkpoint, random_init=arguments.random_init
+    )
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model.to(device).eval()
+    except RuntimeError as error:
+        raise ArgumentError(f"Expected a device for --device, got {device!r}: {error}") from error
+    if arguments.data is None:
+        return model, None
+    data = load_data(
+        arguments.data,
+        arguments.eval_data,
+        model,
+        batch_size=arguments.batch_size,
+        num_samples=arguments.num_samples,
+    )
+    return model, data
+
+
+def _calibration(
+    arguments: argparse.Namespace, model: nn.Module, data: Data | None, space: ParameterSpace
+) -> Calibration:
+    if data is None:
+        raise ArgumentTypeError(
+            f"Expected --data for {arguments.method}, which takes gradients, got none."
+        )
+    return Calibration(
+        model,
+        data.calibration,
+        loss_for(data.calibration),
+        params=space.pairs(),
+        num_samples=arguments.num_samples,
+        mini_batch=arguments.mini_batch,
+        seed=arguments.seed,
+        memory_mb=arguments.memory_mb,
+    )
+
+
+def _print_plan(
+    arguments: argparse.Namespace, space: ParameterSpace, options: dict[str, Any]
+) -> None:
+    print(
+        f"{arguments.method} on {type(space.model).__name__}: amount {arguments.amount} of "
+        f"{space.numel:,} weights in {len(space)} tensors"
+    )
+    calibration = options.get("calibration")
+    if calibration is None:
+        print("plan: decided from the weights alone, no gradients")
+        return
+    plan = estimate(calibration)
+    calibration.progress = sys.stderr.isatty()
+    steps = options.get("steps", 1)
+    passes = f"{plan.sweeps} passes" if plan.sweeps > 1 else "1 pass"
+    print(
+        f"plan: {plan.samples:,} samples give {plan.gradients:,} gradients, {passes} over the "
+        f"data at a time{f', in {steps} steps' if steps > 1 else ''} ({plan.engine})\n"
+        f"      gradients are {in_mib(plan.gradient_mb)}, held up to a budget of "
+        f"{in_mib(calibration.memory_mb)}; peak about {in_mib(plan.peak_mb)} beside the model\n"
+        f"      about {in_words(plan.gradient_seconds * plan.sweeps * steps)} for gradients, an "
+        "estimate from a few; solving comes on top"
+    )
+
+
+def _summary(report: dict[str, Any]) -> str:
+    lines = [
+        f"pruned {report['pruned']:,} of {report['weights']:,} weights, sparsity "
+        f"{report['sparsity']:.4f}, in {in_words(report['seconds'])}"
+    ]
+    metrics = report["metrics"]
+    if metrics is not None:
+        lines += [
+            f"{name:>8}  {value:.4f} -> {metrics['after'][name]:.4f}"
+            for name, value in metrics["before"].items()
+            if name != "samples"
+        ]
+        lines.append(f"measured on {metrics['data']}, without fine-tuning")
+    return "\n".join(lines)

@@ -1,0 +1,277 @@
+"""CBS: combinatorial selection of what to prune, and the exact joint update of the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._checks import check_choice, check_count, check_fraction
+from torchprune_bayes._numerics.perturbation import perturbed_keep
+from torchprune_bayes._numerics.post_update import PostUpdateObjective
+from torchprune_bayes._numerics.swaps import SelectionObjective, swap_search
+from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes.methods._obs import Candidate, ObsPruning, _Step
+from torchprune_bayes.methods._target import Target
+from torchprune_bayes.methods.registry import register
+from torchprune_bayes.types import Masks, Scores
+
+INITIALS = ("perturbed", "magnitude", "woodfisher", "gradient", "random")
+_OBJECTIVES = {"selection": SelectionObjective, "post_update": PostUpdateObjective}
+_GRADIENT_STEPS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+_PATIENCE = 5  # iterations without a smaller loss
+
+
+@register(
+    "cbs",
+    title="combinatorial brain surgeon: swaps what to prune, then updates the rest jointly",
+    paper="arXiv:2203.04466",
+)
+class CBS(ObsPruning):
+    """Choose the weights to prune together, because the effects of some cancel one another.
+
+    `Combinatorial Brain Surgeon (Yu et al., 2022) <https://arxiv.org/abs/2203.04466>`_. CBS-S
+    starts from a mask and swaps pruned against kept weights while the quadratic model of the loss
+    falls; of the masks on the way, the one with the smallest loss on training samples is taken,
+    never one that is worse than the start. CBS-U then moves the kept weights by the exact solution
+    for all pruned ones, ``(F⁻¹)_PP λ = w_P``, ``δ = −F⁻¹_{:,P} λ``.
+
+    The search scores all pairs of ``swap_range`` weights of either side with one matrix product
+    instead of pair by pair, and its number of pruned weights is exact, so is that of the start.
+
+    Args:
+        amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
+            ``flops_target``.
+        initial: Start of the search: ``"magnitude"``; ``"perturbed"``, the best by training loss of
+            ``perturbations`` random magnitude perturbations; ``"woodfisher"``; ``"gradient"``,
+            ``|w·ḡ|``; ``"random"``.
+        perturbations: Starts to draw, that of plain magnitude included.
+        objective: What a swap must lower: ``"selection"``, the loss before the update, or
+            ``"post_update"``, after it.
+        epsilon: Smallest gain of a swap, as a share of the objective.
+        swap_range: The paper's ``ρ``: weights of either side that are paired. Here all with all.
+        max_no_match: The paper's ``τ``: lots of pairs without a swap after which the search ends.
+        max_iterations: Iterations at most; each swaps up to ``swap_range`` pairs.
+        gradient_step: Share ``η`` of the first-order term in the update, or ``"auto"``, a line
+            search on held-out loss; with several steps this descends while it prunes.
+        options: As of :class:`~torchprune_bayes.WoodFisher`: ``calibration``, ``curvature``,
+            ``block_size``, ``damping``, ``update``, ``update_scale``, ``steps``, ``path``,
+            ``scope``, and so on. Swaps stay within a block, so that the blocks' shares are those
+            of the start.
+
+    Raises:
+        ArgumentError: If an option has an impossible value.
+        ArgumentTypeError: If there is neither calibration nor curvature.
+
+    Cost per step: ``N`` gradients; per iteration ``2ND + 8NT²`` operations and a forward pass over
+    held-out samples; ``4ND`` bytes for the gradients and ``O(D + T²)`` beside them.
+
+    Example:
+        >>> import torch
+        >>> from torch.nn.utils import prune
+        >>> from torchprune_bayes import Calibration, prunable_parameters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 3))
+        >>> data = [(torch.randn(32, 8), torch.randint(3, (32,))) for _ in range(4)]
+        >>> params = prunable_parameters(model)
+        >>> calibration = Calibration(
+        ...     model, data, torch.nn.functional.cross_entropy, params=params, num_samples=64
+        ... )
+        >>> prune.global_unstructured(
+        ...     params, pruning_method=CBS, amount=0.5, calibration=calibration
+        ... )
+        >>> sum(int((module.weight == 0).sum()) for module, _ in params)
+        88
+    """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int] | None,
+        *,
+        initial: str = "perturbed",
+        perturbations: int = 50,
+        objective: str = "selection",
+        epsilon: float = 1e-4,
+        swap_range: int = 128,
+        max_no_match: int = 3,
+        max_iterations: int = 100,
+        gradient_step: float | str = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(amount, stages=1, **options)  # type: ignore[arg-type]
+        check_choice("initial", initial, INITIALS)
+        check_choice("objective", objective, _OBJECTIVES)
+        check_count("perturbations", perturbations)
+        check_fraction("epsilon", epsilon)
+        check_count("swap_range", swap_range)
+        check_count("max_no_match", max_no_match)
+        check_count("max_iterations", max_iterations, minimum=0)
+        if gradient_step != "auto":
+            check_fraction("gradient_step", gradient_step)
+        self.initial, self.perturbations, self.gradient_step = initial, perturbations, gradient_step
+        self.objective = objective
+        self._search = partial(
+            swap_search,
+            epsilon=epsilon,
+            swap_range=swap_range,
+            max_no_match=max_no_match,
+            max_iterations=max_iterations,
+        )
+
+    def gradient_steps(self) -> tuple[float, ...]:
+        """Values of ``η`` to choose from."""
+        if isinstance(self.gradient_step, str):
+            return _GRADIENT_STEPS
+        return (float(self.gradient_step),)
+
+    def _chosen_damping(self, step: _Step, target: Target, reports: list[dict[str, Any]]) -> float:
+        # Judged without a search, which would multiply its cost by the number of dampings.
+        return super()._chosen_damping(step, _Improved(**vars(target), improve=dict), reports)
+
+    def _candidates(
+        self, step: _Step, target: Target, damping: float, stages: int
+    ) -> Iterator[Candidate]:
+        if not isinstance(target, _Improved):
+            target = _Improved(**vars(target), improve=partial(self._improved, step, damping))
+        return super()._candidates(step, target, damping, stages)
+
+    def _ranked(
+        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], target: Target
+    ) -> Scores:
+        if self.initial == "woodfisher":
+            return super()._ranked(fisher, weights, target)
+        flat = fisher.live.gather(weights)
+        if self.initial == "gradient":
+            mean = torch.cat([gradients.mean(-2).flatten() for _, gradients in fisher.sweep()])
+            flat = flat * mean.to(flat)
+        if self.initial == "random":
+            flat = torch.rand(flat.shape, generator=self._generator()).to(flat)
+        return fisher.live.scatter(flat.abs())
+
+    def _improved(self, step: _Step, damping: float, start: Masks) -> Masks:
+        live = step.fisher.live
+        flat, keep = live.gather(step.weights), live.gather(start)
+        groups = self._groups(step)
+        judge = partial(self._judged, step, damping, flat)
+        best = judge(keep)
+        if self.initial == "perturbed":
+            perturbed = self._perturbed(flat, keep, groups, step.index)
+            best = min([best, *map(judge, perturbed)], key=_loss)
+        for where, gradients in step.fisher.sweep():
+            shape, since = gradients.shape[::2], 0
+            weights, kept, own = (v[where].unflatten(0, shape) for v in (flat, best.keep, groups))
+            objective = _OBJECTIVES[self.objective](gradients, weights, kept, damping)
+            for found in self._search(objective, groups=own):
+                keep = best.keep.clone()
+                keep[where] = found.flatten()
+                judged = judge(keep)
+                since = 0 if judged.loss < best.loss else since + 1
+                best = min(best, judged, key=_loss)
+                if since == _PATIENCE:
+                    break
+        return live.scatter(best.keep)
+
+    def _judged(self, step: _Step, damping: float, flat: Tensor, keep: Tensor) -> _Judged:
+        """Loss on training samples; with a curvature alone, that of the quadratic model."""
+        moved = flat
+        if self.objective == "post_update":
+            moved = flat + self._directions(step.fisher, damping, flat, keep).compensation
+        moved = torch.where(keep, moved, 0.0)
+        if step.calibration is None:
+            return _Judged(keep, step.fisher.quadratic(moved - flat))
+        loss = step.calibration.held_out_loss(step.fisher.live.scatter(moved)).value
+        return _Judged(keep, math.inf if math.isnan(loss) else loss)
+
+    def _perturbed(self, flat: Tensor, keep: Tensor, groups: Tensor, step: int) -> Iterator[Tensor]:
+        """Random magnitude perturbations that keep as many entries of each group as ``keep``."""
+        generator = self._generator(step)
+        numbers = groups.unique().tolist()
+        counts = {number: int(keep[groups == number].sum()) for number in numbers}
+        for _ in range(self.perturbations - 1):
+            other = torch.zeros_like(keep)
+            for number, count in counts.items():
+                chosen = groups == number
+                other[chosen] = perturbed_keep(flat[chosen].abs(), count, generator)
+            yield other
+
+    def _groups(self, step: _Step) -> Tensor:
+        # Entries trade places within a group: a tensor where each has its own share, else all.
+        live = step.fisher.live
+        own_shares = self.scope == "layer" or self.flops_target is not None
+        numbers = {
+            name: torch.full(mask.shape, index if own_shares else 0, device=mask.device)
+            for index, (name, mask) in enumerate(live.masks.items())
+        }
+        return live.gather(numbers).masked_fill(~live.gather(step.masks), -1)
+
+    def _generator(self, step: int = 0) -> torch.Generator:
+        seed = 0 if self.calibration is None else self.calibration.seed
+        return torch.Generator().manual_seed(seed + step)
+
+
+@dataclass(frozen=True)
+class _Improved(Target):
+    """A target whose masks are improved after they are chosen."""
+
+    improve: Callable[[Masks], Masks] = field(kw_only=True)
+
+    def keep(self, step: int, scores: Scores, masks: Masks) -> Masks:
+        return self.improve(super().keep(step, scores, masks))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a step would keep, and the loss that this means."""
+
+    keep: Tensor
+    loss: float
+
+
+def _loss(judged: _Judged) -> float:
+    return judged.loss
+
+
+@register(
+    "cbs-post-update",
+    title="CBS whose swaps lower the loss after the joint update",
+    paper="arXiv:2203.04466",
+)
+class PostUpdateCBS(CBS):
+    """:class:`CBS` with the true combinatorial objective, ``½ w_Pᵀ(F⁻¹_PP)⁻¹w_P``.
+
+    The paper splits the problem into a selection that moves nothing and an update. Here a swap is
+    scored by what is lost after the optimal update of all kept weights; 2x2 Schur complements keep
+    these scores exact from swap to swap. Masks are judged after the update as well.
+
+    Args:
+        amount: Fraction (float) or number (int) of the live entries to prune.
+        objective: As of :class:`CBS`.
+        epsilon: Smallest gain of a swap. The damping of the pruned weights is a large, almost
+            constant part of this objective, hence a smaller share.
+        options: As of :class:`CBS`.
+
+    Cost per iteration: ``3N²D + N³/3`` operations beside those of :class:`CBS`.
+
+    Example:
+        >>> from torchprune_bayes import Calibration, prune_global
+        >>> model = torch.nn.Linear(8, 3)
+        >>> data = [(torch.randn(32, 8), torch.randint(3, (32,))) for _ in range(4)]
+        >>> calibration = Calibration(model, data, torch.nn.functional.cross_entropy)
+        >>> decision = prune_global(None, PostUpdateCBS, amount=0.5, calibration=calibration)
+        >>> int(decision.masks["weight"].sum())
+        12
+    """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int] | None,
+        *,
+        objective: str = "post_update",
+        epsilon: float = 1e-6,
+        **options: Any,
+    ) -> None:
+        super().__init__(amount, objective=objective, epsilon=epsilon, **options)
