@@ -21,11 +21,14 @@ from importlib.metadata import version as _version
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher, EmpiricalFisherDiagonal, KroneckerFactors
 from torchprune_bayes.methods import (
+    CBS,
     KFAC,
     DiagonalFisher,
+    GreedyOBS,
     HessianDiagonal,
     LayerMagnitude,
     Magnitude,
+    PostUpdateCBS,
     PruningMethod,
     WoodFisher,
     WoodTaylor,
@@ -45,6 +48,7 @@ from torchprune_bayes.types import Decision, Masks, Scores
 __version__ = _version("torchprune_bayes")
 
 __all__ = [
+    "CBS",
     "KFAC",
     "Calibration",
     "Decision",
@@ -52,11 +56,13 @@ __all__ = [
     "EmpiricalFisher",
     "EmpiricalFisherDiagonal",
     "GradualPruner",
+    "GreedyOBS",
     "HessianDiagonal",
     "KroneckerFactors",
     "LayerMagnitude",
     "Magnitude",
     "Masks",
+    "PostUpdateCBS",
     "PruningMethod",
     "Scores",
     "WoodFisher",

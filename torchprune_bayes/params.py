@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import cast
+from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,13 @@ class ParameterSpace(Sequence[PrunableTensor]):
         self._tensors = [_prunable_tensor(qualified, module, name) for module, name in pairs]
         _refuse_tied(self._tensors)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int or slice, as Sequence
+    @overload
+    def __getitem__(self, index: int) -> PrunableTensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PrunableTensor]: ...
+
+    def __getitem__(self, index: int | slice) -> PrunableTensor | list[PrunableTensor]:
         return self._tensors[index]
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +13,18 @@ from torch.nn.functional import cross_entropy
 from torchprune_bayes import Calibration
 
 Pair = tuple[Tensor, Tensor]
+Sequential = Any  # nn.Sequential, of whose layers a type checker knows nothing
 CLASSES = 3
 
 
-def mlp() -> nn.Module:
+def mlp() -> Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, CLASSES)
     ).double()
 
 
-def conv_net() -> nn.Module:
+def conv_net() -> Sequential:
     """Convolutions, batch normalisation with statistics of its own, and dropout."""
     torch.manual_seed(1)
     model = nn.Sequential(
@@ -50,19 +52,24 @@ CASES = [
     pytest.param(mlp, mlp_data, id="mlp"),
     pytest.param(conv_net, conv_data, id="conv"),
 ]
-ModelFactory = Callable[[], nn.Module]
+ModelFactory = Callable[[], Sequential]
 DataFactory = Callable[[], list[Pair]]
 
 
-def collected(calibration: Calibration, **options: object) -> Tensor:
+def collected(calibration: Calibration, **options: Any) -> Tensor:
     """All rows of one pass, ``[num_gradients, D]``."""
-    return torch.cat(list(calibration.gradients(**options)))  # type: ignore[arg-type]
+    return torch.cat(list(calibration.gradients(**options)))
 
 
-def mlp_calibration(model: nn.Module | None = None, **options: object) -> Calibration:
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Equal but for the rounding of float64."""
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def mlp_calibration(model: nn.Module | None = None, **options: Any) -> Calibration:
     """A calibration of the small network; options replace or join the defaults."""
-    defaults = {"data": mlp_data(), "loss_fn": cross_entropy}
-    return Calibration(mlp() if model is None else model, **(defaults | options))  # type: ignore[arg-type]
+    defaults: dict[str, Any] = {"data": mlp_data(), "loss_fn": cross_entropy}
+    return Calibration(mlp() if model is None else model, **(defaults | options))
 
 
 def _data(batches: tuple[int, ...], shape: tuple[int, ...]) -> list[Pair]:

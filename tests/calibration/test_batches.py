@@ -51,7 +51,7 @@ class Numbers(Dataset[tuple[Tensor, Tensor]]):
         return torch.tensor(float(index)), torch.tensor(noise)
 
 
-class Stream(IterableDataset[Tensor]):
+class Stream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[float, float]]:
         for _ in range(6):
             yield random.random(), float(torch.rand(()))
@@ -162,7 +162,7 @@ def test_a_generator_of_the_loaders_own_is_seeded_and_put_back(place: str, finis
     groups = stream.pieces([8 if finished else 2])
     first = next(groups)
     assert torch.equal(generator.get_state(), before)  # also while the pass is going on
-    groups.close()
+    del groups
     assert torch.equal(generator.get_state(), before)
     torch.rand(1, generator=generator)
     again = next(stream.pieces([8 if finished else 2]))
@@ -178,15 +178,16 @@ def test_errors_of_the_data_leave_the_generators_alone(error: type[BaseException
             return super().__getitem__(index)
 
     generator = torch.Generator().manual_seed(7)
-    states = [generator.get_state(), torch.get_rng_state(), random.getstate()]
-    numpy_state = np.random.get_state(legacy=True)[1].copy()
+    states: list[Any] = [generator.get_state(), torch.get_rng_state(), random.getstate()]
+    numpy_state: Any = np.random.get_state()
     loader = DataLoader(Broken(), batch_size=2, shuffle=True, generator=generator)
     with pytest.raises(error, match="from the data"):
         drawn(loader, 10)
     assert torch.equal(generator.get_state(), states[0])
     assert torch.equal(torch.get_rng_state(), states[1])
     assert random.getstate() == states[2]
-    assert np.array_equal(np.random.get_state(legacy=True)[1], numpy_state)
+    found: Any = np.random.get_state()
+    assert np.array_equal(found[1], numpy_state[1])
 
 
 # Batches

@@ -1,5 +1,6 @@
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.calibration.cases import (
     CLASSES,
     DataFactory,
     ModelFactory,
+    assert_same,
     collected,
     conv_data,
     conv_net,
@@ -32,9 +34,6 @@ from torchprune_bayes.errors import (
     ParameterError,
 )
 
-EXACT = {"rtol": 1e-10, "atol": 1e-14}
-
-
 # Gradients
 
 
@@ -48,14 +47,14 @@ def test_gradients_are_those_of_a_backward_pass_per_sample(
     calibration = Calibration(model, data, cross_entropy, params, vectorize=vectorize)
     found = collected(calibration)
     expected = per_sample_loop(model, data, cross_entropy, params)
-    torch.testing.assert_close(found, expected, **EXACT)
+    assert_same(found, expected)
 
 
 def test_biases_and_a_part_of_the_weights_can_be_asked_for_in_any_order() -> None:
     model, data = mlp(), mlp_data()
     params = [(model[3], "weight"), (model[0], "bias")]
     found = collected(Calibration(model, data, cross_entropy, params))
-    torch.testing.assert_close(found, per_sample_loop(model, data, cross_entropy, params), **EXACT)
+    assert_same(found, per_sample_loop(model, data, cross_entropy, params))
 
 
 def test_a_pruned_tensor_has_gradients_at_its_live_entries_only() -> None:
@@ -68,7 +67,7 @@ def test_a_pruned_tensor_has_gradients_at_its_live_entries_only() -> None:
     kept = torch.cat([mask.flatten() for mask in calibration.space.masks().values()])
     expected = per_sample_loop(model, data, cross_entropy, calibration.pairs())
     assert found.shape[1] == int(kept.sum()) < kept.numel()
-    torch.testing.assert_close(found, expected[:, kept], **EXACT)
+    assert_same(found, expected[:, kept])
 
 
 def test_a_weight_that_the_loss_does_not_reach_has_a_gradient_of_zero() -> None:
@@ -96,7 +95,7 @@ def test_gradients_are_taken_at_the_weights_that_are_given() -> None:
         for tensor in calibration.space:
             tensor.leaf.mul_(0.5)
     expected = per_sample_loop(model, data, cross_entropy, calibration.pairs())
-    torch.testing.assert_close(found, expected, **EXACT)
+    assert_same(found, expected)
 
 
 def test_weights_of_unknown_tensors_are_refused() -> None:
@@ -119,7 +118,7 @@ def test_spans_of_the_live_vector_join_to_the_whole(share: float, numbers: st.Da
     cuts = numbers.draw(st.lists(st.integers(0, live.numel), max_size=3))
     edges = sorted({0, *cuts, live.numel})
     parts = [collected(calibration, live=live, span=span) for span in pairwise(edges)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, **EXACT)
+    assert_same(torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("span", [(3, 3), (10**6, 10**6 + 1)])
@@ -137,14 +136,14 @@ def test_a_mini_batch_gives_the_mean_of_its_samples_wherever_the_batches_end(
     found = collected(calibration)
     assert calibration.engine == "mini-batch"
     assert len(found) == calibration.num_gradients == 12 // mini_batch
-    torch.testing.assert_close(found, single.unflatten(0, (-1, mini_batch)).mean(1), **EXACT)
+    assert_same(found, single.unflatten(0, (-1, mini_batch)).mean(1))
 
 
 def test_the_mean_gradient_is_the_mean_of_all_gradients() -> None:
     calibration = mlp_calibration(num_samples=10)
     mean = calibration.mean_gradient()
     joined = torch.cat([mean[name].flatten() for name in calibration.space.names])
-    torch.testing.assert_close(joined, collected(calibration).mean(0), **EXACT)
+    assert_same(joined, collected(calibration).mean(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -160,7 +159,7 @@ def test_half_precision_models_are_differentiated_in_float32(
     )
     expected = collected(Calibration(wide, [(inputs.float(), labels)], cross_entropy))
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
+    assert_same(found, expected)
 
 
 # Memory
@@ -215,12 +214,20 @@ def test_a_reseeded_calibration_draws_other_samples() -> None:
     assert torch.equal(collected(mlp_calibration(data=loader, num_samples=8, seed=1)), other)
 
 
+def test_further_draws_are_unrelated_to_those_of_neighbouring_seeds() -> None:
+    calibrations = [mlp_calibration(seed=seed) for seed in range(3)]
+    assert calibrations[0].fresh(0) is calibrations[0]
+    seeds = [calibration.fresh(index).seed for calibration in calibrations for index in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    assert calibrations[1].fresh(2).seed == calibrations[1].fresh(2).seed
+
+
 def test_a_restricted_calibration_keeps_one_tensor() -> None:
     model = mlp()
     calibration = mlp_calibration(model)
     whole = collected(calibration)
     found = collected(calibration.restricted(model[3], "weight"))
-    torch.testing.assert_close(found, whole[:, -7 * CLASSES :], **EXACT)
+    torch.testing.assert_close(found, whole[:, -7 * CLASSES :])
     with pytest.raises(AlignmentError):
         calibration.restricted(model[0], "bias")
 
@@ -242,7 +249,7 @@ def test_the_loss_can_be_differentiated_by_weights() -> None:
     loss = calibration.loss(leaves, batch)
     found = torch.autograd.grad(loss, list(leaves.values()))
     rows = collected(calibration)[: len(batch[0])]
-    torch.testing.assert_close(torch.cat([g.flatten() for g in found]), rows.mean(0), **EXACT)
+    assert_same(torch.cat([g.flatten() for g in found]), rows.mean(0))
 
 
 def test_the_held_out_loss_is_of_the_samples_after_the_calibration_samples() -> None:
@@ -304,7 +311,7 @@ def test_the_held_out_loss_is_at_the_weights_that_are_given() -> None:
     ],
 )
 def test_impossible_arguments_are_refused(
-    options: dict[str, object], kind: type[Exception], message: str
+    options: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(kind, match=message):
         mlp_calibration(**options)
@@ -345,7 +352,7 @@ def test_finite_gradients_with_an_overflowing_sum_are_no_error() -> None:
     model = nn.Linear(2, 1, bias=False)
     data = [(torch.tensor([[3e38, 3e38]]), torch.zeros(1, 1))]
     found = collected(Calibration(model, data, lambda output, target: output.sum() + target.sum()))
-    torch.testing.assert_close(found, torch.tensor([[3e38, 3e38]]))
+    assert_same(found, torch.tensor([[3e38, 3e38]]))
 
 
 @pytest.mark.parametrize("loss_fn", [None, lambda output, target: output, lambda output, target: 1])
@@ -365,4 +372,4 @@ def test_a_regression_loss_works() -> None:
     data = [(x, torch.randn(len(x), CLASSES, dtype=torch.float64)) for x, _ in mlp_data()]
     params = prunable_parameters(model)
     found = collected(Calibration(model, data, mse_loss, params))
-    torch.testing.assert_close(found, per_sample_loop(model, data, mse_loss, params), **EXACT)
+    torch.testing.assert_close(found, per_sample_loop(model, data, mse_loss, params))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
-from tests.calibration.cases import collected, conv_net
+from tests.calibration.cases import assert_same, collected, conv_net
 from tests.contracts.state import unchanged
 from torchprune_bayes import Calibration, prunable_parameters
 from torchprune_bayes.calibration._functional import FunctionalModel, preserved
@@ -21,13 +21,14 @@ class Noting(nn.Module):
         super().__init__()
         self.layer = nn.Linear(5, 3)
         self.calls = 0
+        self.moved: Tensor
         self.register_buffer("uses", torch.zeros(()))
         self.register_buffer("moved", torch.zeros(()))
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.calls += 1
         self.last = self.layer(inputs)
-        self.uses += 1
+        self.get_buffer("uses").add_(1)
         self.moved = self.moved + 1
         return self.last
 
@@ -35,7 +36,7 @@ class Noting(nn.Module):
 class Merging(nn.Linear):
     """Adds something to its weight when it is put into eval mode, as adapters do."""
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> "Merging":
         if not mode:
             self.weight.data += 1.0
         return super().train(mode)
@@ -107,10 +108,11 @@ def test_a_tied_weight_can_be_given_by_either_of_its_names() -> None:
     data = [(torch.arange(6), torch.randint(6, (6,)))]
     cross_entropy(model(data[0][0]), data[0][1]).backward()
     expected = model.head.weight.grad
+    assert expected is not None
     for layer in (model.embedding, model.head):
         calibration = Calibration(model, data, cross_entropy, [(layer, "weight")])
         (found,) = calibration.mean_gradient().values()
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+        assert_same(found, expected)
         torch.testing.assert_close(collected(calibration).mean(0), found.flatten())
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from tests.calibration.cases import (
     CLASSES,
     Pair,
+    Sequential,
     collected,
     conv_data,
     conv_net,
@@ -34,7 +35,7 @@ USES: dict[str, Callable[[Calibration], Any]] = {
 }
 
 
-def trained(model: nn.Module, data: list[Pair]) -> nn.Module:
+def trained(model: Sequential, data: list[Pair]) -> Sequential:
     """With gradients, modes of its own in places, a frozen part and a half-pruned history."""
     prune.l1_unstructured(model[0], "weight", amount=0.3)
     cross_entropy(model(data[0][0]), data[0][1]).backward()
@@ -73,7 +74,7 @@ def test_a_pass_that_is_left_half_way_leaves_everything_as_it_was() -> None:
         closed, forgotten = calibration.gradients(), calibration.gradients()
         next(closed)
         next(forgotten)  # still suspended when the states are compared
-        closed.close()
+        del closed
 
 
 def test_two_passes_at_once_do_not_disturb_each_other() -> None:
@@ -160,13 +161,13 @@ def _tied() -> nn.Module:
     return model
 
 
-def _parametrized() -> nn.Module:
+def _parametrized() -> Sequential:
     model = mlp()
     parametrizations.weight_norm(model[0])
     return model
 
 
-def _frozen() -> nn.Module:
+def _frozen() -> Sequential:
     model = mlp()
     model[0].weight.requires_grad_(False)
     return model

@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ def interrupted() -> None:
 
 
 def states() -> tuple[bytes, object, bytes]:
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), numpy_state[1].tobytes()
 
 

@@ -172,8 +172,18 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_done(
 
 def test_by_default_all_methods_run_and_woodtaylor_in_several_steps_too():
     found = variants(None, None)
-    assert [v.method for v in found if not v.options] == list(registered_methods())
-    assert [(v.method, v.options) for v in found if v.options] == [("woodtaylor", {"steps": 5})]
+    assert [v.method for v in found if "steps" not in v.options] == list(registered_methods())
+    several = [(v.method, v.options) for v in found if "steps" in v.options]
+    assert several == [("woodtaylor", {"steps": 20})]
+
+
+def test_slow_methods_are_limited_and_the_table_says_so(tmp_path, capsys):
+    (limited,) = variants(["hessian-diagonal"], None)
+    assert limited.options == {"probes": 64}
+    words = ["--methods", "hessian-diagonal", "--sparsities", 0.5, "--no-plot"]
+    assert compare(*words, "--output", tmp_path, *SMALL) == 0
+    assert "hessian-diagonal with probes=64" in capsys.readouterr().out
+    assert json.loads((tmp_path / "compare.json").read_text())[1]["options"] == "probes=64"
 
 
 def test_steps_are_for_every_method_that_takes_them():

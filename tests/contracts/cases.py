@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchprune_bayes import Calibration, registered_methods
 from torchprune_bayes.types import ParameterPairs
 
-INPUTS, CLASSES, SAMPLES = 6, 3, 24
+INPUTS, CLASSES, SAMPLES = 6, 3, 16
 
 
 def mlp(*, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:

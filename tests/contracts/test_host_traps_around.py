@@ -114,9 +114,12 @@ def test_t17_optimizer_states_fit_before_and_after():
 def test_t18_the_output_projection_of_attention_is_refused():
     """Its forward pre-hook never runs: masks would be invisible to the forward pass."""
     model = nn.MultiheadAttention(8, 2)
+    place = [(model.out_proj, "weight")]
+    options = {"amount": 0.5, "calibration": Calibration(model, [], cross_entropy, params=place)}
     for call in (
-        lambda: prune_global([(model.out_proj, "weight")], Magnitude, amount=0.5),
+        lambda: prune_global(place, Magnitude, amount=0.5),
         lambda: Magnitude.apply(model.out_proj, "weight", amount=0.5),
+        lambda: prune.global_unstructured(place, WoodFisher, **options),
     ):
         with unchanged(model), pytest.raises(ParameterError, match="whose hooks never run"):
             call()

@@ -140,7 +140,7 @@ def test_applying_changes_weights_and_masks_alone(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("amount", [0.0, 0.1, 0.9, 1.0, 0, 1, 45])
+@pytest.mark.parametrize("amount", [0.0, 0.1, 0.9, 1.0, 1])
 def test_exactly_as_many_go_as_asked(name, amount):
     model = mlp()
     if isinstance(amount, int) and is_layerwise(name):

@@ -121,3 +121,11 @@ def test_flops_end_just_within_the_budget(case, share, steps, seed):
     if count(gone):
         last = max(gone, key=lambda name: max(scores[name][gone[name]].tolist(), default=-math.inf))
         assert sum(flops.values()) + costs[last] > budget
+
+
+@pytest.mark.parametrize(("size", "share", "left"), [(5, 0.2, 1), (10, 0.2, 2), (25, 0.44, 11)])
+def test_flops_budgets_met_exactly_are_not_missed_by_rounding(size, share, left):
+    scores, masks = random_case([size], 1.0, 0)
+    target = Target(masks, 0.0, steps=2, costs={"0": 1.0}, flops_target=share)
+    halfway = target.keep(0, scores, masks)
+    assert count(target.keep(1, scores, halfway)) == left

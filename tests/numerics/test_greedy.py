@@ -52,6 +52,19 @@ def test_each_removal_is_the_cheapest_of_those_left(problem):
             paid = totals[removed[-1]]
 
 
+@settings(max_examples=40)
+@given(blocks(), st.data())
+def test_a_pattern_keeps_n_of_every_m(problem, data):
+    gradients, weights, damping = problem
+    size = data.draw(st.sampled_from([m for m in (1, 2, 3, 4) if weights.shape[-1] % m == 0]))
+    kept = data.draw(st.integers(0, size))
+    record = greedy_removals(invert(gradients, damping), weights, kept=kept, size=size)
+    every = torch.arange(weights.shape[-1]).expand_as(record.order)
+    assert torch.equal(record.order.sort().values, every)
+    keep = torch.zeros_like(weights).scatter(-1, record.order, record.costs.isinf().double())
+    assert (keep.unflatten(-1, (-1, size)).sum(-1) == kept).all()
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=20), st.randoms(use_true_random=False))
 def test_scores_rank_the_entries_of_a_block_in_the_order_of_removal(costs, random):
     order = list(range(len(costs)))

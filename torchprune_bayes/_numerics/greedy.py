@@ -48,12 +48,17 @@ class Removals(NamedTuple):
         return torch.zeros_like(ranked).scatter(-1, self.order, ranked)
 
 
-def greedy_removals(inverse: InverseFisher, weights: Tensor) -> Removals:
-    """Remove all entries of each block one by one, every time the one that costs the least.
+def greedy_removals(
+    inverse: InverseFisher, weights: Tensor, *, kept: int = 0, size: int = 1
+) -> Removals:
+    """Remove the entries of each block one by one, every time the one that costs the least.
 
     Args:
         inverse: Inverse Fisher of the blocks.
         weights: ``[blocks, B]``.
+        kept: ``N`` of an N:M pattern: so many of every ``M`` consecutive entries stay. They come
+            last in the order, at infinite cost.
+        size: ``M``, a divisor of ``B``.
 
     Cost: ``2B³`` multiplications and ``8B²`` bytes per block, in ``B`` steps over all blocks.
 
@@ -63,20 +68,24 @@ def greedy_removals(inverse: InverseFisher, weights: Tensor) -> Removals:
         >>> greedy_removals(alike, torch.tensor([[2.0, 1.0, 9.0]])).order
         tensor([[1, 2, 0]])
     """
-    blocks, size = weights.shape
-    every = torch.arange(size, device=weights.device).expand(blocks, -1)
+    blocks, entries = weights.shape
+    every = torch.arange(entries, device=weights.device).expand(blocks, -1)
     matrix = inverse.columns(every)
     rest = weights.double().clone()
     left = torch.ones_like(rest, dtype=torch.bool)
-    order, costs = torch.zeros_like(every), torch.zeros_like(rest)
-    for step in range(size):
+    order, costs = torch.zeros_like(every), torch.full_like(rest, torch.inf)
+    removals = entries - entries // size * kept
+    for step in range(removals):
+        spare = left.unflatten(-1, (-1, size)).sum(-1) > kept
+        free = left & spare.repeat_interleave(size, dim=-1)
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        scores = (rest.square() / (2.0 * diagonal)).masked_fill(~left, torch.inf)
+        scores = (rest.square() / (2.0 * diagonal)).masked_fill(~free, torch.inf)
         cost, chosen = scores.min(-1, keepdim=True)
         order[:, step], costs[:, step] = chosen[:, 0], cost[:, 0]
-        column = matrix.gather(-1, chosen.unsqueeze(-2).expand(-1, size, -1)).squeeze(-1)
+        column = matrix.gather(-1, chosen.unsqueeze(-2).expand(-1, entries, -1)).squeeze(-1)
         scaled = column / diagonal.gather(-1, chosen)
         rest -= scaled * rest.gather(-1, chosen)
         matrix.baddbmm_(column.unsqueeze(-1), scaled.unsqueeze(-2), alpha=-1.0)
         left.scatter_(-1, chosen, False)
+    order[:, removals:] = every[left].unflatten(0, (blocks, -1))
     return Removals(order, costs)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -123,16 +124,20 @@ class FunctionalModel:
         """Run the model on a batch; returns its output and the target (``None``: its own loss)."""
         leaf_names = self._leaf_names()
         state = {**constants, **{leaf_names[name]: leaf for name, leaf in leaves.items()}}
-        if not isinstance(batch, Mapping):
-            inputs, target = batch
-            if isinstance(inputs, Mapping):
-                return functional_call(self.model, state, (), dict(inputs)), target
-            return functional_call(self.model, state, _as_args(inputs)), target
-        if self.loss_fn is None:
-            return functional_call(self.model, state, (), dict(batch)), None
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        output = functional_call(self.model, state, (), inputs)
-        return getattr(output, "logits", output), batch.get("labels")
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _uncompiled():
+                return functional_call(self.model, state, args, kwargs)
+
+        if isinstance(batch, Mapping):
+            if self.loss_fn is None:
+                return run(**batch), None
+            output = run(**{key: value for key, value in batch.items() if key != "labels"})
+            return getattr(output, "logits", output), batch.get("labels")
+        inputs, target = batch
+        if isinstance(inputs, Mapping):
+            return run(**inputs), target
+        return run(*_as_args(inputs)), target
 
     def per_sample_gradients(
         self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
@@ -166,6 +171,13 @@ class FunctionalModel:
 
     def _leaf_names(self) -> dict[str, str]:
         return {tensor.name: tensor.leaf_name for tensor in self.space}
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    # Compiled parts would be compiled again for these weights, and Dynamo traces hooks as well.
+    # Where it was never loaded there are none, and loading it takes seconds.
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def _as_args(inputs: Any) -> tuple[Any, ...]:

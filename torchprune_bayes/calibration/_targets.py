@@ -70,7 +70,7 @@ def _label_shift(loss: Tensor, logits: Tensor, labels: Tensor) -> int:
         length = labels.shape[-1] - shift
         kept = logits[..., :length, :].flatten(0, -2)
         plain = cross_entropy(kept, labels[..., shift:].flatten(), ignore_index=_IGNORED)
-        if torch.isclose(plain, loss, rtol=1e-5, atol=1e-7, equal_nan=True):
+        if torch.isclose(plain.to(loss), loss, rtol=1e-5, atol=1e-7, equal_nan=True):
             return shift
     raise CalibrationError(
         "Expected the mean cross-entropy of the logits as the loss for fisher='true', got another "

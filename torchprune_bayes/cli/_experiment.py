@@ -19,8 +19,11 @@ from torchprune_bayes.methods import find_method, prune_global, registered_metho
 from torchprune_bayes.params import prunable_parameters
 from torchprune_bayes.reports import evaluate
 
-STRONGEST, STEPS = "woodtaylor", 5
+STRONGEST, STEPS = "woodtaylor", 20
 """The method that is run in several steps too, and in how many."""
+
+LIMITS = {"probes": 64}
+"""Options that keep the comparison short, for the methods that have them."""
 
 DENSE = "dense"
 """What the network is called before pruning."""
@@ -39,29 +42,34 @@ class Variant:
         """Whether the method takes gradients."""
         return find_method(self.method).needs_calibration
 
+    @property
+    def shown_options(self) -> str:
+        """The options as they are typed after ``--option``."""
+        return " ".join(f"{key}={value}" for key, value in self.options.items())
+
 
 def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
     """The rows to compare: each method in one step, and some in several.
 
     Args:
         names: Registered methods; ``None`` for all.
-        steps: Steps for every method that takes ``steps``; ``None`` for 5 by the strongest alone.
+        steps: Steps for every method that takes ``steps``; ``None`` for 20 by the strongest alone.
 
     Raises:
         ArgumentError: If a method does not exist.
 
     Example:
         >>> [variant.label for variant in variants(["magnitude", "woodtaylor"], None)]
-        ['magnitude', 'woodtaylor', 'woodtaylor, 5 steps']
+        ['magnitude', 'woodtaylor', 'woodtaylor, 20 steps']
     """
-    names = list(registered_methods()) if names is None else list(dict.fromkeys(names))
     found = []
-    for name in names:
-        found.append(Variant(name, name))
-        takes_steps = "steps" in options_of(find_method(name).method)
+    for name in registered_methods() if names is None else dict.fromkeys(names):
+        known = options_of(find_method(name).method)
+        options = {key: limit for key, limit in LIMITS.items() if key in known}
+        found.append(Variant(name, name, options))
         several = (STEPS if name == STRONGEST else 1) if steps is None else steps
-        if takes_steps and several > 1:
-            found.append(Variant(f"{name}, {several} steps", name, {"steps": several}))
+        if "steps" in known and several > 1:
+            found.append(Variant(f"{name}, {several} steps", name, options | {"steps": several}))
     return found
 
 
@@ -79,7 +87,7 @@ class Trial:
 
     def pruned(self, variant: Variant, sparsity: float) -> dict[str, Any]:
         """The row of a pruned copy; a method that fails leaves its error in the row."""
-        row = self._row(variant.label, sparsity)
+        row = self._row(variant.label, sparsity) | {"options": variant.shown_options}
         model = copy.deepcopy(self.model)
         options = {"amount": sparsity, **variant.options}
         torch.manual_seed(self.seed)  # the host's random method draws from it

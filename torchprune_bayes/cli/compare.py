@@ -13,6 +13,7 @@ from torchprune_bayes._checks import check_count, check_fraction
 from torchprune_bayes.cli._blocks import in_blocks
 from torchprune_bayes.cli._experiment import (
     DENSE,
+    LIMITS,
     STEPS,
     STRONGEST,
     Trial,
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     with one_thread(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TorchPruneBayesWarning)
         table = _all_rows(arguments, compared)
-    print(f"{_caption(arguments)}\n\n{in_blocks(table)}")
+    print(f"{_caption(arguments, compared)}\n\n{in_blocks(table)}")
     files = _write(table, arguments)
     if not arguments.quiet:
         for message in dict.fromkeys(str(warning.message) for warning in caught):
@@ -147,15 +148,22 @@ def _plan(trial: Trial, compared: list[Variant], runs: int) -> str:
     )
 
 
-def _caption(arguments: argparse.Namespace) -> str:
-    digits = load_digits()
-    networks = f"{arguments.seeds} networks" if arguments.seeds > 1 else "one network"
-    spread = ", mean ± standard deviation" if arguments.seeds > 1 else ""
-    return (
-        f"Digits, {len(digits.test)} test images, {networks}{spread}. Pruned after training, with "
-        f"no fine-tuning;\ngradients from {arguments.num_samples} training images, damping and "
-        "steps chosen on other images than these and the test images."
+def _caption(arguments: argparse.Namespace, compared: list[Variant]) -> str:
+    several = arguments.seeds > 1
+    networks = (
+        f"{arguments.seeds} networks, mean ± standard deviation" if several else "one network"
     )
+    lines = [
+        f"Digits: {len(load_digits().test)} test images, {networks}; pruned after training, no "
+        "fine-tuning.",
+        f"Gradients come from {arguments.num_samples} training images; damping and step sizes are "
+        "chosen on images of neither part.",
+    ]
+    limits = [variant for variant in compared if set(variant.options) & set(LIMITS)]
+    if limits:
+        shown = ", ".join(f"{variant.label} with {variant.shown_options}" for variant in limits)
+        lines.append(f"Not at its defaults, to save time: {shown}.")
+    return "\n".join(lines)
 
 
 def _write(table: ResultsTable, arguments: argparse.Namespace) -> list[Path]:

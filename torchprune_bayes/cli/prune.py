@@ -245,7 +245,7 @@ def _print_plan(
         f"plan: {plan.samples:,} samples give {plan.gradients:,} gradients, {passes} over the "
         f"data at a time{f', in {steps} steps' if steps > 1 else ''} ({plan.engine})\n"
         f"      gradients are {in_mib(plan.gradient_mb)}, held up to a budget of "
-        f"{in_mib(calibration.memory_mb)}; peak about {in_mib(plan.peak_mb)} beside the model\n"
+        f"{in_mib(calibration.memory_mb)}; peak up to about {in_mib(plan.peak_mb)} beside the model\n"
         f"      about {in_words(plan.gradient_seconds * plan.sweeps * steps)} for gradients, an "
         "estimate from a few; solving comes on top"
     )

@@ -1,7 +1,9 @@
 """The pruning methods, and what applies them to models."""
 
 from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.cbs import CBS, PostUpdateCBS
 from torchprune_bayes.methods.diagonal_fisher import DiagonalFisher
+from torchprune_bayes.methods.greedy_obs import GreedyOBS
 from torchprune_bayes.methods.hessian_diagonal import HessianDiagonal
 from torchprune_bayes.methods.host import (
     apply_decision,
@@ -25,11 +27,14 @@ from torchprune_bayes.methods.woodfisher import WoodFisher
 from torchprune_bayes.methods.woodtaylor import WoodTaylor
 
 __all__ = [
+    "CBS",
     "KFAC",
     "DiagonalFisher",
+    "GreedyOBS",
     "HessianDiagonal",
     "LayerMagnitude",
     "Magnitude",
+    "PostUpdateCBS",
     "PruningMethod",
     "Random",
     "RegisteredMethod",
