@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from torchprune_bayes.methods import Magnitude, registered_methods
 from torchprune_bayes.methods.registry import _METHODS, register
 from torchprune_bayes.reports import evaluate
 
+trained = cache(trained_network)
 SMALL = ["--seeds", "1", "--num-samples", "32"]
+
+
+@pytest.fixture(autouse=True)
+def _trained_once(monkeypatch):
+    monkeypatch.setattr("torchprune_bayes.cli.compare.trained_network", trained)
 
 
 @pytest.fixture
@@ -196,7 +203,7 @@ def test_steps_are_for_every_method_that_takes_them():
 
 
 def test_a_trial_prunes_a_copy_to_the_sparsity():
-    trial = Trial(trained_network(0), 0, 16)
+    trial = Trial(trained(0), 0, 16)
     before = {name: value.clone() for name, value in trial.model.state_dict().items()}
     first = trial.pruned(Variant("random", "random"), 0.9)
     again = trial.pruned(Variant("random", "random"), 0.9)

@@ -38,6 +38,12 @@ def test_defaults_in_help_are_written_as_they_are_typed(capsys):
     words = " ".join(capsys.readouterr().out.split())
     assert "(default: 0.5 0.7 0.8 0.9 0.95 0.98)" in words
     assert "(default: results)" in words
+    with pytest.raises(SystemExit, match="0"):
+        main(["prune", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "random weights (default: 0)" in words
+    assert "default: []" not in words
+    assert "default: False" not in words
 
 
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["compare", "--seeds", "two"], ["prune"]])
@@ -73,6 +79,15 @@ def test_other_exceptions_are_not_hidden(monkeypatch):
     monkeypatch.setattr("torchprune_bayes.cli.methods.run", broken)
     with pytest.raises(KeyError, match="a bug"):
         main(["methods"])
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(arguments: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchprune_bayes.cli.methods.run", interrupted)
+    assert main(["methods"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_the_command_is_kept_as_it_was_typed(monkeypatch):

@@ -80,9 +80,8 @@ def test_options_are_passed_on_and_told(tmp_path, capsys):
     assert len(report["info"]["steps"]) == 3
     assert report["info"]["gradients"] == 20
     out = capsys.readouterr().out
-    assert "40 samples give 20 gradients" in out
-    assert "in 3 steps" in out
-    assert "an estimate" in out
+    assert "40 samples, 20 gradients, one pass over the data in each of 3 steps" in out
+    assert "estimated" in out
 
 
 def test_the_same_command_gives_the_same_file(tmp_path):
@@ -207,7 +206,7 @@ def test_the_callable_is_found_in_the_working_folder(tmp_path, monkeypatch):
         ([*MODEL, "--method", "random"], ""),
         (
             [*MODEL, "--method", "magnitude", "--amount", "0.5", "--option", "steps=2"],
-            "Expected an option of magnitude (scope), got 'steps'.",
+            "Expected an option of magnitude (scope",
         ),
         (
             [*MODEL, "--method", "woodfisher", "--amount", "0.5"],

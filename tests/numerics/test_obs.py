@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.references import fisher as reference
-from torchprune_bayes._numerics.fisher_blocks import invert
+from torchprune_bayes._numerics.fisher_blocks import gram, invert
 from torchprune_bayes._numerics.obs import (
     joint_directions,
     joint_directions_in_dual,
@@ -13,8 +13,14 @@ from torchprune_bayes._numerics.obs import (
     single_directions,
 )
 
+
+def joint_directions_with_known_gram(gradients, damping, weights, keep):
+    return joint_directions_in_sample_space(gradients, damping, weights, keep, gram(gradients))
+
+
 JOINT = [
     joint_directions,
+    joint_directions_with_known_gram,
     joint_directions_in_dual,
     joint_directions_in_primal,
     joint_directions_in_sample_space,
@@ -45,9 +51,7 @@ def test_joint_update_solves_its_kkt_system(form, problem, step):
     found = form(gradients, damping, weights, keep)
     update = found.compensation + step * found.newton
     for block in range(len(weights)):
-        exact = reference.joint_update(
-            gradients[block], damping, weights[block], keep[block], step
-        )
+        exact = reference.joint_update(gradients[block], damping, weights[block], keep[block], step)
         scale = exact.abs().max() + weights[block].abs().max()
         assert (update[block] - exact).abs().max() <= 1e-10 * scale
     assert torch.equal(update[~keep], -weights[~keep])

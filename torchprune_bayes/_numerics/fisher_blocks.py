@@ -92,11 +92,11 @@ class InverseFisher(ABC):
 class SampleSpaceInverse(InverseFisher):
     """Woodbury form. Cost per block: N²B + N³/3 to build, N B per solve, N²B for the diagonal."""
 
-    def __init__(self, gradients: Tensor, damping: float) -> None:
+    def __init__(self, gradients: Tensor, damping: float, inner: Tensor | None = None) -> None:
         super().__init__(gradients, damping)
-        inner = gram(gradients)
-        inner.diagonal(dim1=-2, dim2=-1).add_(self.count * damping)
-        self.factor = safe_cholesky(inner)
+        damped = gram(gradients) if inner is None else inner.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(self.count * damping)
+        self.factor = safe_cholesky(damped)
 
     def whitened(self, gradients: Tensor) -> Tensor:
         """``L⁻¹ G`` for some columns of the gradients, in their dtype."""
@@ -151,21 +151,28 @@ class PrimalInverse(InverseFisher):
         return self.solve(_unit_columns(self.gradients, indices))
 
 
-def invert(gradients: Tensor, damping: float) -> InverseFisher:
+def invert(gradients: Tensor, damping: float, inner: Tensor | None = None) -> InverseFisher:
     """Invert Fisher blocks in the cheaper of the two exact forms.
 
     Args:
         gradients: ``[blocks, N, B]``.
         damping: ``λ > 0``.
+        inner: ``GGᵀ`` in float64, if it is known.
 
     Example:
         >>> g = torch.tensor([[[1.0, 0.0]]])
         >>> invert(g, damping=1.0).inverse_diagonal()
         tensor([[0.5000, 1.0000]], dtype=torch.float64)
     """
+    if in_sample_space(gradients):
+        return SampleSpaceInverse(gradients, damping, inner)
+    return PrimalInverse(gradients, damping)
+
+
+def in_sample_space(gradients: Tensor) -> bool:
+    """Whether ``N`` is so much smaller than ``B`` that the sample-space form is cheaper."""
     count, size = gradients.shape[-2:]
-    form = SampleSpaceInverse if count <= 0.9 * size else PrimalInverse
-    return form(gradients, damping)
+    return count <= 0.9 * size
 
 
 def _unit_columns(gradients: Tensor, indices: Tensor) -> Tensor:

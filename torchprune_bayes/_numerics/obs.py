@@ -51,7 +51,7 @@ def single_directions(inverse: InverseFisher, weights: Tensor, keep: Tensor) -> 
 
 
 def joint_directions(
-    gradients: Tensor, damping: float, weights: Tensor, keep: Tensor
+    gradients: Tensor, damping: float, weights: Tensor, keep: Tensor, inner: Tensor | None = None
 ) -> Directions:
     """Exact joint update in the cheapest of its three equal forms.
 
@@ -60,26 +60,30 @@ def joint_directions(
         damping: ``λ > 0``.
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
+        inner: ``GGᵀ`` in float64, if it is known.
 
     Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``, or ``N²B + |P|³/3`` for the dual.
     """
     kept = int(keep.sum(-1).max())
     if gradients.shape[-2] <= kept:
-        return joint_directions_in_sample_space(gradients, damping, weights, keep)
+        return joint_directions_in_sample_space(gradients, damping, weights, keep, inner)
     if int((~keep).sum(-1).max()) < kept // 4:  # the dual also inverts the whole block
         return joint_directions_in_dual(gradients, damping, weights, keep)
     return joint_directions_in_primal(gradients, damping, weights, keep)
 
 
 def joint_directions_in_sample_space(
-    gradients: Tensor, damping: float, weights: Tensor, keep: Tensor
+    gradients: Tensor, damping: float, weights: Tensor, keep: Tensor, inner: Tensor | None = None
 ) -> Directions:
     """``δ_K = G_Kᵀ(NλI + G_K G_Kᵀ)⁻¹R``: ridge regression with one unknown per sample."""
     right = _right_hand_side(gradients, weights, keep)
     kept, indices = _compact(gradients, keep)
-    inner = gram(kept)
-    inner.diagonal(dim1=-2, dim2=-1).add_(gradients.shape[-2] * damping)
-    dual = torch.cholesky_solve(right, safe_cholesky(inner))
+    if inner is None or 2 * int(keep.sum()) <= keep.numel():
+        damped = gram(kept)
+    else:  # GGᵀ = G_K G_Kᵀ + G_P G_Pᵀ, and P is the smaller part
+        damped = inner - gram(_compact(gradients, ~keep)[0])
+    damped.diagonal(dim1=-2, dim2=-1).add_(gradients.shape[-2] * damping)
+    dual = torch.cholesky_solve(right, safe_cholesky(damped))
     return _from_kept(times(kept.mT, dual), indices, weights, keep)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch.nn.utils.prune import BasePruningMethod
@@ -35,7 +36,16 @@ def options_of(method: type[BasePruningMethod]) -> dict[str, Any]:
                 found.setdefault(parameter.name, parameter.default)
         if not passes_on:
             break
-    return found
+    return {name: default for name, default in found.items() if _takes(method, name, default)}
+
+
+def _takes(method: Callable[..., Any], name: str, default: Any) -> bool:
+    # A subclass may fix an option of its base class, which no signature tells.
+    try:
+        method(0.5, **{name: default})
+    except TypeError:
+        return False
+    return True
 
 
 def amount(text: str) -> float | int:

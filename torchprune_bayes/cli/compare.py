@@ -157,7 +157,8 @@ def _caption(arguments: argparse.Namespace, compared: list[Variant]) -> str:
         f"Digits: {len(load_digits().test)} test images, {networks}; pruned after training, no "
         "fine-tuning.",
         f"Gradients come from {arguments.num_samples} training images; damping and step sizes are "
-        "chosen on images of neither part.",
+        "chosen on validation images.",
+        "Updates of the surviving weights, gradient steps for woodtaylor, are part of a method.",
     ]
     limits = [variant for variant in compared if set(variant.options) & set(LIMITS)]
     if limits:

@@ -36,17 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default those of the process.
 
     Returns:
-        0 if all went well, 1 if a method failed, 2 for wrong usage.
+        0 if all went well, 1 if a method failed, 2 for wrong usage, 130 if interrupted.
 
     Example:
-        >>> main(["methods", "magnitude"])
-        magnitude: smallest |w|
+        >>> main(["methods", "random"])
+        random: uniformly at random
         paper: -
         calibration data: not needed
         <BLANKLINE>
-        option  default
-        ------  --------
-        scope   'global'
+        no options
         0
     """
     arguments = build_parser().parse_args(argv)
@@ -56,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TorchPruneBayesError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, (CalibrationError, NumericalError)) else 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -239,15 +239,15 @@ def _print_plan(
         return
     plan = estimate(calibration)
     calibration.progress = sys.stderr.isatty()
-    steps = options.get("steps", 1)
-    passes = f"{plan.sweeps} passes" if plan.sweeps > 1 else "1 pass"
+    steps, sweeps = options.get("steps", 1), plan.sweeps
+    passes = f"{sweeps} passes over the data" if sweeps > 1 else "one pass over the data"
     print(
-        f"plan: {plan.samples:,} samples give {plan.gradients:,} gradients, {passes} over the "
-        f"data at a time{f', in {steps} steps' if steps > 1 else ''} ({plan.engine})\n"
-        f"      gradients are {in_mib(plan.gradient_mb)}, held up to a budget of "
-        f"{in_mib(calibration.memory_mb)}; peak up to about {in_mib(plan.peak_mb)} beside the model\n"
-        f"      about {in_words(plan.gradient_seconds * plan.sweeps * steps)} for gradients, an "
-        "estimate from a few; solving comes on top"
+        f"plan: {plan.samples:,} samples, {plan.gradients:,} gradients, {passes}"
+        f"{f' in each of {steps} steps' if steps > 1 else ''}; {plan.engine}\n"
+        f"      gradients of {in_mib(plan.gradient_mb)} within a budget of "
+        f"{in_mib(calibration.memory_mb)}, at the peak up to about {in_mib(plan.peak_mb)}\n"
+        f"      about {in_words(plan.gradient_seconds * sweeps * steps)} for gradients, estimated "
+        "from a few of them; solving comes on top"
     )
 
 

@@ -34,6 +34,7 @@ logger = logging.getLogger("torchprune_bayes")
 
 UPDATES = ("none", "single", "joint")
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # in units of the mean squared gradient
+_DAMPING_CHANGES = (0.3, 1.0, 3.0)  # from one step to the next
 _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STAGES = 4
 _PAPER_EPSILON = 1e-10
@@ -108,6 +109,7 @@ class ObsPruning(PruningMethod):
         staged = steps == 1 and update == "joint"
         self.steps, self.path, self.compat = steps, path, compat
         self.stages = int(stages) if stages != "auto" else _STAGES if staged else 1
+        self._screens = self.stages > 1
         self.flops_power, self.flops_target = flops_power, flops_target
         self._fisher = EmpiricalFisher(
             block_size=block_size,
@@ -131,8 +133,7 @@ class ObsPruning(PruningMethod):
         reports: list[dict[str, Any]] = []
         for index in range(self.steps):
             step = self._step(index, weights, masks)
-            damping = self._chosen_damping(step, target, reports)
-            best = _best(self._candidates(step, target, damping, self.stages), step.calibration)
+            best = self._best_candidate(step, target, reports)
             weights, masks = best.weights, best.masks
             reports.append(best.report())
             logger.info("%s step %d: %s", type(self).__name__, index + 1, reports[-1])
@@ -177,20 +178,29 @@ class ObsPruning(PruningMethod):
             strict=self.compat == "paper",
         )
 
-    def _chosen_damping(self, step: _Step, target: Target, reports: list[dict[str, Any]]) -> float:
-        if self.damping != "auto":
-            return float(self.damping)
-        if step.calibration is None:
-            return step.fisher.damping
-        if reports:
-            return float(reports[-1]["damping"])
-        unit = step.fisher.mean_square() or 1.0
-        tried = (
-            candidate
-            for factor in _DAMPINGS
-            for candidate in self._candidates(step, target, unit * factor, stages=1)
-        )
+    def _best_candidate(
+        self, step: _Step, target: Target, reports: list[dict[str, Any]]
+    ) -> Candidate:
+        dampings = self._dampings(step, reports)
+        if len(dampings) > 1 and self._screens:
+            dampings = [self._screened(step, target, dampings)]
+        staged = (c for d in dampings for c in self._candidates(step, target, d, self.stages))
+        return _best(staged, step.calibration)
+
+    def _screened(self, step: _Step, target: Target, dampings: list[float]) -> float:
+        """The best damping without stages: a stage more costs as much as a damping more."""
+        tried = (c for d in dampings for c in self._candidates(step, target, d, stages=1))
         return _best(tried, step.calibration).damping
+
+    def _dampings(self, step: _Step, reports: list[dict[str, Any]]) -> list[float]:
+        if self.damping != "auto":
+            return [float(self.damping)]
+        if step.calibration is None:
+            return [step.fisher.damping]
+        if reports:
+            return [reports[-1]["damping"] * factor for factor in _DAMPING_CHANGES]
+        unit = step.fisher.mean_square() or 1.0
+        return [unit * factor for factor in _DAMPINGS]
 
     def _candidates(
         self, step: _Step, target: Target, damping: float, stages: int
@@ -237,10 +247,11 @@ class ObsPruning(PruningMethod):
         for where, gradients in fisher.sweep():
             shape = gradients.shape[::2]
             w, k = flat[where].unflatten(0, shape), keep[where].unflatten(0, shape)
+            inner = fisher.inner(where, gradients)
             if self.update == "single":
-                found = single_directions(invert(gradients, damping), w, k)
+                found = single_directions(invert(gradients, damping, inner), w, k)
             else:
-                found = joint_directions(gradients, damping, w, k)
+                found = joint_directions(gradients, damping, w, k, inner)
             parts.append([part.flatten().to(flat.dtype) for part in found])
         return Directions(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

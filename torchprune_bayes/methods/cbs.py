@@ -103,6 +103,7 @@ class CBS(ObsPruning):
         **options: Any,
     ) -> None:
         super().__init__(amount, stages=1, **options)  # type: ignore[arg-type]
+        self._screens = True
         check_choice("initial", initial, INITIALS)
         check_choice("objective", objective, _OBJECTIVES)
         check_count("perturbations", perturbations)
@@ -128,9 +129,9 @@ class CBS(ObsPruning):
             return _GRADIENT_STEPS
         return (float(self.gradient_step),)
 
-    def _chosen_damping(self, step: _Step, target: Target, reports: list[dict[str, Any]]) -> float:
+    def _screened(self, step: _Step, target: Target, dampings: list[float]) -> float:
         # Judged without a search, which would multiply its cost by the number of dampings.
-        return super()._chosen_damping(step, _Improved(**vars(target), improve=dict), reports)
+        return super()._screened(step, _Improved(**vars(target), improve=dict), dampings)
 
     def _candidates(
         self, step: _Step, target: Target, damping: float, stages: int

@@ -11,7 +11,7 @@ from torchprune_bayes._numerics.fisher_blocks import InverseFisher
 from torchprune_bayes.methods._obs import ObsPruning
 from torchprune_bayes.methods.registry import register
 
-_GRADIENT_STEPS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+_GRADIENT_STEPS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 
 
 @register(
@@ -37,7 +37,7 @@ class WoodTaylor(ObsPruning):
     Raises:
         ArgumentError: If an option has an impossible value.
 
-    Cost: That of :class:`~torchprune_bayes.WoodFisher`, and six forward passes over held-out
+    Cost: That of :class:`~torchprune_bayes.WoodFisher`, and eight forward passes over held-out
     samples per step for the line search.
 
     Example:
