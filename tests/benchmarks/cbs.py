@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.references.cbs_literal import literal_search
 from tests.references.mlpnet import accuracy, load_mlpnet, load_mnist
@@ -34,7 +35,8 @@ MULTI_STEP: dict[str, dict[str, Any]] = {
         "damping": 1e-3,
         "gradient_step": "auto",
         "initial": "woodfisher",
-        "max_iterations": 2,
+        "max_iterations": 0,
+        "update_scale": 1.0,
     },
 }
 
@@ -78,10 +80,11 @@ def _cell(
 def _calibration(
     model: nn.Module, data: tuple[Tensor, ...], seed: int, sampling: dict[str, Any]
 ) -> Calibration:
-    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(seed))
-    batches = [(data[0][part], data[1][part]) for part in order.split(1000)]
+    train = TensorDataset(*data[:2])
+    # Shuffled by the calibration's seed, so that every step of several sees other samples.
+    loader = DataLoader(train, batch_size=1000, shuffle=True)
     options = {key: sampling[key] for key in ("num_samples", "mini_batch")}
-    return Calibration(model, batches, cross_entropy, seed=seed, memory_mb=8192.0, **options)
+    return Calibration(model, loader, cross_entropy, seed=seed, memory_mb=8192.0, **options)
 
 
 def _one_shot(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
     parser.add_argument("--samples", type=int, default=1000, help="gradients in one shot")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--columns", nargs="+", choices=[*ONE_SHOT, *MULTI_STEP])
     parser.add_argument("--race", type=int, default=5, help="literal iterations; 0 skips the race")
     parser.add_argument("--threads", type=int, default=1)
