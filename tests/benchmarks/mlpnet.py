@@ -4,7 +4,7 @@
     python tests/benchmarks/mlpnet.py --data ../shared/data --rows multi taylor --seeds 5
 
 Test accuracy in percent without fine-tuning, mean and sample standard deviation over seeds that
-draw different calibration samples; CPU seconds are those of one pruning call, data loading included.
+draw different calibration samples; CPU seconds are those of one pruning call with its data.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main() -> None:
         for sparsity in arguments.sparsities or sparsities:
             for seed in range(arguments.seeds if sampling else 1):
                 model = load_mlpnet(arguments.data)
-                params = [(layer, "weight") for layer in model if isinstance(layer, nn.Linear)]
+                layers = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+                params: list[tuple[nn.Module, str]] = [(layer, "weight") for layer in layers]
                 extra = dict(options)
                 if find_method(name).needs_calibration:
                     extra["calibration"] = Calibration(

@@ -181,7 +181,7 @@ def test_by_default_all_methods_run_and_woodtaylor_in_several_steps_too():
     found = variants(None, None)
     assert [v.method for v in found if "steps" not in v.options] == list(registered_methods())
     several = [(v.method, v.options) for v in found if "steps" in v.options]
-    assert several == [("woodtaylor", {"steps": 20})]
+    assert several == [("woodtaylor", {"steps": 10})]
 
 
 def test_slow_methods_are_limited_and_the_table_says_so(tmp_path, capsys):

@@ -19,7 +19,7 @@ from torchprune_bayes.methods import find_method, prune_global, registered_metho
 from torchprune_bayes.params import prunable_parameters
 from torchprune_bayes.reports import evaluate
 
-STRONGEST, STEPS = "woodtaylor", 20
+STRONGEST, STEPS = "woodtaylor", 10
 """The method that is run in several steps too, and in how many."""
 
 LIMITS = {"probes": 64}
@@ -53,14 +53,14 @@ def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
 
     Args:
         names: Registered methods; ``None`` for all.
-        steps: Steps for every method that takes ``steps``; ``None`` for 20 by the strongest alone.
+        steps: Steps for every method that takes ``steps``; ``None`` for 10 by the strongest alone.
 
     Raises:
         ArgumentError: If a method does not exist.
 
     Example:
         >>> [variant.label for variant in variants(["magnitude", "woodtaylor"], None)]
-        ['magnitude', 'woodtaylor', 'woodtaylor, 20 steps']
+        ['magnitude', 'woodtaylor', 'woodtaylor, 10 steps']
     """
     found = []
     for name in registered_methods() if names is None else dict.fromkeys(names):
