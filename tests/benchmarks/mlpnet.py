@@ -23,6 +23,7 @@ from torchprune_bayes.reports import ResultsTable
 
 PAPER = {"block_size": "tensor", "damping": 1e-5, "update": "single", "update_scale": 1.0}
 ONE_SHOT = {"num_samples": 1000}
+FULL = {"block_size": "full"}
 STEPS = {"num_samples": 500 * 32, "mini_batch": 32}
 
 # name: method, sparsities, options of the calibration, options of the method
@@ -32,8 +33,8 @@ ROWS: dict[str, tuple[str, list[float], dict[str, Any], dict[str, Any]]] = {
     "kfac-paper": ("kfac", [0.95], {"num_samples": 100}, {"damping": 1e-5, "pi": False}),
     "diagonal": ("diagonal-fisher", [0.95], {"num_samples": 4096}, {"scope": "layer"}),
     "one-shot": ("woodfisher", [0.9, 0.95, 0.98], ONE_SHOT, {}),
-    "multi": ("woodfisher", [0.8, 0.9, 0.95, 0.98], STEPS, {"steps": 16}),
-    "taylor": ("woodtaylor", [0.5, 0.8, 0.9, 0.95, 0.98], STEPS, {"steps": 32}),
+    "multi": ("woodfisher", [0.8, 0.9, 0.95, 0.98], STEPS, FULL | {"steps": 16}),
+    "taylor": ("woodtaylor", [0.5, 0.8, 0.9, 0.95, 0.98], STEPS, FULL | {"steps": 32}),
 }
 
 

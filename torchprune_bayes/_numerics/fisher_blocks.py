@@ -85,7 +85,7 @@ class InverseFisher(ABC):
 
     def _clamped(self, diagonal: Tensor) -> Tensor:
         # F⁻¹_ii >= 1/F_ii, with equality for a diagonal F: guards against cancellation.
-        squares = self.gradients.square().mean(-2).double()
+        squares = torch.linalg.vector_norm(self.gradients, dim=-2).double().square() / self.count
         return diagonal.maximum(1.0 / (self.damping + squares)).clamp_max(1.0 / self.damping)
 
 

@@ -26,7 +26,7 @@ _MIB = 2**20
 class EmpiricalFisher:
     """``F = λI + (1/N) Σ_n g_n g_nᵀ`` of the live weights, block by block.
 
-    Nothing of size ``B x B`` or ``D x D`` is stored. If the gradients fit into half of the
+    Nothing of size ``B x B`` or ``D x D`` is stored. If the gradients fit into a quarter of the
     calibration's memory budget they are kept; otherwise every sweep streams them again, a group of
     blocks at a time. Sweeps are exact: streamed and kept gradients give the same numbers.
 
@@ -104,7 +104,7 @@ class EmpiricalFisher:
         self._memory = calibration.memory_mb * _MIB
         self._inner = {}
         bytes_needed = self.count * self.live.numel * calibration.dtype.itemsize
-        if bytes_needed <= self._memory / 2:
+        if bytes_needed <= self._memory / 4:
             self._gradients = self._collect(0, self.live.numel)
         self.blocks = self._cut()
         return self
@@ -130,6 +130,14 @@ class EmpiricalFisher:
         if self._gradients is not None:
             other._gradients = self._gradients[:, self.live.gather(masks)]
             other._inner = {}
+        other.blocks = other._cut()
+        return other
+
+    def with_blocks(self, block_size: int | str) -> EmpiricalFisher:
+        """The same gradients cut into other blocks."""
+        _check_block_size(block_size)
+        other = copy.copy(self)
+        other.block_size, other._inner = block_size, {}
         other.blocks = other._cut()
         return other
 

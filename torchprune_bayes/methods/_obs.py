@@ -47,6 +47,7 @@ class Candidate:
     masks: Masks
     weights: dict[str, Tensor]
     scores: Scores
+    block_size: int | str
     damping: float
     scale: float
     gradient_step: float
@@ -57,7 +58,7 @@ class Candidate:
         """The plain numbers of the step."""
         kept = sum(int(mask.sum()) for mask in self.masks.values())
         total = sum(mask.numel() for mask in self.masks.values())
-        numbers = ("damping", "scale", "gradient_step", "loss", "in_sample")
+        numbers = ("block_size", "damping", "scale", "gradient_step", "loss", "in_sample")
         return {"sparsity": 1.0 - kept / total} | {name: getattr(self, name) for name in numbers}
 
 
@@ -182,15 +183,32 @@ class ObsPruning(PruningMethod):
         self, step: _Step, target: Target, reports: list[dict[str, Any]]
     ) -> Candidate:
         dampings = self._dampings(step, reports)
-        if len(dampings) > 1 and self._screens:
-            dampings = [self._screened(step, target, dampings)]
-        staged = (c for d in dampings for c in self._candidates(step, target, d, self.stages))
+        choices = []
+        for cut in self._partitions(step, reports):
+            screened = self._screens and len(dampings) > 1
+            kept = [self._screened(cut, target, dampings)] if screened else dampings
+            choices += [(cut, damping) for damping in kept]
+        staged = (c for s, d in choices for c in self._candidates(s, target, d, self.stages))
         return _best(staged, step.calibration)
 
     def _screened(self, step: _Step, target: Target, dampings: list[float]) -> float:
         """The best damping without stages: a stage more costs as much as a damping more."""
         tried = (c for d in dampings for c in self._candidates(step, target, d, stages=1))
         return _best(tried, step.calibration).damping
+
+    def _partitions(self, step: _Step, reports: list[dict[str, Any]]) -> list[_Step]:
+        """The step with the blocks to choose from.
+
+        One block over the whole network uses all interactions, and is best where gradients are
+        many; where they are few, smaller blocks do not fit their noise.
+        """
+        fisher = step.fisher
+        if fisher.block_size != "auto" or not fisher.kept_in_memory or step.calibration is None:
+            return [step]
+        blocks: list[Any] = ["full", 2 * fisher.count]
+        if reports:
+            blocks = [reports[-1]["block_size"]]
+        return [replace(step, fisher=fisher.with_blocks(size)) for size in blocks]
 
     def _dampings(self, step: _Step, reports: list[dict[str, Any]]) -> list[float]:
         if self.damping != "auto":
@@ -222,7 +240,7 @@ class ObsPruning(PruningMethod):
         for scale, eta in product(self._scales(), self.gradient_steps()):
             moved = flat + scale * directions.compensation + eta * directions.newton
             weights = live.scatter(torch.where(keep, moved, 0.0))
-            yield Candidate(kept, weights, scores, damping, scale, eta)
+            yield Candidate(kept, weights, scores, step.fisher.block_size, damping, scale, eta)
 
     def _ranked(
         self, fisher: EmpiricalFisher, weights: dict[str, Tensor], target: Target

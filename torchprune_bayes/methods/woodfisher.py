@@ -29,8 +29,9 @@ class WoodFisher(ObsPruning):
             ``flops_target``.
         calibration: Data, model and loss.
         curvature: An :class:`~torchprune_bayes.curvature.EmpiricalFisher` fitted already.
-        block_size: Blocks of the Fisher: ``"full"``, ``"tensor"``, an int, or ``"auto"``, the
-            largest that the memory budget holds.
+        block_size: Blocks of the Fisher: ``"full"``, ``"tensor"``, an int, or ``"auto"``: one
+            block or blocks of ``2N`` entries, whichever has the smaller loss on held-out samples;
+            where the budget does not hold the gradients, the largest blocks that it holds.
         damping: ``λ``, or ``"auto"``: the value, in units of the mean squared gradient, whose
             result has the smallest loss on held-out samples.
         update: ``"none"`` only selects; ``"single"`` adds up the updates for removing each weight
