@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--sparsities", nargs="+", type=float, help="only these of each row")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/mlpnet.json"))
     arguments = parser.parse_args()
     train_x, train_y, test_x, test_y = load_mnist(arguments.data)
@@ -53,7 +54,8 @@ def main() -> None:
     for row in arguments.rows:
         name, sparsities, sampling, options = ROWS[row]
         for sparsity in arguments.sparsities or sparsities:
-            for seed in range(arguments.seeds if sampling else 1):
+            count = arguments.seeds if sampling else 1
+            for seed in range(arguments.first_seed, arguments.first_seed + count):
                 model = load_mlpnet(arguments.data)
                 layers = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
                 params: list[tuple[nn.Module, str]] = [(layer, "weight") for layer in layers]

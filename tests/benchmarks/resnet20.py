@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.7, 0.8, 0.9])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num-samples", type=int, help="instead of each row's own number")
     parser.add_argument("--output", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     x, y = load_cifar10(arguments.data, "train", arguments.train_images)
@@ -100,6 +101,8 @@ def main() -> None:
     table, loader = ResultsTable(), shuffled_batches(x, y)
     for row in arguments.rows:
         name, sampling, options = ROWS[row]
+        if sampling and arguments.num_samples:
+            sampling = sampling | {"num_samples": arguments.num_samples}
         calibrated = find_method(name).needs_calibration
         for sparsity in arguments.sparsities:
             for seed in range(arguments.seeds if calibrated else 1):

@@ -20,9 +20,10 @@ class WoodFisher(ObsPruning):
     and the survivors move to make up for it.
 
     The Fisher is inverted exactly in the space of the samples, so a block may be a layer or the
-    whole network. With several steps, each takes fresh gradients at the weights the last one left,
-    which matters more than anything else: on MLPNet at 98 % sparsity accuracy is below 40 in one
-    step and above 88 in many.
+    whole network. Two things matter more than anything else. *Stages* score what is left anew, with
+    the same gradients, after each part of the pruning. *Steps* also take fresh gradients at the
+    weights that the last step left: on MLPNet at 98 % sparsity, magnitude pruning is right on
+    32 % of the test images, one step with four stages on 58 %, sixteen steps on 88 %.
 
     Args:
         amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
@@ -38,6 +39,7 @@ class WoodFisher(ObsPruning):
             alone, as the paper does; ``"joint"`` solves for all of them together.
         update_scale: Share of the update to take, or ``"auto"``, a line search on held-out loss.
         steps: Steps with fresh gradients.
+        stages: Parts of each step, or ``"auto"``: 4 for one step with the joint update, else 1.
         path: Sparsity over the steps, ``"cubic"``, ``"geometric"`` or ``"linear"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         across_tensors: Whether blocks of a given size may span several tensors.
