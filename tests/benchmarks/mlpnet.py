@@ -34,6 +34,7 @@ ROWS: dict[str, tuple[str, list[float], dict[str, Any], dict[str, Any]]] = {
     "diagonal": ("diagonal-fisher", [0.95], {"num_samples": 4096}, {"scope": "layer"}),
     "one-shot": ("woodfisher", [0.9, 0.95, 0.98], ONE_SHOT, {}),
     "multi": ("woodfisher", [0.8, 0.9, 0.95, 0.98], STEPS, FULL | {"steps": 16}),
+    "multi-24": ("woodfisher", [0.98], STEPS, FULL | {"steps": 24}),
     "taylor": ("woodtaylor", [0.5, 0.8, 0.9, 0.95, 0.98], STEPS, FULL | {"steps": 32}),
 }
 

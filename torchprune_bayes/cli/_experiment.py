@@ -22,7 +22,7 @@ from torchprune_bayes.reports import evaluate
 STRONGEST, STEPS = "woodtaylor", 10
 """The method that is run in several steps too, and in how many."""
 
-LIMITS = {"probes": 64}
+LIMITS = {"probes": 64, "perturbations": 10}
 """Options that keep the comparison short, for the methods that have them."""
 
 DENSE = "dense"
