@@ -1,6 +1,6 @@
 """From gradients to scores: our kernel against the literal rank-one recursion, in one run.
 
-    python tests/benchmarks/fisher_speed.py
+    python -m tests.benchmarks.fisher_speed
 
 Random gradients of one block. The recursion is the papers' loop over gradients, each with a
 matrix-vector product and a rank-one update of the whole inverse; both end in the inverse diagonal.

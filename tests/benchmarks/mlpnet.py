@@ -1,7 +1,7 @@
 """MLPNet on MNIST: the published one-shot tables, and ours beside them.
 
-    python tests/benchmarks/mlpnet.py --data ../shared/data
-    python tests/benchmarks/mlpnet.py --data ../shared/data --rows multi taylor --seeds 5
+    python -m tests.benchmarks.mlpnet --data ../shared/data
+    python -m tests.benchmarks.mlpnet --data ../shared/data --rows multi taylor --seeds 5
 
 Test accuracy in percent without fine-tuning, mean and sample standard deviation over seeds that
 draw different calibration samples; CPU seconds are those of one pruning call with its data.

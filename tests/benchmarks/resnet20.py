@@ -1,6 +1,6 @@
 """ResNet-20 on the JPEG copies of CIFAR-10: fine-tuned a little, then pruned without fine-tuning.
 
-    python tests/benchmarks/resnet20.py --data ../shared/data
+    python -m tests.benchmarks.resnet20 --data ../shared/data
 
 The checkpoint was trained on lossless images and loses many points on the copies, so it is first
 fine-tuned (SGD with momentum, one-cycle learning rate, flips) and saved beside the results; a

@@ -1,6 +1,6 @@
 """Peak memory of WoodFisher on a ResNet-50 with 25.6 million parameters, beyond the model.
 
-    python tests/benchmarks/resnet50_memory.py
+    python -m tests.benchmarks.resnet50_memory
 
 Random weights and inputs: memory depends on shapes alone. The peak resident memory of the process
 is compared with that after one forward and backward pass, which any use of the model needs. Linux.
