@@ -134,7 +134,7 @@ def test_a_mini_batch_gives_the_mean_of_its_samples_wherever_the_batches_end(
     single = collected(mlp_calibration())
     calibration = mlp_calibration(mini_batch=mini_batch)
     found = collected(calibration)
-    assert calibration.engine == "mini-batch"
+    assert calibration.engine == "vmap"
     assert len(found) == calibration.num_gradients == 12 // mini_batch
     assert_same(found, single.unflatten(0, (-1, mini_batch)).mean(1))
 

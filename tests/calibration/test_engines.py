@@ -56,7 +56,6 @@ def test_the_engine_is_known_after_the_first_pass() -> None:
     assert calibration.engine is None
     collected(calibration)
     assert calibration.engine == "vmap"
-    assert mlp_calibration(mini_batch=2).engine == "mini-batch"
 
 
 def test_forbidding_vmap_is_said() -> None:
@@ -71,6 +70,17 @@ def test_a_model_that_cannot_be_vmapped_falls_back_and_says_why() -> None:
     assert str(calibration.engine).startswith("sequential (vmap fails: vmap:")
     expected = collected(mlp_calibration(calibration.model, vectorize=False))
     assert torch.equal(found, expected)
+
+
+def test_mini_batches_through_convolutions_go_one_by_one_unless_vmap_is_forced() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(8, CLASSES)).double()
+    data = [(inputs.unsqueeze(1), targets) for inputs, targets in mlp_data((4, 5, 3))]
+    one_by_one = Calibration(model, data, cross_entropy, mini_batch=4)
+    expected = collected(one_by_one)
+    assert one_by_one.engine == "sequential (mini-batches through convolutions)"
+    forced = Calibration(model, data, cross_entropy, mini_batch=4, vectorize=True)
+    torch.testing.assert_close(collected(forced), expected)
+    assert forced.engine == "vmap"
 
 
 def test_forced_vmap_does_not_fall_back() -> None:

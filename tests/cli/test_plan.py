@@ -26,7 +26,7 @@ def test_sizes_are_those_of_the_gradients():
 
 def test_mini_batches_make_fewer_gradients():
     plan = estimate(calibration(mini_batch=4))
-    assert (plan.samples, plan.gradients, plan.engine) == (64, 16, "mini-batch")
+    assert (plan.samples, plan.gradients, plan.engine) == (64, 16, "vmap")
 
 
 def test_float64_gradients_take_twice_the_memory():

@@ -8,14 +8,23 @@ from tests.references.fisher import damped_fisher, inverse_by_recursion
 from torchprune_bayes._numerics.cholesky import safe_cholesky
 from torchprune_bayes._numerics.fisher_blocks import (
     PrimalInverse,
+    SampleSpace,
     SampleSpaceInverse,
+    SpectralInverse,
+    Spectrum,
     gram,
     invert,
     times,
 )
 from torchprune_bayes.errors import NumericalError, NumericalWarning
 
-FORMS = [SampleSpaceInverse, PrimalInverse]
+
+def spectral(gradients: Tensor, damping: float) -> SpectralInverse:
+    """The spectral form, which shares its spectrum with other dampings."""
+    return SpectralInverse(gradients, damping, Spectrum(gradients, gram(gradients)))
+
+
+FORMS = [SampleSpaceInverse, PrimalInverse, spectral]
 
 
 @st.composite
@@ -78,12 +87,13 @@ def test_order_of_gradients_does_not_matter(case):
     torch.testing.assert_close(first, second, rtol=1e-9, atol=0.0)
 
 
-def test_float32_gradients_keep_six_digits_at_the_paper_damping():
+@pytest.mark.parametrize("form", [SampleSpaceInverse, spectral])
+def test_float32_gradients_keep_six_digits_at_the_paper_damping(form):
     # Gradients of very different sizes, condition number about 10⁶, as on MLPNet.
     scales = torch.logspace(-2.5, 0.5, 500, dtype=torch.float64)
     gradients = torch.randn(1, 100, 500, dtype=torch.float64) * scales
     exact = invert(gradients, 1e-5).inverse_diagonal()
-    rounded = invert(gradients.float(), 1e-5).inverse_diagonal()
+    rounded = form(gradients.float(), 1e-5).inverse_diagonal()
     dense = torch.linalg.inv(damped_fisher(gradients[0], 1e-5)).diagonal()
     torch.testing.assert_close(exact[0], dense, rtol=1e-8, atol=0.0)
     assert ((rounded - exact) / exact).abs().max() < 1e-3
@@ -93,6 +103,16 @@ def test_float32_gradients_keep_six_digits_at_the_paper_damping():
 def test_the_cheaper_form_is_taken():
     assert isinstance(invert(torch.randn(1, 5, 20), 1.0), SampleSpaceInverse)
     assert isinstance(invert(torch.randn(1, 20, 20), 1.0), PrimalInverse)
+
+
+def test_many_dampings_share_one_spectrum_where_samples_are_few():
+    few, many = torch.randn(1, 5, 40), torch.randn(1, 6, 40)
+    space = SampleSpace(few)
+    first, second = space.inverse(few, 1.0), space.inverse(few, 2.0)
+    assert isinstance(first, SpectralInverse)
+    assert isinstance(second, SpectralInverse)
+    assert first.spectrum is second.spectrum
+    assert isinstance(SampleSpace(many).inverse(many, 1.0), SampleSpaceInverse)
 
 
 def test_tiled_products_equal_plain_ones():

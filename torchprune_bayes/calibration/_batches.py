@@ -77,6 +77,44 @@ def samples_in(pieces: Iterable[Batch]) -> int:
     return sum(batch_size(piece) for piece in pieces)
 
 
+def grouped(batches: Iterable[Batch], group_sizes: Iterable[int]) -> Iterator[list[Batch]]:
+    """Cut batches into consecutive groups of ``group_sizes`` samples, each a list of pieces.
+
+    Stops drawing with the last group; the last one may hold fewer samples if the batches end.
+    """
+    wanted = iter(group_sizes)
+    missing, group = next(wanted, 0), []
+    for batch in batches:
+        start, stop = 0, batch_size(batch)
+        while missing and start < stop:
+            taken = min(missing, stop - start)
+            group.append(cut(batch, start, start + taken))
+            start, missing = start + taken, missing - taken
+            if not missing:
+                yield group
+                missing, group = next(wanted, 0), []
+        if not missing:
+            return
+    if group:
+        yield group
+
+
+def joined(pieces: list[Batch]) -> Batch | None:
+    """One batch of the samples of all pieces; ``None`` where their shapes or keys differ."""
+    if len(pieces) == 1:
+        return pieces[0]
+    parts = [tensors_in(piece) for piece in pieces]
+    alike = all(
+        len(part) == len(parts[0])
+        and all(a.shape[1:] == b.shape[1:] for a, b in zip(part, parts[0], strict=True))
+        for part in parts
+    )
+    if not alike:
+        return None
+    columns = iter([torch.cat(column) for column in zip(*parts, strict=True)])
+    return map_tensors(pieces[0], lambda _: next(columns))
+
+
 def sizes(total: int, size: int) -> Iterator[int]:
     """Split ``total`` into parts of ``size``, the last one smaller where it does not divide.
 
@@ -121,43 +159,34 @@ class SampleStream:
         Yields:
             One list of pieces per size; the last one may hold fewer samples if the data ends.
         """
-        wanted = iter(group_sizes)
-        missing, group = next(wanted, 0), []
-        for batch in self._batches():
-            start, stop = 0, batch_size(batch)
-            while missing and start < stop:
-                taken = min(missing, stop - start)
-                group.append(cut(batch, start, start + taken))
-                start, missing = start + taken, missing - taken
-                if not missing:
-                    yield group
-                    missing, group = next(wanted, 0), []
-            if not missing:
-                return
-        if group:
-            yield group
+        yield from grouped(self._batches(), group_sizes)
 
     def count(self) -> int:
         """Number of samples in the data, found by drawing them all once."""
         return samples_in(self._batches())
 
     def following(self, skipped: int, wanted: int, size: int, room_bytes: float) -> list[Batch]:
-        """Draw the samples after the first ``skipped`` ones, as far as they fit, at least a batch.
+        """Draw the samples after the first ``skipped`` ones, as far as they fit, at least one.
 
         Args:
             skipped: Samples to pass over.
             wanted: Samples to return at most.
             size: Largest batch.
-            room_bytes: Size of all returned batches at most, save of the first.
+            room_bytes: Size of all returned batches at most, save of the first sample.
         """
         before = list(sizes(skipped, size))
         groups = self.pieces(chain(before, sizes(wanted, size)))
         kept: list[Batch] = []
-        for batch in chain.from_iterable(islice(groups, len(before), None)):
-            room_bytes -= sum(tensor.nbytes for tensor in tensors_in(batch))
-            if kept and room_bytes < 0:
-                break
-            kept.append(batch)
+        for pieces in islice(groups, len(before), None):
+            batch = joined(pieces)
+            for part in pieces if batch is None else [batch]:
+                sample_bytes = sum(tensor.nbytes for tensor in tensors_in(part)) / batch_size(part)
+                fitting = max(int(room_bytes / sample_bytes), 0 if kept else 1)
+                if fitting:
+                    kept.append(cut(part, 0, fitting))
+                if fitting < batch_size(part):
+                    return kept
+                room_bytes -= batch_size(part) * sample_bytes
         return kept
 
     def _batches(self) -> Iterator[Batch]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from torchprune_bayes.calibration._batches import Batch, batch_size, map_tensors
+from torchprune_bayes.calibration._batches import Batch, batch_size, grouped, joined, map_tensors
 from torchprune_bayes.calibration._functional import FunctionalModel
 from torchprune_bayes.errors import CalibrationError
 
@@ -35,11 +36,15 @@ class Engine:
     vectorized: bool = False
     activation_bytes: int = 0
 
-    def samples_at_once(self, leaves: Mapping[str, Tensor], memory_mb: float) -> int:
-        """How many samples' gradients and activations a quarter of the memory budget holds."""
+    def rows_at_once(
+        self, leaves: Mapping[str, Tensor], memory_mb: float, mini_batch: int = 1
+    ) -> int:
+        """How many gradients, with their activations, a quarter of the memory budget holds."""
+        if not self.vectorized:
+            return 1
         gradient_bytes = sum(leaf.nbytes for leaf in leaves.values())
-        affordable = int(memory_mb * 2**20 / 4) // (gradient_bytes + self.activation_bytes)
-        return max(1, min(affordable, _LARGEST_CHUNK))
+        row_bytes = gradient_bytes + mini_batch * self.activation_bytes
+        return max(1, min(int(memory_mb * 2**20 / 4) // row_bytes, _LARGEST_CHUNK))
 
     def gradient_rows(
         self,
@@ -47,41 +52,55 @@ class Engine:
         leaves: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
         pieces: list[Batch],
+        mini_batch: int = 1,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield gradients ``{name: [rows, *shape]}`` of a group of samples.
+        """Yield gradients ``{name: [rows, *shape]}``, one row for every mini-batch of the pieces.
 
-        Vectorized, every sample of ``pieces`` gives a row; otherwise the group is one mini-batch.
+        Mini-batches of pieces that cannot be joined (padded to different lengths) go one by one.
         """
-        groups = [[piece] for piece in pieces] if self.vectorized else [pieces]
-        for group in groups:
-            if self.vectorized and batch_size(group[0]) > 1:
-                yield functional.per_sample_gradients(leaves, constants, group[0])
-            else:
-                found = functional.mean_gradients(leaves, constants, group)
-                yield {name: gradient.unsqueeze(0) for name, gradient in found.items()}
+        for batch in _of_whole_mini_batches(pieces, mini_batch) if self.vectorized else []:
+            rows = map_tensors(batch, lambda tensor: tensor.unflatten(0, (-1, mini_batch)))
+            yield functional.row_gradients(leaves, constants, rows)
+            pieces = []
+        for group in grouped(pieces, repeat(mini_batch)):
+            found = functional.mean_gradients(leaves, constants, group)
+            yield {name: gradient.unsqueeze(0) for name, gradient in found.items()}
 
 
-def choose_engine(functional: FunctionalModel, wanted: bool | str, sample: Batch) -> Engine:
-    """Choose how to compute one gradient per sample.
+def _of_whole_mini_batches(pieces: list[Batch], mini_batch: int) -> list[Batch]:
+    batch = joined(pieces)
+    if batch is not None:
+        return [batch]
+    return pieces if all(batch_size(piece) % mini_batch == 0 for piece in pieces) else []
+
+
+def choose_engine(
+    functional: FunctionalModel, wanted: bool | str, sample: Batch, mini_batch: int = 1
+) -> Engine:
+    """Choose how to compute one gradient per sample or mini-batch.
 
     vmap is taken where it runs and gives, on one real sample, the gradient that plain autograd
     gives. From about eight samples at a time on it is up to ten times as fast as a loop for small
-    layers, and about as fast for wide ones, convolutions on a CPU included.
+    layers, and about as fast for wide ones, convolutions on a CPU included. A whole mini-batch
+    keeps a convolution busy by itself, and faster than vmap does.
 
     Args:
         functional: The model.
         wanted: ``"auto"``, ``True`` or ``False``.
         sample: One sample, as a batch of one.
+        mini_batch: Samples of a gradient.
 
     Raises:
         CalibrationError: If vmap is wanted and fails.
     """
     if wanted is False:
         return Engine("sequential (vectorize=False)")
+    if mini_batch > 1 and wanted == "auto" and _has_convolutions(functional.model):
+        return Engine("sequential (mini-batches through convolutions)")
     leaves, constants = functional.bind(None, functional.space.names)
     sample = map_tensors(sample, Tensor.clone)  # its storage is measured, not the whole batch's
     try:
-        batched = functional.per_sample_gradients(leaves, constants, _doubled(sample))
+        batched = functional.row_gradients(leaves, constants, _two_rows_of(sample))
     except Exception as error:  # of any kind; what is wrong with the model itself shows in the loop
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         if wanted is True:
@@ -100,9 +119,14 @@ def choose_engine(functional: FunctionalModel, wanted: bool | str, sample: Batch
     return Engine("vmap", vectorized=True, activation_bytes=activation_bytes)
 
 
-def _doubled(sample: Batch) -> Batch:
+def _two_rows_of(sample: Batch) -> Batch:
     # Two equal rows, not one: a batch dimension of one hides broadcasting mistakes.
-    return map_tensors(sample, lambda tensor: torch.cat([tensor, tensor]))
+    return map_tensors(sample, lambda tensor: torch.stack([tensor, tensor]))
+
+
+def _has_convolutions(model: nn.Module) -> bool:
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def _with_saved_bytes(

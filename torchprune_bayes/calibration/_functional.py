@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from torchprune_bayes.calibration._batches import Batch, batch_size, map_tensors
+from torchprune_bayes.calibration._batches import Batch, batch_size
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 
@@ -139,19 +139,27 @@ class FunctionalModel:
             return run(**inputs), target
         return run(*_as_args(inputs)), target
 
-    def per_sample_gradients(
-        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
+    def row_gradients(
+        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], rows: Batch
     ) -> dict[str, Tensor]:
-        """Gradients of each sample's loss, ``{name: [samples, *shape]}``, by one vmapped pass."""
+        """Gradients of the mean losses of several mini-batches, by one vmapped pass.
 
-        def sample_loss(trainable: dict[str, Tensor], sample: Batch) -> Tensor:
-            single = map_tensors(sample, lambda tensor: tensor.unsqueeze(0))
-            return self.loss(trainable, constants, single)
+        Args:
+            leaves: Values to differentiate by.
+            constants: The other values of the state.
+            rows: A batch whose tensors are ``[rows, samples of a mini-batch, ...]``.
+
+        Returns:
+            ``{name: [rows, *shape]}``.
+        """
+
+        def row_loss(trainable: dict[str, Tensor], row: Batch) -> Tensor:
+            return self.loss(trainable, constants, row)
 
         with warnings.catch_warnings():
             # An operation that vmap loops over (attention on a CPU) is slower, not wrong.
             warnings.filterwarnings("ignore", "There is a performance drop")
-            return vmap(grad(sample_loss), in_dims=(None, 0))(dict(leaves), batch)
+            return vmap(grad(row_loss), in_dims=(None, 0))(dict(leaves), rows)
 
     def mean_gradients(
         self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], pieces: list[Batch]

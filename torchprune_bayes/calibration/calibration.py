@@ -36,7 +36,7 @@ from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import ParameterPairs
 
 _HELD_OUT_SAMPLES = 2000
-_EVALUATION_BATCH = 256
+_EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Calibration:
         self.memory_mb = memory_mb
         self.progress = progress
         self._vectorize = vectorize
-        self._engine = Engine("mini-batch") if mini_batch > 1 else None
+        self._engine: Engine | None = None
         self._held_out: list[Batch] | None = None
         self._repeats = RepeatCheck(self._functional, seed + 1, enabled=check_deterministic)
 
@@ -135,6 +135,11 @@ class Calibration:
     def model(self) -> nn.Module:
         """The unwrapped model."""
         return self.space.model
+
+    @property
+    def loss_fn(self) -> LossFunction | None:
+        """The loss; ``None`` where the model computes its own."""
+        return self._functional.loss_fn
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +160,7 @@ class Calibration:
     def engine(self) -> str | None:
         """How gradients are computed and why, known after the first pass.
 
-        ``"vmap"``, ``"sequential (...)"`` or ``"mini-batch"``.
+        ``"vmap"`` or ``"sequential (...)"``, over samples or mini-batches.
         """
         return None if self._engine is None else self._engine.description
 
@@ -199,6 +204,13 @@ class Calibration:
         other = copy.copy(self)
         other.space = space
         other._functional = FunctionalModel(space, self._functional.loss_fn, self.device)
+        return other
+
+    def with_loss(self, loss_fn: LossFunction) -> Calibration:
+        """The same calibration with another ``loss_fn(output, target)``."""
+        other = copy.copy(self)
+        other._functional = FunctionalModel(self.space, loss_fn, self.device)
+        other._engine = None
         return other
 
     def reseeded(self, seed: int) -> Calibration:
@@ -339,24 +351,27 @@ class Calibration:
         engine = self._chosen_engine()
         leaves, constants = self._functional.bind(weights, names)
         randomness, targets = self._randomness(), self._targets()
-        group = self.mini_batch
-        if engine.vectorized:
-            group = engine.samples_at_once(leaves, self.memory_mb)
+        rows = engine.rows_at_once(leaves, self.memory_mb, self.mini_batch)
         total = self.num_samples
         with tqdm(total=total, unit="sample", disable=not self.progress) as bar:
-            for pieces in self._groups(group):
+            for pieces in self._groups(rows * self.mini_batch):
                 # Nothing of the model's may be swapped while the caller has the rows.
                 with preserved(self.model), randomness:
                     pieces = [targets.put_into(piece, leaves, constants) for piece in pieces]
-                    found = list(engine.gradient_rows(self._functional, leaves, constants, pieces))
-                yield from found
+                    found = engine.gradient_rows(
+                        self._functional, leaves, constants, pieces, self.mini_batch
+                    )
+                    ready = list(found)
+                yield from ready
                 bar.update(samples_in(pieces))
 
     def _chosen_engine(self) -> Engine:
         if self._engine is None:
             sample = next(self.batches(1))
             with preserved(self.model), self._randomness():
-                self._engine = choose_engine(self._functional, self._vectorize, sample)
+                self._engine = choose_engine(
+                    self._functional, self._vectorize, sample, self.mini_batch
+                )
         return self._engine
 
     def _randomness(self) -> IsolatedRandomness:

@@ -13,7 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchprune_bayes._checks import check_count, check_positive
-from torchprune_bayes._numerics.fisher_blocks import InverseFisher, gram, in_sample_space, invert
+from torchprune_bayes._numerics.fisher_blocks import (
+    InverseFisher,
+    SampleSpace,
+    in_sample_space,
+    invert,
+)
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._numerics.partition import group_by_budget, partition, runs_of_equal_size
 from torchprune_bayes.calibration import Calibration
@@ -74,7 +79,7 @@ class EmpiricalFisher:
         self.centred = centred
         self.damping = damping
         self._gradients: Tensor | None = None
-        self._inner: dict[int, Tensor] = {}
+        self._spaces: dict[int, SampleSpace] = {}
         self.calibration: Calibration | None = None
         self._weights: Mapping[str, Tensor] | None = None
 
@@ -102,7 +107,7 @@ class EmpiricalFisher:
         self.count = calibration.num_gradients
         self.calibration, self._weights, self._gradients = calibration, weights, None
         self._memory = calibration.memory_mb * _MIB
-        self._inner = {}
+        self._spaces = {}
         bytes_needed = self.count * self.live.numel * calibration.dtype.itemsize
         if bytes_needed <= self._memory / 4:
             self._gradients = self._collect(0, self.live.numel)
@@ -122,14 +127,14 @@ class EmpiricalFisher:
             other._alive = self.live.gather(masks)
             if self._gradients is not None:
                 other._gradients = self._gradients * other._alive
-            other._inner = {}
+            other._spaces = {}
             return other
         other.live = LiveVector(masks)
         if other.live.numel == self.live.numel:
             return other
         if self._gradients is not None:
             other._gradients = self._gradients[:, self.live.gather(masks)]
-            other._inner = {}
+            other._spaces = {}
         other.blocks = other._cut()
         return other
 
@@ -137,7 +142,7 @@ class EmpiricalFisher:
         """The same gradients cut into other blocks."""
         _check_block_size(block_size)
         other = copy.copy(self)
-        other.block_size, other._inner = block_size, {}
+        other.block_size, other._spaces = block_size, {}
         other.blocks = other._cut()
         return other
 
@@ -168,24 +173,32 @@ class EmpiricalFisher:
     def inverses(self) -> Iterator[tuple[slice, InverseFisher]]:
         """Yield batches of inverted blocks with their range of the live vector."""
         for where, gradients in self.sweep():
-            yield where, invert(gradients, self.damping, self.inner(where, gradients))
+            space = self._sample_space(where, gradients)
+            if space is None:
+                yield where, invert(gradients, self.damping)
+            else:
+                yield where, space.inverse(gradients, self.damping)
 
     def inner(self, where: slice, gradients: Tensor) -> Tensor | None:
         """``GGᵀ`` of a batch of blocks from :meth:`sweep`, kept for the sweeps to come.
 
         ``None`` where it would not be used, or where all would take over an eighth of the budget.
         """
-        held = sum(matrix.nbytes for matrix in self._inner.values())
+        space = self._sample_space(where, gradients)
+        return None if space is None else space.inner
+
+    def _sample_space(self, where: slice, gradients: Tensor) -> SampleSpace | None:
+        if where.start in self._spaces:
+            return self._spaces[where.start]
+        held = sum(space.inner.nbytes for space in self._spaces.values())
         needed = 8 * len(gradients) * self.count**2
-        if where.start in self._inner:
-            return self._inner[where.start]
         if (
             self._gradients is None
             or held + needed > self._memory / 8
             or not in_sample_space(gradients)
         ):
             return None
-        return self._inner.setdefault(where.start, gram(gradients))
+        return self._spaces.setdefault(where.start, SampleSpace(gradients))
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``, float64 ``[D]``. Cost: ``N²D`` (``N < B``) or ``(N + B) B D``."""
@@ -252,7 +265,7 @@ class EmpiricalFisher:
         ):
             raise AlignmentError("Expected the same live entries in both Fishers, got others.")
         self._gradients = torch.cat([self._gradients, other._gradients])
-        self._inner = {}
+        self._spaces = {}
         self.count += other.count
         return self
 
