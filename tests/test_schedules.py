@@ -19,6 +19,7 @@ from torchprune_bayes.schedules import (
     constant,
     cubic,
     geometric,
+    halving,
     linear,
     one_shot,
     polynomial,
@@ -28,7 +29,7 @@ from torchprune_bayes.schedules import (
 
 @st.composite
 def schedules(draw: st.DrawFn) -> Schedule:
-    kind = draw(st.sampled_from(["constant", "polynomial", "geometric"]))
+    kind = draw(st.sampled_from(["constant", "polynomial", "geometric", "halving"]))
     initial, final = sorted(
         draw(st.tuples(*[st.floats(0, 1, exclude_max=kind == "geometric")] * 2))
     )
@@ -97,6 +98,34 @@ def test_geometric_prunes_equal_fractions_of_what_is_left() -> None:
     assert ratios == pytest.approx([(0.02 / 0.8) ** (1 / 15)] * 15)
 
 
+@pytest.mark.parametrize(
+    ("final", "expected"),
+    [
+        (0.98, [0.5, 0.74, 0.86, 0.92, 0.95, 0.965, 0.98]),
+        (0.93, [0.5, 0.715, 0.8225, 0.87625, 0.903125, 0.9165625, 0.93]),
+        (0.5, [0.5]),
+        (0.3, [0.3]),
+    ],
+)
+def test_halving_is_the_published_table(final: float, expected: list[float]) -> None:
+    schedule = halving(final, begin=8, every=4)
+    steps = list(schedule.steps())
+    assert steps == list(range(8, 8 + 4 * len(expected), 4))
+    assert [schedule(step) for step in steps] == pytest.approx(expected, abs=1e-15)
+    assert schedule(steps[-1]) == final
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.integers(0, 8))
+def test_halving_halves_what_is_missing(final: float, initial: float, steps: int) -> None:
+    schedule = halving(final, steps=steps, initial=initial)
+    path = [schedule(step) for step in schedule.steps()]
+    assert path[-1] == final
+    missing = [final - sparsity for sparsity in path[:-1]]
+    for i, gap in enumerate(missing):
+        assert math.isclose(gap, (final - initial) * 0.5**i, rel_tol=1e-9, abs_tol=1e-12)
+    assert len(path) == (steps + 2 if final > initial else 1)
+
+
 def test_constant_has_no_end_unless_given() -> None:
     schedule = constant(0.7, begin=3, every=4)
     assert [schedule(step) for step in (0, 2, 3, 1000)] == [0.0, 0.0, 0.7, 0.7]
@@ -154,6 +183,11 @@ def test_amounts_compound_to_the_sparsities(sparsities: list[float]) -> None:
         (lambda: Schedule("stepwise", 0.9), ArgumentError, "`kind` to be one of"),
         (lambda: polynomial(0.9, 0, 4, degree=0), ArgumentError, "`degree` to be positive"),
         (lambda: geometric(1.0, 0, 4), ArgumentError, r"`final` in \[0, 1\)"),
+        (lambda: halving(0.9, steps=-1), ArgumentError, "`steps` of at least 0"),
+        (lambda: halving(0.9, begin=-1), ArgumentError, "`begin` of at least 0"),
+        (lambda: halving(0.2, begin=-1), ArgumentError, "`begin` of at least 0"),
+        (lambda: halving(0.9, every=0), ArgumentError, "`every` of at least 1"),
+        (lambda: halving(0.9, initial=1.2), ArgumentError, "`initial` in"),
         (lambda: sparsity_path("constant", 0.9, 4), ArgumentError, "`kind` to be one of"),
         (lambda: sparsity_path("cubic", 0.9, 0), ArgumentError, "`steps` of at least 1"),
         (lambda: amount_between(0.5, 0.4), ArgumentError, "`target` of at least `previous`"),

@@ -29,7 +29,8 @@ class Schedule:
     ``kind``, and is ``final`` at ``end`` and after.
 
     Attributes:
-        kind: The law in between: ``"constant"``, ``"polynomial"`` or ``"geometric"``.
+        kind: The law in between: ``"constant"``, ``"polynomial"``, ``"geometric"`` or
+            ``"halving"``.
         final: Sparsity from step ``end`` on, a fraction of the whole in [0, 1].
         begin: First step at which pruning is due.
         end: Last step at which pruning is due; ``None``, only if constant, for no last one.
@@ -59,7 +60,7 @@ class Schedule:
     degree: float = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("kind", self.kind, ("constant", "polynomial", "geometric"))
+        check_choice("kind", self.kind, ("constant", "polynomial", "geometric", "halving"))
         check_fraction("initial", self.initial)
         check_fraction("final", self.final, closed=self.kind != "geometric")
         check_count("begin", self.begin, minimum=0)
@@ -82,6 +83,9 @@ class Schedule:
         if self.kind == "geometric":
             ratio = (1 - self.final) / (1 - self.initial)
             sparsity = 1 - (1 - self.initial) * ratio**progress
+        elif self.kind == "halving":
+            missing = 0.5 ** ((step - self.begin) / self.every)
+            sparsity = self.final - (self.final - self.initial) * missing
         else:
             gain = 1 - (1 - progress) ** self.degree
             sparsity = self.initial + (self.final - self.initial) * gain
@@ -190,6 +194,43 @@ def geometric(final: float, begin: int, end: int, every: int = 1, initial: float
         0.5
     """
     return Schedule("geometric", final, begin, end, every, initial)
+
+
+def halving(
+    final: float, begin: int = 0, every: int = 1, *, steps: int = 5, initial: float = 0.5
+) -> Schedule:
+    """Start at ``initial``, halve what is missing ``steps`` times, then prune the rest.
+
+    The schedule of SNIP-it (Verdenius et al., arXiv 2006.00896): ``final - (final - initial) *
+    2 ** -i`` at ``begin + i * every`` for ``i = 0, ..., steps``, and ``final`` at the event after
+    these, ``steps + 2`` events in all. A ``final`` of at most ``initial`` is pruned at once, at
+    ``begin``. With the delay and the frequency of the paper's training runs, ``begin`` is
+    ``delay + frequency`` and ``every`` is ``frequency``.
+
+    Args:
+        final: Sparsity after the last event.
+        begin: Step of the first event.
+        every: Number of steps from one event to the next.
+        steps: How often what is missing is halved.
+        initial: Sparsity after the first event.
+
+    Raises:
+        ArgumentError: If a value is out of range.
+        ArgumentTypeError: If a value is no number, or a step no int.
+
+    Example:
+        >>> schedule = halving(0.98, begin=8, every=4)
+        >>> [(step, round(schedule(step), 3)) for step in schedule.steps()]
+        [(8, 0.5), (12, 0.74), (16, 0.86), (20, 0.92), (24, 0.95), (28, 0.965), (32, 0.98)]
+    """
+    check_fraction("initial", initial)
+    check_fraction("final", final)
+    check_count("steps", steps, minimum=0)
+    check_count("every", every)
+    check_count("begin", begin, minimum=0)
+    if final <= initial:
+        return one_shot(final, at=begin)
+    return Schedule("halving", final, begin, begin + (steps + 1) * every, every, initial)
 
 
 def sparsity_path(kind: str, final: float, steps: int, initial: float = 0.0) -> list[float]:

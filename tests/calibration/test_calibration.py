@@ -240,6 +240,14 @@ def test_tensors_of_another_model_are_refused() -> None:
 # Losses
 
 
+def test_another_loss_takes_the_same_samples() -> None:
+    calibration = mlp_calibration()
+    other = calibration.with_loss(lambda output, target: -2 * cross_entropy(output, target))
+    assert calibration.loss_fn is not other.loss_fn
+    for name, gradient in calibration.mean_gradient().items():
+        torch.testing.assert_close(other.mean_gradient()[name], -2 * gradient)
+
+
 def test_the_loss_can_be_differentiated_by_weights() -> None:
     calibration = mlp_calibration()
     leaves = {
