@@ -24,7 +24,9 @@ from torchprune_bayes.reports import ResultsTable
 PAPER = {"block_size": "tensor", "damping": 1e-5, "update": "single", "update_scale": 1.0}
 ONE_SHOT = {"num_samples": 1000}
 FULL = {"block_size": "full"}
+GEOMETRIC = {"steps": 16, "path": "geometric"}
 STEPS = {"num_samples": 500 * 32, "mini_batch": 32}
+MORE = {"num_samples": 1000 * 32, "mini_batch": 32}
 
 # name: method, sparsities, options of the calibration, options of the method
 ROWS: dict[str, tuple[str, list[float], dict[str, Any], dict[str, Any]]] = {
@@ -33,8 +35,7 @@ ROWS: dict[str, tuple[str, list[float], dict[str, Any], dict[str, Any]]] = {
     "kfac-paper": ("kfac", [0.95], {"num_samples": 100}, {"damping": 1e-5, "pi": False}),
     "diagonal": ("diagonal-fisher", [0.95], {"num_samples": 4096}, {"scope": "layer"}),
     "one-shot": ("woodfisher", [0.9, 0.95, 0.98], ONE_SHOT, {}),
-    "multi": ("woodfisher", [0.8, 0.9, 0.95, 0.98], STEPS, FULL | {"steps": 16}),
-    "multi-24": ("woodfisher", [0.98], STEPS, FULL | {"steps": 24}),
+    "multi": ("woodfisher", [0.8, 0.9, 0.95, 0.98], MORE, FULL | GEOMETRIC),
     "taylor": ("woodtaylor", [0.5, 0.8, 0.9, 0.95, 0.98], STEPS, FULL | {"steps": 32}),
 }
 
@@ -69,7 +70,10 @@ def main() -> None:
                 prune_global(params, name, amount=sparsity, **extra)
                 seconds = time.process_time() - start
                 found = accuracy(model, test_x, test_y)
-                print(f"{row:10} {sparsity:.2f} seed {seed}: {found:.2f} in {seconds:.1f} s")
+                print(
+                    f"{row:10} {sparsity:.2f} seed {seed}: {found:.2f} in {seconds:.1f} s",
+                    flush=True,
+                )
                 table.add(row=row, sparsity=sparsity, seed=seed, accuracy=found, seconds=seconds)
     print(table.summarise(["row", "sparsity"], ["accuracy", "seconds"]).to_text())
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.methods import find_method
 from torchprune_bayes.params import ParameterSpace
 
-METHODS = sorted(registered_methods())
+METHODS = sorted(name for name, entry in registered_methods().items() if not entry.is_structured)
 OURS = [name for name in METHODS if issubclass(find_method(name).method, PruningMethod)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -137,6 +137,23 @@ def test_steps_take_fresh_gradients_and_reach_the_amount():
     assert len(sparsities) == 3
 
 
+def test_every_step_searches_from_the_mask_of_the_last():
+    calibration = calibration_of(mlp())
+    method = CBS(
+        0.6, calibration=calibration, steps=3, damping=0.01, initial="magnitude", block_size="full"
+    )
+    search, kept = method._search, []
+
+    def counted(objective, **options):
+        kept.append(int(objective.keep.sum()))
+        return search(objective, **options)
+
+    method._search = counted
+    decision = method.decide(calibration.space)
+    # One search a step, each of a mask as sparse as the step is to end.
+    assert kept == [round(160 * (1 - step["sparsity"])) for step in decision.info["steps"]]
+
+
 def test_works_through_all_doors_of_the_host():
     masks = []
     for door in ("global", "apply", "ours"):

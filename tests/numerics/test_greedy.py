@@ -1,9 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchprune_bayes._numerics.fisher_blocks import invert
-from torchprune_bayes._numerics.greedy import Removals, greedy_removals
+from torchprune_bayes._numerics.greedy import Removals, greedy_group_removals, greedy_removals
 from torchprune_bayes._numerics.obs import joint_directions
 
 
@@ -73,3 +74,47 @@ def test_scores_rank_the_entries_of_a_block_in_the_order_of_removal(costs, rando
     scores = record.scores()[0]
     assert scores.argsort().tolist() == order
     assert len(set(scores.tolist())) == len(costs)
+
+
+@settings(max_examples=30)
+@given(blocks(), st.integers(1, 3))
+def test_groups_are_removed_as_by_trying_every_group_with_a_dense_inverse(problem, size):
+    gradients, weights, damping = problem
+    gradients, weights = gradients.repeat(1, 1, size), weights.repeat(1, size)
+    gradients = gradients + torch.arange(gradients.shape[-1]).double().cos()
+    record = greedy_group_removals(invert(gradients, damping), weights, size)
+    for block, fisher in enumerate(fishers(gradients, damping)):
+        inverse, places = torch.linalg.inv(fisher), torch.arange(len(fisher)).split(size)
+        gone = []
+        before = 0.0
+        for group, found in zip(record.order[block], record.costs[block], strict=True):
+            rises = {}
+            for other in set(range(len(places))) - set(gone):
+                chosen = torch.cat([places[i] for i in [*gone, other]])
+                w = weights[block, chosen]
+                rises[other] = float(w @ inverse[chosen][:, chosen].inverse() @ w) / 2
+            least = min(rises.values())
+            assert rises[int(group)] - before <= (least - before) * (1 + 1e-6) + 1e-9
+            assert float(found) == pytest.approx(rises[int(group)] - before, rel=1e-5, abs=1e-9)
+            gone.append(int(group))
+            before = rises[int(group)]
+
+
+@settings(max_examples=30)
+@given(blocks())
+def test_groups_of_one_are_single_weights(problem):
+    gradients, weights, damping = problem
+    inverse = invert(gradients, damping)
+    alone, groups = greedy_removals(inverse, weights), greedy_group_removals(inverse, weights, 1)
+    assert torch.equal(alone.order, groups.order)
+    torch.testing.assert_close(alone.costs, groups.costs)
+
+
+def test_what_is_pruned_already_goes_first_and_counts_in_its_group():
+    inverse = invert(torch.zeros(1, 1, 4), damping=1.0)
+    weights, alive = torch.tensor([[0.0, 0.0, 3.0, 2.0]]), torch.tensor([[True, False, True, True]])
+    record = greedy_removals(inverse, weights, kept=2, size=4, alive=alive)
+    assert record.order[0, :2].tolist() == [1, 0]
+    alive[0, 3] = alive[0, 2] = False  # one more than the pattern asks for: none is removed
+    record = greedy_removals(inverse, weights, kept=2, size=4, alive=alive)
+    assert 0 not in record.order[0, :2].tolist()

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from torchprune_bayes._numerics import patterns
 from torchprune_bayes._numerics.fisher_blocks import invert
-from torchprune_bayes._numerics.patterns import group_inverses, group_scores, n_of_m_scores
+from torchprune_bayes._numerics.patterns import (
+    group_inverses,
+    group_scores,
+    merged,
+    n_of_m_ranks,
+    n_of_m_scores,
+)
+from torchprune_bayes._numerics.swaps import SelectionObjective
 from torchprune_bayes.errors import ArgumentError
 
 
@@ -76,3 +83,32 @@ def test_groups_that_do_not_fit_are_refused():
     for kept in (0, 3):
         with pytest.raises(ArgumentError, match="N:M"):
             n_of_m_scores(inverse, torch.ones(1, 6), kept, 3)
+
+
+@settings(max_examples=40)
+@given(problems(), st.data())
+def test_pruned_entries_fill_the_pattern_before_live_ones(problem, data):
+    gradients, weights, damping, size = problem
+    kept = data.draw(st.integers(1, size - 1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    alive = torch.rand(weights.shape, generator=generator) < 0.6
+    gradients, weights = gradients * alive.unsqueeze(1), weights * alive
+    weights[:, 0] = 0.0  # a live weight may be zero as well
+    by_cost = n_of_m_scores(invert(gradients, damping), weights, kept, size, alive)
+    for scores in (by_cost, n_of_m_ranks(weights.abs(), kept, size, alive)):
+        left = ((scores >= 1) & alive).unflatten(-1, (-1, size)).sum(-1)
+        live = alive.unflatten(-1, (-1, size)).sum(-1)
+        assert torch.equal(left, live.clamp_max(kept))
+
+
+@settings(max_examples=40)
+@given(problems(), st.data())
+def test_pruning_a_merged_group_is_pruning_its_entries(problem, data):
+    gradients, weights, damping, size = problem
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    keep = torch.rand(len(weights), weights.shape[1] // size, generator=generator) < 0.5
+    of_groups = SelectionObjective(*merged(gradients, weights, size), keep, damping)
+    of_entries = SelectionObjective(
+        gradients, weights, keep.repeat_interleave(size, dim=-1), damping
+    )
+    torch.testing.assert_close(of_groups.value(), of_entries.value())

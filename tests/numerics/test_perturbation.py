@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprune_bayes._numerics.perturbation import apportion, perturbed_keep
+from torchprune_bayes._numerics.perturbation import apportion, perturbed_in_groups, perturbed_keep
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20).filter(any), st.data())
@@ -40,3 +40,14 @@ def test_other_seeds_give_other_masks():
         for seed in range(5)
     }
     assert len(draws) == 5
+
+
+@given(st.integers(1, 9), st.integers(2, 9), st.integers(0, 99))
+def test_groups_keep_exactly_as_many_as_they_should(groups, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(groups, size, generator=generator)
+    scores[torch.rand(groups, size, generator=generator) < 0.3] = -1.0  # cannot be kept
+    kept = (scores >= 0).sum(-1).clamp_max(size // 2)
+    found = perturbed_in_groups(scores, kept, generator)
+    assert torch.equal(found.sum(-1), kept)
+    assert not (found & (scores < 0)).any()

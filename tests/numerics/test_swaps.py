@@ -118,3 +118,43 @@ def test_nothing_to_swap_yields_nothing(kind):
     gradients, weights = torch.ones(1, 2, 3), torch.ones(1, 3)
     for keep in (torch.ones(1, 3).bool(), torch.zeros(1, 3).bool()):
         assert not list(swap_search(kind(gradients, weights, keep, 0.1)))
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@settings(max_examples=40)
+@given(problems(), st.integers(1, 5))
+def test_blocks_may_keep_different_numbers(kind, problem, tile):
+    gradients, weights, keep, damping = problem
+    keep = keep & (torch.arange(keep.shape[-1]) <= torch.arange(len(keep))[:, None])
+    objective, before = kind(gradients, weights, keep, damping), None
+    for found in swap_search(objective, swap_range=tile):
+        assert torch.equal(found.sum(-1), keep.sum(-1))
+        after = slow_value(kind, gradients, weights, found, damping)
+        torch.testing.assert_close(objective.value(), after, rtol=1e-6, atol=1e-9)
+        before = slow_value(kind, *problem[:2], keep, damping) if before is None else before
+        assert (after <= before * (1 + 1e-9)).all()
+        before = after
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@settings(max_examples=40)
+@given(problems(), st.integers(2, 4), st.integers(1, 9))
+def test_no_swap_within_a_group_improves_a_search_within_groups(kind, problem, size, tile):
+    gradients, weights, keep, damping = problem
+    gradients = gradients.repeat(1, 1, size) + torch.arange(keep.shape[-1] * size).cos()
+    weights, keep = weights.repeat(1, size), keep.repeat(1, size)
+    start = slow_value(kind, gradients, weights, keep, damping)
+    options = {"epsilon": 1e-9, "max_iterations": 1000, "swap_range": tile, "max_no_match": 50}
+    search = swap_search(kind(gradients, weights, keep, damping), within=size, **options)
+    found = [keep, *search][-1]
+    assert torch.equal(*(v.unflatten(-1, (-1, size)).sum(-1) for v in (found, keep)))
+    final = slow_value(kind, gradients, weights, found, damping)
+    for block, chosen in enumerate(found):
+        for i in (~chosen).nonzero().flatten():
+            for j in chosen.nonzero().flatten():
+                if i // size != j // size:
+                    continue
+                other = found.clone()
+                other[block, i], other[block, j] = True, False
+                changed = slow_value(kind, gradients, weights, other, damping)[block]
+                assert changed >= final[block] - 1e-6 * start[block]

@@ -66,3 +66,39 @@ def perturbed_keep(scores: Tensor, kept: int, generator: torch.Generator) -> Ten
     ranks = rows.argsort(descending=True, stable=True).argsort()
     chosen = (ranks < quotas.unsqueeze(-1)).flatten()[:entries]
     return torch.zeros_like(chosen).scatter(0, order, chosen)
+
+
+def perturbed_in_groups(scores: Tensor, kept: Tensor, generator: torch.Generator) -> Tensor:
+    """As :func:`perturbed_keep` in every group, for patterns that fix how many each group keeps.
+
+    A group of ``M`` is shuffled and cut into ``√M`` chunks; the best of each chunk come first, the
+    others after them by their scores.
+
+    Args:
+        scores: ``[groups, M]``; negative where an entry cannot be kept.
+        kept: Integers ``[groups]``, of at most as many entries as have other scores.
+        generator: On the CPU.
+
+    Returns:
+        Boolean ``[groups, M]`` with ``kept`` entries ``True`` in each group.
+
+    Example:
+        >>> kept = perturbed_in_groups(
+        ...     torch.rand(5, 4), torch.full((5,), 2), torch.Generator().manual_seed(0)
+        ... )
+        >>> kept.sum(-1).tolist()
+        [2, 2, 2, 2, 2]
+    """
+    size = scores.shape[-1]
+    chunks = max(1, math.isqrt(size))
+    order = torch.rand(scores.shape, generator=generator).argsort(-1).to(scores.device)
+    shuffled = scores.double().gather(-1, order)
+    rank = torch.zeros_like(order)
+    for chunk in torch.arange(size).chunk(chunks):
+        places = shuffled[:, chunk].argsort(descending=True, stable=True).argsort()
+        rank[:, chunk] = places
+    # By place within the chunk, then by score; what cannot be kept comes last.
+    by_score = shuffled.argsort(descending=True, stable=True).argsort()
+    key = rank * size + by_score + (shuffled < 0) * size * size
+    chosen = key.argsort(-1).argsort(-1) < kept.unsqueeze(-1)
+    return torch.zeros_like(chosen).scatter(-1, order, chosen)

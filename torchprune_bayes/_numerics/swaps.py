@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.fisher_blocks import times
+_CONVERTED = 1 << 18  # entries
 
 
 class Tile(NamedTuple):
@@ -40,8 +40,10 @@ class SwapObjective(ABC):
         self.gradients, self.weights, self.keep = gradients, weights.double(), keep
         self.damping = damping
         self.count = gradients.shape[-2]
-        removed = torch.where(keep, 0.0, self.weights)
-        self.residual = times(gradients, removed.unsqueeze(-1)).squeeze(-1)  # G_P w_P
+        removed = torch.where(keep, 0.0, self.weights).unsqueeze(-1)
+        # G_P w_P, converted to float64 a few rows at a time: O(B) beside the gradients.
+        rows = gradients.split(max(_CONVERTED // keep.numel(), 1), dim=-2)
+        self.residual = torch.cat([(r.double() @ removed).squeeze(-1) for r in rows], dim=-1)
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -65,7 +67,9 @@ class SwapObjective(ABC):
 
     def swap(self, indices: Tensor, signs: Tensor) -> None:
         """Restore where the sign is −1, prune where it is +1."""
-        self.keep = self.keep ^ torch.zeros_like(self.keep).scatter(-1, indices, signs != 0)
+        # A sum, because entries that pad a tile come up more than once, with signs of zero.
+        swapped = torch.zeros_like(self.weights).scatter_add(-1, indices, signs)
+        self.keep = self.keep ^ (swapped != 0)
         weights = signs * self.weights.gather(-1, indices)
         changes = [
             (columns @ weights.unsqueeze(-1)).squeeze(-1) for _, columns in self.columns(indices)
@@ -89,6 +93,7 @@ def swap_search(
     max_no_match: int = 3,
     max_iterations: int = 100,
     groups: Tensor | None = None,
+    within: int | None = None,
 ) -> Iterator[Tensor]:
     """Swap entries of ``P`` and ``K`` while that lowers the objective; all blocks at once.
 
@@ -105,6 +110,7 @@ def swap_search(
         max_no_match: Iterations in a row without a swap after which a block is done.
         max_iterations: Iterations at most.
         groups: Integers ``[blocks, B]``; entries are swapped only where these are equal.
+        within: Swap only within every so many consecutive entries, a divisor of ``B``.
 
     Yields:
         The kept entries after every iteration that swapped any, ``[blocks, B]``.
@@ -117,7 +123,10 @@ def swap_search(
     """
     misses = torch.zeros(len(objective.keep), 1, dtype=torch.long, device=objective.keep.device)
     for _ in range(max_iterations):
-        tile = _tile(objective, swap_range, misses, groups)
+        if within is None:
+            tile = _tile(objective, swap_range, misses, groups)
+        else:
+            tile = _tile_of_groups(objective, swap_range, misses, groups, within)
         signs = objective.accept(tile, epsilon * objective.value())
         swapped = signs.any(-1, keepdim=True)
         misses = torch.where(swapped, 0, misses + 1)
@@ -241,6 +250,29 @@ def _tile(objective: SwapObjective, size: int, misses: Tensor, groups: Tensor | 
     if groups is not None:
         allowed &= groups.gather(-1, rows)[..., None] == groups.gather(-1, columns)[..., None, :]
     return Tile(torch.cat([rows, columns], dim=-1), allowed)
+
+
+def _tile_of_groups(
+    objective: SwapObjective, size: int, misses: Tensor, groups: Tensor | None, within: int
+) -> Tile:
+    # The groups with the best entry to restore and the best to prune; rows and columns are all
+    # their entries, pairs those of a pruned with a kept one of the same group.
+    keep = objective.keep
+    free = torch.ones_like(keep) if groups is None else groups >= 0
+    restore, prune = objective.gains()
+    sides = [restore.masked_fill(keep | ~free, -torch.inf), prune.masked_fill(~keep, -torch.inf)]
+    best = torch.stack([side.unflatten(-1, (-1, within)).amax(-1) for side in sides]).sum(0)
+    chosen, exists = _ranked(best, best.isfinite(), max(size // within, 1), misses)
+    places = torch.arange(within, device=keep.device)
+    entries = (chosen.unsqueeze(-1) * within + places).flatten(-2)
+    pruned = (free & ~keep).gather(-1, entries) & exists.repeat_interleave(within, dim=-1)
+    own = torch.arange(entries.shape[-1], device=keep.device) // within
+    allowed = pruned.unsqueeze(-1) & keep.gather(-1, entries).unsqueeze(-2)
+    allowed &= own.unsqueeze(-1) == own
+    if groups is not None:
+        same = groups.gather(-1, entries)
+        allowed &= same.unsqueeze(-1) == same.unsqueeze(-2)
+    return Tile(torch.cat([entries, entries], dim=-1), allowed)
 
 
 def _ranked(gains: Tensor, side: Tensor, size: int, lot: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
     """The rows to compare: each method in one step, and some in several.
 
     Args:
-        names: Registered methods; ``None`` for all.
+        names: Registered methods; ``None`` for all that prune single weights.
         steps: Steps for every method that takes ``steps``; ``None`` for 10 by the strongest alone.
 
     Raises:
@@ -63,7 +63,8 @@ def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
         ['magnitude', 'woodtaylor', 'woodtaylor, 10 steps']
     """
     found = []
-    for name in registered_methods() if names is None else dict.fromkeys(names):
+    everything = [key for key, entry in registered_methods().items() if not entry.is_structured]
+    for name in everything if names is None else dict.fromkeys(names):
         known = options_of(find_method(name).method)
         options = {key: limit for key, limit in LIMITS.items() if key in known}
         found.append(Variant(name, name, options))

@@ -13,7 +13,7 @@ from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.methods import find_method
 
 # Given by the commands, or objects that cannot be typed in a shell.
-_NOT_OPTIONS = {"self", "amount", "calibration", "curvature"}
+_NOT_OPTIONS = {"self", "amount", "calibration", "curvature", "gate", "posterior"}
 
 
 def options_of(method: type[BasePruningMethod]) -> dict[str, Any]:

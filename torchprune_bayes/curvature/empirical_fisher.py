@@ -246,7 +246,11 @@ class EmpiricalFisher:
 
     def mean_square(self) -> float:
         """Mean over the live entries of ``(1/N) Σ g²``, the natural unit of the damping."""
-        total = sum(float(g.double().square().sum()) for _, g in self.sweep())
+        total = 0.0
+        for where, gradients in self.sweep():
+            inner = self.inner(where, gradients)  # its trace is the sum of squares
+            squares = gradients.square() if inner is None else inner.diagonal(dim1=-2, dim2=-1)
+            total += float(squares.sum(dtype=torch.float64))
         return total / (self.count * self.live.numel)
 
     def merge(self, other: EmpiricalFisher) -> EmpiricalFisher:

@@ -1,8 +1,11 @@
 """The pruning methods, and what applies them to models."""
 
 from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.bmrs import BMRS, prune_gated
 from torchprune_bayes.methods.cbs import CBS, PostUpdateCBS
 from torchprune_bayes.methods.diagonal_fisher import DiagonalFisher
+from torchprune_bayes.methods.force import FORCE
+from torchprune_bayes.methods.grasp import GraSP
 from torchprune_bayes.methods.greedy_obs import GreedyOBS
 from torchprune_bayes.methods.hessian_diagonal import HessianDiagonal
 from torchprune_bayes.methods.host import (
@@ -15,7 +18,9 @@ from torchprune_bayes.methods.host import (
     prune_global,
 )
 from torchprune_bayes.methods.kfac import KFAC
+from torchprune_bayes.methods.laplace_evidence import LaplaceEvidence
 from torchprune_bayes.methods.magnitude import LayerMagnitude, Magnitude
+from torchprune_bayes.methods.opd import OPD
 from torchprune_bayes.methods.random import Random
 from torchprune_bayes.methods.registry import (
     RegisteredMethod,
@@ -23,21 +28,33 @@ from torchprune_bayes.methods.registry import (
     register,
     registered_methods,
 )
+from torchprune_bayes.methods.snip import SNIP, IterativeSNIP
+from torchprune_bayes.methods.snipit import SNIPit
+from torchprune_bayes.methods.synflow import SynFlow
 from torchprune_bayes.methods.woodfisher import WoodFisher
 from torchprune_bayes.methods.woodtaylor import WoodTaylor
 
 __all__ = [
+    "BMRS",
     "CBS",
+    "FORCE",
     "KFAC",
+    "OPD",
+    "SNIP",
     "DiagonalFisher",
+    "GraSP",
     "GreedyOBS",
     "HessianDiagonal",
+    "IterativeSNIP",
+    "LaplaceEvidence",
     "LayerMagnitude",
     "Magnitude",
     "PostUpdateCBS",
     "PruningMethod",
     "Random",
     "RegisteredMethod",
+    "SNIPit",
+    "SynFlow",
     "WoodFisher",
     "WoodTaylor",
     "apply_decision",
@@ -47,6 +64,7 @@ __all__ = [
     "find_method",
     "import_masks",
     "masks_of",
+    "prune_gated",
     "prune_global",
     "register",
     "registered_methods",

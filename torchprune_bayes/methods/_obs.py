@@ -1,32 +1,38 @@
 """Optimal brain surgeon pruning with the empirical Fisher, in one step or in several.
 
-Shared by :class:`WoodFisher` and :class:`WoodTaylor`. Each step takes gradients at the current
+Shared by all methods that know ``F⁻¹``. Each step takes gradients at the current
 weights, scores the live entries, selects, and moves the survivors. Legend: ``w`` weights, ``F``
 damped Fisher, ``ḡ`` mean gradient, ``u = F⁻¹ḡ``, ``η`` gradient step.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, product
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from torchprune_bayes._checks import check_choice, check_count, check_fraction, check_positive
+from torchprune_bayes._checks import check_choice, check_fraction, check_positive
 from torchprune_bayes._numerics.fisher_blocks import InverseFisher, invert
 from torchprune_bayes._numerics.obs import Directions, joint_directions, single_directions
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.curvature import EmpiricalFisher
-from torchprune_bayes.errors import AlignmentError, ArgumentError
+from torchprune_bayes.methods._candidates import Candidate, Stage, Step, best_of, walked
+from torchprune_bayes.methods._curvature_holder import CurvatureHolder
+from torchprune_bayes.methods._grouped_fisher import GroupedFisher
+from torchprune_bayes.methods._obs_checks import (
+    check_fitted_to,
+    check_goes_with_pattern,
+    check_steps,
+    check_targets,
+)
+from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision, Masks, Scores
 
@@ -34,40 +40,23 @@ logger = logging.getLogger("torchprune_bayes")
 
 UPDATES = ("none", "single", "joint")
 _DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # in units of the mean squared gradient
-_DAMPING_CHANGES = ((1.0, 3.0), (0.3, 1.0))  # from one step to the next
+_DAMPING_FACTOR = 3.0  # of a walk from one step to the next
 _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _STAGES = 4
 _PAPER_EPSILON = 1e-10
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to take a step; its loss is measured only where there is a choice."""
-
-    masks: Masks
-    weights: dict[str, Tensor]
-    scores: Scores
-    block_size: int | str
-    damping: float
-    scale: float
-    gradient_step: float
-    loss: float | None = None
-    in_sample: bool | None = None
-
-    def report(self) -> dict[str, Any]:
-        """The plain numbers of the step."""
-        kept = sum(int(mask.sum()) for mask in self.masks.values())
-        total = sum(mask.numel() for mask in self.masks.values())
-        numbers = ("block_size", "damping", "scale", "gradient_step", "loss", "in_sample")
-        return {"sparsity": 1.0 - kept / total} | {name: getattr(self, name) for name in numbers}
+Select = Callable[[Stage, Target, Scores], Masks]
 
 
-class ObsPruning(PruningMethod):
+class ObsPruning(CurvatureHolder[EmpiricalFisher]):
     """Options and procedure of the OBS methods; :class:`WoodFisher` documents the options."""
+
+    _score_dtype: ClassVar[torch.dtype | None] = None
+    """Of the scores that are kept; ``None`` for that of the weights."""
 
     def __init__(
         self,
-        amount: float | int | None,
+        amount: float | int | Mapping[str, int] | None = None,
         *,
         calibration: Calibration | None = None,
         curvature: EmpiricalFisher | None = None,
@@ -84,40 +73,36 @@ class ObsPruning(PruningMethod):
         centred: bool = False,
         flops_power: float = 0.0,
         flops_target: float | None = None,
+        pattern: str | None = None,
         compat: str | None = None,
     ) -> None:
-        _check_targets(amount, flops_target, scope)
-        super().__init__(0.0 if amount is None else amount, calibration=calibration, scope=scope)
-        check_count("steps", steps)
-        if stages != "auto":
-            check_count("stages", stages)
+        self.pattern = None if pattern is None else Pattern.parse(pattern)
+        if self.pattern is not None:
+            check_goes_with_pattern(curvature, flops_power, flops_target, compat)
+            amount = self.pattern.amount(amount)
+        check_targets(amount, flops_target, scope)
+        amount = 0.0 if amount is None else amount
+        super().__init__(amount, calibration=calibration, curvature=curvature, scope=scope)
+        check_steps(steps, stages, path, curvature)
         check_choice("update", update, UPDATES)
-        check_choice("path", path, ("cubic", "geometric", "linear"))
         check_choice("compat", compat, (None, "paper"))
         if damping != "auto":
             check_positive("damping", damping)
         if update_scale != "auto":
             check_fraction("update_scale", update_scale)
-        if curvature is not None and steps > 1:
-            raise ArgumentError(
-                f"Expected `calibration=` alone for steps={steps}, because every step takes fresh "
-                "gradients, got a fitted curvature."
-            )
-        self.curvature = curvature
-        if calibration is None and curvature is not None:
-            self.calibration = curvature.calibration
         self.damping, self.update, self.update_scale = damping, update, update_scale
         staged = steps == 1 and update == "joint"
         self.steps, self.path, self.compat = steps, path, compat
         self.stages = int(stages) if stages != "auto" else _STAGES if staged else 1
         self._screens = self.stages > 1
         self.flops_power, self.flops_target = flops_power, flops_target
-        self._fisher = EmpiricalFisher(
-            block_size=block_size,
-            across_tensors=across_tensors,
-            active_only=active_only,
-            centred=centred,
-        )
+        self._fisher_options: dict[str, Any] = {
+            "block_size": block_size,
+            "across_tensors": across_tensors,
+            "active_only": active_only,
+            "centred": centred,
+        }
+        EmpiricalFisher(**self._fisher_options)  # checks them
 
     def decide(self, space: ParameterSpace) -> Decision:
         """Choose masks and new weights of the survivors; the model is not changed.
@@ -137,66 +122,100 @@ class ObsPruning(PruningMethod):
             best = self._best_candidate(step, target, reports)
             weights, masks = best.weights, best.masks
             reports.append(best.report())
+            if self.steps > 1 and self.damping == "auto":
+                reports[-1]["mean_square"] = _unit(step)
             logger.info("%s step %d: %s", type(self).__name__, index + 1, reports[-1])
         moved = self.update != "none" or any(report["gradient_step"] for report in reports)
         info = {"steps": reports, "gradients": step.fisher.count, "engine": self._engine()}
         return Decision(masks, weights if moved else None, best.scores, info)
 
-    def release(self) -> None:
-        """Let go of model, data and curvature."""
-        super().release()
-        self.curvature = None
-
     def gradient_steps(self) -> tuple[float, ...]:
         """Values of ``η`` to choose from; the zeroth-order methods have no gradient term."""
         return (0.0,)
 
-    def scores(self, inverse: InverseFisher, weights: Tensor) -> Tensor:
-        """Rise of the loss for pruning each weight alone, ``w²/(2F⁻¹_ii)``, ``[blocks, B]``."""
+    def scores(self, inverse: InverseFisher, weights: Tensor, alive: Tensor) -> Tensor:
+        """Rise of the loss for pruning each weight alone, or in the pattern, ``[blocks, B]``.
+
+        ``w²/(2F⁻¹_ii)``, or ``½ w_gᵀ(F⁻¹_gg)⁻¹w_g`` for groups.
+        """
+        if self.pattern is not None:
+            return self.pattern.scores(inverse, weights, alive)
         diagonal = inverse.inverse_diagonal()
         if self.compat == "paper":
             return weights.square() / (diagonal + _PAPER_EPSILON) + _PAPER_EPSILON
         return weights.square() / (2.0 * diagonal)
 
-    def _step(self, index: int, weights: dict[str, Tensor], masks: Masks) -> _Step:
+    def select(self, stage: Stage, target: Target, scores: Scores) -> Masks:
+        """Masks at the end of a stage: what the smallest scores leave."""
+        return _smallest(stage, target, scores)
+
+    def _step(self, index: int, weights: dict[str, Tensor], masks: Masks) -> Step:
         if self.curvature is not None:
-            _check_fitted_to(self.curvature, masks)
-            return _Step(index, self.calibration, self.curvature, weights, masks)
+            check_fitted_to(self.curvature, masks)
+            return Step(index, self.calibration, self.curvature, weights, masks)
         calibration = self.required_calibration.fresh(index)
-        fisher = copy.copy(self._fisher).fit(calibration, weights, masks)
-        return _Step(index, calibration, fisher, weights, masks)
+        fisher = self._fisher().fit(calibration, weights, masks)
+        return Step(index, calibration, fisher, weights, masks)
+
+    def _fisher(self) -> EmpiricalFisher:
+        if self.pattern is None:
+            return EmpiricalFisher(**self._fisher_options)
+        dims = self.pattern.dims(self.space)
+        return GroupedFisher(dims, self.pattern.size, **self._fisher_options)
 
     def _target(self, masks: Masks) -> Target:
+        options: dict[str, Any] = {"scope": self.scope, "path": self.path}
+        steps = self.steps * self.stages
+        if self.pattern is not None:
+            dims = self.pattern.dims(self.space)
+            return self.pattern.target(masks, dims, self.amount, steps=steps, **options)
         needs_costs = self.flops_power or self.flops_target is not None
         return Target(
             masks,
             self.amount,
-            scope=self.scope,
-            steps=self.steps * self.stages,
-            path=self.path,
+            steps=steps,
             costs=flops_per_weight(self.required_calibration) if needs_costs else None,
             flops_target=self.flops_target,
             strict=self.compat == "paper",
+            **options,
         )
 
     def _best_candidate(
-        self, step: _Step, target: Target, reports: list[dict[str, Any]]
+        self, step: Step, target: Target, reports: list[dict[str, Any]]
     ) -> Candidate:
-        dampings = self._dampings(step, reports)
+        if self.damping == "auto" and reports:
+            return self._walked(step, target, reports)
+        dampings = self._dampings(step)
         choices = []
         for cut in self._partitions(step, reports):
             screened = self._screens and len(dampings) > 1
             kept = [self._screened(cut, target, dampings)] if screened else dampings
             choices += [(cut, damping) for damping in kept]
-        staged = (c for s, d in choices for c in self._candidates(s, target, d, self.stages))
-        return _best(staged, step.calibration)
+        tried = (self._candidates(s, target, d, self.stages, self.select) for s, d in choices)
+        return best_of(chain.from_iterable(tried), step.calibration)
 
-    def _screened(self, step: _Step, target: Target, dampings: list[float]) -> float:
-        """The best damping without stages: a stage more costs as much as a damping more."""
-        tried = (c for d in dampings for c in self._candidates(step, target, d, stages=1))
-        return _best(tried, step.calibration).damping
+    def _walked(self, step: Step, target: Target, reports: list[dict[str, Any]]) -> Candidate:
+        """The best damping near the last one, in units of the mean squared gradient.
 
-    def _partitions(self, step: _Step, reports: list[dict[str, Any]]) -> list[_Step]:
+        Up and down in turn, and on as long as the loss falls: the weights that are left late need
+        far more damping than the network as a whole, and a grid at every step would cost more.
+        """
+        (cut,) = self._partitions(step, reports)
+        last = reports[-1]["damping"] / reports[-1]["mean_square"] * _unit(step)
+        factor = _DAMPING_FACTOR if len(reports) % 2 else 1.0 / _DAMPING_FACTOR
+        return walked(
+            lambda damping: self._candidates(cut, target, damping, self.stages, self.select),
+            last,
+            factor,
+            self.required_calibration,
+        )
+
+    def _screened(self, step: Step, target: Target, dampings: list[float]) -> float:
+        """The best damping without stages and searches, whose cost it would multiply."""
+        tried = (self._candidates(step, target, d, 1, _smallest) for d in dampings)
+        return best_of(chain.from_iterable(tried), step.calibration).damping
+
+    def _partitions(self, step: Step, reports: list[dict[str, Any]]) -> list[Step]:
         """The step with the blocks to choose from.
 
         One block over the whole network uses all interactions, and is best where gradients are
@@ -210,20 +229,15 @@ class ObsPruning(PruningMethod):
             blocks = [reports[-1]["block_size"]]
         return [replace(step, fisher=fisher.with_blocks(size)) for size in blocks]
 
-    def _dampings(self, step: _Step, reports: list[dict[str, Any]]) -> list[float]:
+    def _dampings(self, step: Step) -> list[float]:
         if self.damping != "auto":
             return [float(self.damping)]
         if step.calibration is None:
             return [step.fisher.damping]
-        if reports:
-            # Up and down in turn: the third candidate of every step would cost a third of the time.
-            changes = _DAMPING_CHANGES[len(reports) % 2]
-            return [reports[-1]["damping"] * factor for factor in changes]
-        unit = step.fisher.mean_square() or 1.0
-        return [unit * factor for factor in _DAMPINGS]
+        return [_unit(step) * factor for factor in _DAMPINGS]
 
     def _candidates(
-        self, step: _Step, target: Target, damping: float, stages: int
+        self, step: Step, target: Target, damping: float, stages: int, select: Select
     ) -> Iterator[Candidate]:
         live = step.fisher.live
         flat = live.gather(step.weights)
@@ -231,11 +245,10 @@ class ObsPruning(PruningMethod):
         for stage in range(stages):
             # Scores are those of what is left, moved as far as it has been; the update is always
             # taken anew from the weights that the gradients belong to.
-            scores = self._ranked(
-                step.fisher.restricted(kept, damping), live.scatter(moved), target
-            )
+            left = step.fisher.restricted(kept, damping)
+            scores = self._ranked(left, live.scatter(moved), kept, target)
             index = (step.index + 1) * self.stages - stages + stage
-            kept = target.keep(index, scores, kept)
+            kept = select(Stage(step, damping, index, kept), target, scores)
             keep = live.gather(kept)
             directions = self._directions(step.fisher, damping, flat, keep)
             moved = torch.where(keep, flat + directions.compensation, 0.0)
@@ -245,18 +258,26 @@ class ObsPruning(PruningMethod):
             yield Candidate(kept, weights, scores, step.fisher.block_size, damping, scale, eta)
 
     def _ranked(
-        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], target: Target
+        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], masks: Masks, target: Target
     ) -> Scores:
-        flat = fisher.live.gather(weights)
-        parts = [
-            self.scores(inverse, flat[where].double().unflatten(0, inverse.shape)).to(flat.dtype)
-            for where, inverse in fisher.inverses()
-        ]
-        scores = fisher.live.scatter(torch.cat([part.flatten() for part in parts]))
+        flat, alive = fisher.live.gather(weights), fisher.live.gather(masks)
+        parts = []
+        for where, inverse in self._inverses(fisher):
+            w, a = (v[where].unflatten(0, inverse.shape) for v in (flat, alive))
+            found = self.scores(inverse, w.double(), a)
+            parts.append(found.to(self._score_dtype or flat.dtype).flatten())
+        scores = fisher.live.scatter(torch.cat(parts))
         if target.costs is None or not self.flops_power:
             return scores
         costs = {name: cost**self.flops_power for name, cost in target.costs.items()}
         return {name: score / costs[name] for name, score in scores.items()}
+
+    def _inverses(self, fisher: EmpiricalFisher) -> Iterator[tuple[slice, InverseFisher]]:
+        if self.pattern is None:
+            yield from fisher.inverses()
+            return
+        for where, gradients in fisher.sweep():  # in forms that know groups
+            yield where, invert(gradients, fisher.damping, fisher.inner(where, gradients))
 
     def _directions(
         self, fisher: EmpiricalFisher, damping: float, flat: Tensor, keep: Tensor
@@ -284,60 +305,9 @@ class ObsPruning(PruningMethod):
         return None if self.calibration is None else self.calibration.engine
 
 
-@dataclass(frozen=True)
-class _Step:
-    index: int
-    calibration: Calibration | None
-    fisher: EmpiricalFisher
-    weights: dict[str, Tensor]
-    masks: Masks
+def _unit(step: Step) -> float:
+    return step.fisher.mean_square() or 1.0
 
 
-def _best(candidates: Iterator[Candidate], calibration: Calibration | None) -> Candidate:
-    best = next(candidates)
-    for candidate in candidates:
-        if calibration is None:
-            raise ArgumentError(
-                "Expected numbers for `damping` and `update_scale` with a curvature alone: "
-                "choosing them needs `calibration=`."
-            )
-        if best.loss is None:
-            best = _measured(best, calibration)
-        candidate = _measured(candidate, calibration)
-        best = min(best, candidate, key=_loss)
-    return best
-
-
-def _measured(candidate: Candidate, calibration: Calibration) -> Candidate:
-    found = calibration.held_out_loss(candidate.weights)
-    return replace(candidate, loss=found.value, in_sample=found.in_sample)
-
-
-def _loss(candidate: Candidate) -> float:
-    # A loss that is not a number loses against any number.
-    loss = candidate.loss
-    return math.inf if loss is None or math.isnan(loss) else loss
-
-
-def _check_fitted_to(curvature: EmpiricalFisher, masks: Masks) -> None:
-    live = curvature.live.masks
-    fits = list(live) == list(masks) and all(
-        not curvature.active_only or torch.equal(live[name].to(mask.device), mask)
-        for name, mask in masks.items()
-    )
-    if not fits:
-        raise AlignmentError(
-            "Expected a curvature fitted to the entries that are alive now, got one of other "
-            "tensors or of an earlier mask: fit it again."
-        )
-
-
-def _check_targets(amount: float | int | None, flops_target: float | None, scope: str) -> None:
-    if (amount is None) == (flops_target is None):
-        raise ArgumentError(
-            "Expected either `amount` or `flops_target` (then amount=None), "
-            f"got amount={amount!r} and flops_target={flops_target!r}."
-        )
-    if flops_target is not None:
-        check_fraction("flops_target", flops_target)
-        check_choice("scope with flops_target", scope, ("global",))
+def _smallest(stage: Stage, target: Target, scores: Scores) -> Masks:
+    return target.keep(stage.index, scores, stage.masks)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,19 +10,16 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import check_choice, check_count, check_fraction
-from torchprune_bayes._numerics.perturbation import perturbed_keep
-from torchprune_bayes._numerics.post_update import PostUpdateObjective
-from torchprune_bayes._numerics.swaps import SelectionObjective, swap_search
+from torchprune_bayes._numerics.swaps import swap_search
 from torchprune_bayes.curvature import EmpiricalFisher
-from torchprune_bayes.methods._obs import Candidate, ObsPruning, _Step
+from torchprune_bayes.methods._candidates import Stage
+from torchprune_bayes.methods._first_order import FirstOrderPruning
+from torchprune_bayes.methods._swap_selection import OBJECTIVES, SwapSelection
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.types import Masks, Scores
 
 INITIALS = ("perturbed", "magnitude", "woodfisher", "gradient", "random")
-_OBJECTIVES = {"selection": SelectionObjective, "post_update": PostUpdateObjective}
-_GRADIENT_STEPS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-_PATIENCE = 5  # iterations without a smaller loss
 
 
 @register(
@@ -32,7 +27,7 @@ _PATIENCE = 5  # iterations without a smaller loss
     title="combinatorial brain surgeon: swaps what to prune, then updates the rest jointly",
     paper="arXiv:2203.04466",
 )
-class CBS(ObsPruning):
+class CBS(FirstOrderPruning):
     """Choose the weights to prune together, because the effects of some cancel one another.
 
     `Combinatorial Brain Surgeon (Yu et al., 2022) <https://arxiv.org/abs/2203.04466>`_. CBS-S
@@ -46,7 +41,7 @@ class CBS(ObsPruning):
 
     Args:
         amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
-            ``flops_target``.
+            ``flops_target``, and with an N:M pattern.
         initial: Start of the search: ``"magnitude"``; ``"perturbed"``, the best by training loss of
             ``perturbations`` random magnitude perturbations; ``"woodfisher"``; ``"gradient"``,
             ``|w·ḡ|``; ``"random"``.
@@ -61,8 +56,9 @@ class CBS(ObsPruning):
             search on held-out loss; with several steps this descends while it prunes.
         options: As of :class:`~torchprune_bayes.WoodFisher`: ``calibration``, ``curvature``,
             ``block_size``, ``damping``, ``update``, ``update_scale``, ``steps``, ``path``,
-            ``scope``, and so on. Swaps stay within a block, so that the blocks' shares are those
-            of the start.
+            ``scope``, ``pattern``, and so on. In an N:M pattern entries are swapped within their
+            group, in a pattern of whole groups these are. Swaps stay within a block, so that the
+            blocks' shares are those of the start.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -88,9 +84,11 @@ class CBS(ObsPruning):
         88
     """
 
+    gradient_grid = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+
     def __init__(
         self,
-        amount: float | int | Mapping[str, int] | None,
+        amount: float | int | Mapping[str, int] | None = None,
         *,
         initial: str = "perturbed",
         perturbations: int = 50,
@@ -102,19 +100,18 @@ class CBS(ObsPruning):
         gradient_step: float | str = 0.0,
         **options: Any,
     ) -> None:
-        super().__init__(amount, stages=1, **options)  # type: ignore[arg-type]
+        super().__init__(amount, gradient_step=gradient_step, stages=1, **options)
         self._screens = True
         check_choice("initial", initial, INITIALS)
-        check_choice("objective", objective, _OBJECTIVES)
+        check_choice("objective", objective, OBJECTIVES)
         check_count("perturbations", perturbations)
         check_fraction("epsilon", epsilon)
         check_count("swap_range", swap_range)
         check_count("max_no_match", max_no_match)
         check_count("max_iterations", max_iterations, minimum=0)
-        if gradient_step != "auto":
-            check_fraction("gradient_step", gradient_step)
-        self.initial, self.perturbations, self.gradient_step = initial, perturbations, gradient_step
-        self.objective = objective
+        if self.pattern is not None and self.pattern.takes_whole_groups:
+            check_choice("objective with a pattern of whole groups", objective, ("selection",))
+        self.initial, self.perturbations, self.objective = initial, perturbations, objective
         self._search = partial(
             swap_search,
             epsilon=epsilon,
@@ -123,117 +120,52 @@ class CBS(ObsPruning):
             max_iterations=max_iterations,
         )
 
-    def gradient_steps(self) -> tuple[float, ...]:
-        """Values of ``η`` to choose from."""
-        if isinstance(self.gradient_step, str):
-            return _GRADIENT_STEPS
-        return (float(self.gradient_step),)
-
-    def _screened(self, step: _Step, target: Target, dampings: list[float]) -> float:
-        # Judged without a search, which would multiply its cost by the number of dampings.
-        return super()._screened(step, _Improved(**vars(target), improve=dict), dampings)
-
-    def _candidates(
-        self, step: _Step, target: Target, damping: float, stages: int
-    ) -> Iterator[Candidate]:
-        if not isinstance(target, _Improved):
-            target = _Improved(**vars(target), improve=partial(self._improved, step, damping))
-        return super()._candidates(step, target, damping, stages)
+    def select(self, stage: Stage, target: Target, scores: Scores) -> Masks:
+        """The best masks that a search from the smallest scores finds."""
+        selection = SwapSelection(
+            stage,
+            self.objective,
+            self._search,
+            partial(self._training_loss, stage),
+            pattern=self.pattern,
+            shared=self.scope == "global" and self.flops_target is None,
+        )
+        perturbed = self.initial == "perturbed"
+        generator = self._generator(stage.step.index) if perturbed else None
+        start = super().select(stage, target, scores)
+        return selection.best(start, self.perturbations, generator)
 
     def _ranked(
-        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], target: Target
+        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], masks: Masks, target: Target
     ) -> Scores:
         if self.initial == "woodfisher":
-            return super()._ranked(fisher, weights, target)
+            return super()._ranked(fisher, weights, masks, target)
         flat = fisher.live.gather(weights)
         if self.initial == "gradient":
             mean = torch.cat([gradients.mean(-2).flatten() for _, gradients in fisher.sweep()])
             flat = flat * mean.to(flat)
         if self.initial == "random":
             flat = torch.rand(flat.shape, generator=self._generator()).to(flat)
-        return fisher.live.scatter(flat.abs())
+        scores = flat.abs()
+        if self.pattern is not None:
+            scores = self.pattern.ranks(scores, fisher.live.gather(masks))
+        return fisher.live.scatter(scores)
 
-    def _improved(self, step: _Step, damping: float, start: Masks) -> Masks:
-        live = step.fisher.live
-        flat, keep = live.gather(step.weights), live.gather(start)
-        groups = self._groups(step)
-        judge = partial(self._judged, step, damping, flat)
-        best = judge(keep)
-        if self.initial == "perturbed":
-            perturbed = self._perturbed(flat, keep, groups, step.index)
-            best = min([best, *map(judge, perturbed)], key=_loss)
-        for where, gradients in step.fisher.sweep():
-            shape, since = gradients.shape[::2], 0
-            weights, kept, own = (v[where].unflatten(0, shape) for v in (flat, best.keep, groups))
-            objective = _OBJECTIVES[self.objective](gradients, weights, kept, damping)
-            for found in self._search(objective, groups=own):
-                keep = best.keep.clone()
-                keep[where] = found.flatten()
-                judged = judge(keep)
-                since = 0 if judged.loss < best.loss else since + 1
-                best = min(best, judged, key=_loss)
-                if since == _PATIENCE:
-                    break
-        return live.scatter(best.keep)
-
-    def _judged(self, step: _Step, damping: float, flat: Tensor, keep: Tensor) -> _Judged:
-        """Loss on training samples; with a curvature alone, that of the quadratic model."""
+    def _training_loss(self, stage: Stage, keep: Tensor) -> float:
+        """Of a mask; with a curvature alone, that of the quadratic model."""
+        step = stage.step
+        flat = step.fisher.live.gather(step.weights)
         moved = flat
         if self.objective == "post_update":
-            moved = flat + self._directions(step.fisher, damping, flat, keep).compensation
+            moved = flat + self._directions(step.fisher, stage.damping, flat, keep).compensation
         moved = torch.where(keep, moved, 0.0)
         if step.calibration is None:
-            return _Judged(keep, step.fisher.quadratic(moved - flat))
-        loss = step.calibration.held_out_loss(step.fisher.live.scatter(moved)).value
-        return _Judged(keep, math.inf if math.isnan(loss) else loss)
-
-    def _perturbed(self, flat: Tensor, keep: Tensor, groups: Tensor, step: int) -> Iterator[Tensor]:
-        """Random magnitude perturbations that keep as many entries of each group as ``keep``."""
-        generator = self._generator(step)
-        numbers = groups.unique().tolist()
-        counts = {number: int(keep[groups == number].sum()) for number in numbers}
-        for _ in range(self.perturbations - 1):
-            other = torch.zeros_like(keep)
-            for number, count in counts.items():
-                chosen = groups == number
-                other[chosen] = perturbed_keep(flat[chosen].abs(), count, generator)
-            yield other
-
-    def _groups(self, step: _Step) -> Tensor:
-        # Entries trade places within a group: a tensor where each has its own share, else all.
-        live = step.fisher.live
-        own_shares = self.scope == "layer" or self.flops_target is not None
-        numbers = {
-            name: torch.full(mask.shape, index if own_shares else 0, device=mask.device)
-            for index, (name, mask) in enumerate(live.masks.items())
-        }
-        return live.gather(numbers).masked_fill(~live.gather(step.masks), -1)
+            return step.fisher.quadratic(moved - flat)
+        return step.calibration.held_out_loss(step.fisher.live.scatter(moved)).value
 
     def _generator(self, step: int = 0) -> torch.Generator:
         seed = 0 if self.calibration is None else self.calibration.seed
         return torch.Generator().manual_seed(seed + step)
-
-
-@dataclass(frozen=True)
-class _Improved(Target):
-    """A target whose masks are improved after they are chosen."""
-
-    improve: Callable[[Masks], Masks] = field(kw_only=True)
-
-    def keep(self, step: int, scores: Scores, masks: Masks) -> Masks:
-        return self.improve(super().keep(step, scores, masks))
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """What a step would keep, and the loss that this means."""
-
-    keep: Tensor
-    loss: float
-
-
-def _loss(judged: _Judged) -> float:
-    return judged.loss
 
 
 @register(
@@ -269,7 +201,7 @@ class PostUpdateCBS(CBS):
 
     def __init__(
         self,
-        amount: float | int | Mapping[str, int] | None,
+        amount: float | int | Mapping[str, int] | None = None,
         *,
         objective: str = "post_update",
         epsilon: float = 1e-6,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisherDiagonal
+from torchprune_bayes.methods._curvature_holder import CurvatureHolder
+from torchprune_bayes.methods._obd import obd_decision
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision
@@ -16,7 +16,7 @@ from torchprune_bayes.types import Decision
     title="optimal brain damage with mean squared gradients",
     paper="arXiv:1801.05787",
 )
-class DiagonalFisher(PruningMethod):
+class DiagonalFisher(CurvatureHolder[EmpiricalFisherDiagonal]):
     """Prune the weights with the smallest ``½ w_i² F_ii``, ``F_ii = (1/N) Σ_n g_ni²``.
 
     `Fisher pruning (Theis et al., 2018) <https://arxiv.org/abs/1801.05787>`_, for single weights:
@@ -41,7 +41,7 @@ class DiagonalFisher(PruningMethod):
 
     Example:
         >>> import torch
-        >>> from torchprune_bayes import prune_global
+        >>> from torchprune_bayes import Calibration, prune_global
         >>> layer = torch.nn.Linear(3, 1, bias=False)
         >>> with torch.no_grad():
         ...     _ = layer.weight.copy_(torch.tensor([[1.0, -1.0, 2.0]]))
@@ -51,19 +51,6 @@ class DiagonalFisher(PruningMethod):
         tensor([[ True, False,  True]])
     """
 
-    def __init__(
-        self,
-        amount: float | int,
-        *,
-        calibration: Calibration | None = None,
-        curvature: EmpiricalFisherDiagonal | None = None,
-        scope: str = "global",
-    ) -> None:
-        if calibration is None and curvature is not None:
-            calibration = curvature.calibration
-        super().__init__(amount, calibration=calibration, scope=scope)
-        self.curvature = curvature
-
     def decide(self, space: ParameterSpace) -> Decision:
         """Rank the live entries of ``space`` by ``½ w_i² F_ii``."""
         weights, masks = space.values(), space.masks()
@@ -71,15 +58,5 @@ class DiagonalFisher(PruningMethod):
         if fisher is None:
             fisher = EmpiricalFisherDiagonal().fit(self.required_calibration, weights, masks)
         fisher.check_fitted_to(masks)
-        diagonal = fisher.diagonal()
-        scores = {
-            name: weight.double().square() * diagonal[name].to(weight.device) / 2
-            for name, weight in weights.items()
-        }
-        kept = Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
-        return Decision(kept, scores=scores, info={"gradients": fisher.count})
-
-    def release(self) -> None:
-        """Let go of model, data and curvature."""
-        super().release()
-        self.curvature = None
+        target = Target(masks, self.amount, scope=self.scope)
+        return obd_decision(target, weights, fisher.diagonal(), gradients=fisher.count)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.greedy import greedy_removals
-from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes._numerics.fisher_blocks import InverseFisher
+from torchprune_bayes._numerics.greedy import greedy_group_removals, greedy_removals
 from torchprune_bayes.methods._obs import ObsPruning
-from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.registry import register
-from torchprune_bayes.types import Scores
 
 
 @register(
@@ -27,11 +25,13 @@ class GreedyOBS(ObsPruning):
     The greedy solver of `OBC (Frantar and Alistarh, 2022) <https://arxiv.org/abs/2208.11580>`_ for
     blocks of the empirical Fisher. Each block is emptied once; the order and the costs of its
     removals, joined over all blocks, give the exact global threshold for any ``amount``. The
-    survivors then take the joint update, which is what the single updates add up to.
+    survivors then take the joint update, which is what the single updates add up to. With
+    ``pattern="N:M"`` a weight is passed over once its group has but ``N`` left; with ``"1xM"``
+    whole groups are removed, at the cost ``½ w_gᵀ(F⁻¹_gg)⁻¹w_g``.
 
     Args:
         amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
-            ``flops_target``.
+            ``flops_target``, and with an N:M pattern.
         block_size: Blocks of the Fisher: an int, ``"tensor"`` or ``"full"``.
         options: As of :class:`~torchprune_bayes.WoodFisher`.
 
@@ -52,21 +52,24 @@ class GreedyOBS(ObsPruning):
         12
     """
 
+    _score_dtype = torch.float64  # ties are broken in the last places
+
     def __init__(
         self,
-        amount: float | int | Mapping[str, int] | None,
+        amount: float | int | Mapping[str, int] | None = None,
         *,
         block_size: int | str = 256,
         **options: Any,
     ) -> None:
-        super().__init__(amount, block_size=block_size, stages=1, **options)  # type: ignore[arg-type]
+        super().__init__(amount, block_size=block_size, stages=1, **options)
 
-    def _ranked(
-        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], target: Target
-    ) -> Scores:
-        flat = fisher.live.gather(weights)
-        parts = [
-            greedy_removals(inverse, flat[where].unflatten(0, inverse.shape)).scores().flatten()
-            for where, inverse in fisher.inverses()
-        ]
-        return fisher.live.scatter(torch.cat(parts))
+    def scores(self, inverse: InverseFisher, weights: Tensor, alive: Tensor) -> Tensor:
+        """Largest cost of the removals up to that of each weight, ``[blocks, B]``."""
+        if self.pattern is None:
+            return greedy_removals(inverse, weights, alive=alive).scores()
+        size = self.pattern.size
+        if self.pattern.takes_whole_groups:
+            record = greedy_group_removals(inverse, weights, size)
+            return record.scores().repeat_interleave(size, dim=-1)
+        kept = self.pattern.kept
+        return greedy_removals(inverse, weights, kept=kept, size=size, alive=alive).scores()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchprune_bayes._checks import check_count
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import hessian_diagonal
+from torchprune_bayes.methods._obd import obd_decision
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
@@ -77,9 +78,5 @@ class HessianDiagonal(PruningMethod):
         diagonal = hessian_diagonal(
             self.required_calibration, probes=self.probes, weights=weights, masks=masks
         )
-        scores = {
-            name: weight.double().square() * diagonal[name].abs().to(weight.device) / 2
-            for name, weight in weights.items()
-        }
-        kept = Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
-        return Decision(kept, scores=scores, info={"probes": self.probes or "exact"})
+        target = Target(masks, self.amount, scope=self.scope)
+        return obd_decision(target, weights, diagonal, probes=self.probes or "exact")

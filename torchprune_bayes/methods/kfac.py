@@ -9,8 +9,8 @@ from torchprune_bayes._checks import check_choice, check_positive
 from torchprune_bayes._numerics.kronecker import KroneckerInverse
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import KroneckerFactors
+from torchprune_bayes.methods._curvature_holder import CurvatureHolder
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision
@@ -21,7 +21,7 @@ from torchprune_bayes.types import Decision
     title="optimal brain surgeon with Kronecker factors",
     paper="arXiv:2004.14340",
 )
-class KFAC(PruningMethod):
+class KFAC(CurvatureHolder[KroneckerFactors]):
     """Prune by ``w_q²/(2F⁻¹_qq)`` with ``F = G ⊗ A`` in each layer, and move the survivors.
 
     The K-FAC baseline of `WoodFisher (Singh and Alistarh, 2020)
@@ -73,12 +73,9 @@ class KFAC(PruningMethod):
         update: str = "single",
         scope: str = "global",
     ) -> None:
-        if calibration is None and curvature is not None:
-            calibration = curvature.calibration
-        super().__init__(amount, calibration=calibration, scope=scope)
+        super().__init__(amount, calibration=calibration, curvature=curvature, scope=scope)
         check_positive("damping", damping)
         check_choice("update", update, ("none", "single"))
-        self.curvature = curvature
         self.damping, self.pi, self.update = damping, pi, update
 
     def decide(self, space: ParameterSpace) -> Decision:
@@ -108,11 +105,6 @@ class KFAC(PruningMethod):
             }
         info = {"samples": factors.count, "damping": self.damping, "pi": self.pi}
         return Decision(kept, updates, scores, info)
-
-    def release(self) -> None:
-        """Let go of model, data and curvature."""
-        super().release()
-        self.curvature = None
 
 
 def _over_diagonal(weight: Tensor, inverse: KroneckerInverse) -> Tensor:

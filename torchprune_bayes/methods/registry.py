@@ -23,6 +23,11 @@ class RegisteredMethod:
     paper: str
     needs_calibration: bool
 
+    @property
+    def is_structured(self) -> bool:
+        """Whether it prunes whole units, so that calls over single weights refuse it."""
+        return self.method.PRUNING_TYPE == "structured"
+
 
 _METHODS: dict[str, RegisteredMethod] = {}
 

@@ -27,7 +27,7 @@ class WoodFisher(ObsPruning):
 
     Args:
         amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
-            ``flops_target``.
+            ``flops_target``, and with an N:M pattern, which fixes it.
         calibration: Data, model and loss.
         curvature: An :class:`~torchprune_bayes.curvature.EmpiricalFisher` fitted already.
         block_size: Blocks of the Fisher: ``"full"``, ``"tensor"``, an int, or ``"auto"``: one
@@ -47,12 +47,19 @@ class WoodFisher(ObsPruning):
         centred: Whether the mean gradient is subtracted from the gradients.
         flops_power: Scores are divided by the FLOPs per weight to this power.
         flops_target: Share of the dense FLOPs of these tensors to keep.
+        pattern: ``"2:4"`` keeps two of every four inputs of an output, any ``"N:M"`` likewise;
+            ``"1x4"`` keeps or prunes four inputs of an output together, and ``amount`` is a
+            fraction of such groups. Groups count from the first input of a linear layer, and from
+            the first input channel at each place of a convolution's kernel; the number of inputs
+            must be a multiple of their size. A group is scored by what its removal costs with the
+            interactions within it, ``½ w_gᵀ(F⁻¹_gg)⁻¹w_g``.
         compat: ``"paper"`` takes over the published code's threshold and its epsilon, for
             comparison with its numbers.
 
     Raises:
         ArgumentError: If an option has an impossible value.
         ArgumentTypeError: If there is neither calibration nor curvature.
+        ParameterError: If the inputs of a tensor cannot be cut into the groups of the pattern.
 
     Cost per step: ``N`` gradients; ``2N²D`` operations for the scores and as many for the update;
     ``4ND`` bytes, or as much of it as the calibration's memory budget allows.

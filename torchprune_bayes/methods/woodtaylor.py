@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from torchprune_bayes._checks import check_fraction
 from torchprune_bayes._numerics.fisher_blocks import InverseFisher
-from torchprune_bayes.methods._obs import ObsPruning
+from torchprune_bayes.methods._first_order import FirstOrderPruning
 from torchprune_bayes.methods.registry import register
-
-_GRADIENT_STEPS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 
 
 @register(
@@ -19,7 +14,7 @@ _GRADIENT_STEPS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
     title="WoodFisher with the gradient: prunes and descends at once",
     paper="arXiv:2004.14340",
 )
-class WoodTaylor(ObsPruning):
+class WoodTaylor(FirstOrderPruning):
     """Prune by the first- and second-order terms of the loss, for models that are not at a minimum.
 
     `WoodFisher (Singh and Alistarh, 2020), section on WoodTaylor
@@ -51,26 +46,14 @@ class WoodTaylor(ObsPruning):
         4
     """
 
-    def __init__(
-        self, amount: float | int | None, *, gradient_step: float | str = "auto", **options: Any
-    ) -> None:
-        super().__init__(amount, **options)
-        if gradient_step != "auto":
-            check_fraction("gradient_step", gradient_step)
-        self.gradient_step = gradient_step
+    gradient_grid = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 
-    def gradient_steps(self) -> tuple[float, ...]:
-        """Values of ``η`` to choose from."""
-        if isinstance(self.gradient_step, str):
-            return _GRADIENT_STEPS
-        return (float(self.gradient_step),)
-
-    def scores(self, inverse: InverseFisher, weights: Tensor) -> Tensor:
-        """Rise of the loss for pruning each weight alone, ``(w − ηu)²/(2F⁻¹_ii)``."""
+    def scores(self, inverse: InverseFisher, weights: Tensor, alive: Tensor) -> Tensor:
+        """As :meth:`ObsPruning.scores` with ``w − ηu`` in the place of ``w``."""
         if not isinstance(self.gradient_step, str):
             descent = inverse.solve(inverse.gradients.double().mean(-2))
             weights = weights - self.gradient_step * descent
-        return super().scores(inverse, weights)
+        return super().scores(inverse, weights, alive)
 
     def _scales(self) -> tuple[float, ...]:
         # The line search is over the gradient step; the compensation is taken whole.

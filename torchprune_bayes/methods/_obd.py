@@ -1,0 +1,29 @@
+"""Optimal brain damage: what to prune by the diagonal of a curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torchprune_bayes.methods._target import Target
+from torchprune_bayes.types import Decision
+
+
+def obd_decision(
+    target: Target, weights: Mapping[str, Tensor], diagonal: Mapping[str, Tensor], **info: Any
+) -> Decision:
+    """Prune the smallest ``½ w_i² |H_ii|``; what is kept does not move.
+
+    Args:
+        target: How many, among which.
+        weights: Values by qualified name.
+        diagonal: ``H_ii`` of the loss by qualified name.
+        info: What it took.
+    """
+    scores = {
+        name: weight.double().square() * diagonal[name].abs().to(weight.device) / 2
+        for name, weight in weights.items()
+    }
+    return Decision(target.keep(0, scores, target.initial), scores=scores, info=info)

@@ -1,0 +1,179 @@
+"""Patterns of zeros that hardware makes use of, along the inputs of a weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from torchprune_bayes._numerics.fisher_blocks import InverseFisher
+from torchprune_bayes._numerics.patterns import group_scores, n_of_m_ranks, n_of_m_scores
+from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.methods._target import Target
+from torchprune_bayes.params import ParameterSpace, is_hf_conv1d
+from torchprune_bayes.types import Masks, Scores
+
+Amount = float | int | Mapping[str, int]
+_INPUTS_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """``N`` of every ``M`` inputs are kept, or ``M`` inputs are kept or pruned together.
+
+    A group is ``M`` inputs, from a multiple of ``M`` on, that meet the same output: for a
+    convolution ``M`` input channels at one place of its kernel, as sparse matrix units have it.
+
+    Args:
+        size: ``M``.
+        kept: ``N``; 0 for whole groups.
+    """
+
+    size: int
+    kept: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read ``"N:M"``, or ``"1xM"`` for whole groups.
+
+        Example:
+            >>> Pattern.parse("2:4"), Pattern.parse("1x4")
+            (Pattern(size=4, kept=2), Pattern(size=4, kept=0))
+        """
+        found = re.fullmatch(r"(\d+)([:x])(\d+)", str(text))
+        if found:
+            first, kind, size = int(found[1]), found[2], int(found[3])
+            if (first == 1 and size > 1) if kind == "x" else 0 < first < size:
+                return cls(size, 0 if kind == "x" else first)
+        raise ArgumentError(f"Expected `pattern` like '2:4' or '1x4', got {text!r}.")
+
+    @property
+    def takes_whole_groups(self) -> bool:
+        """Whether groups are kept or pruned whole."""
+        return not self.kept
+
+    def amount(self, asked: Amount | None) -> Amount | None:
+        """The amount asked for; none at all is ``1 − N/M``, the only fraction that N:M can be."""
+        return self.sparsity if asked is None and not self.takes_whole_groups else asked
+
+    @property
+    def sparsity(self) -> float:
+        """``1 − N/M``."""
+        return 1.0 - self.kept / self.size
+
+    def dims(self, space: ParameterSpace) -> dict[str, int]:
+        """The dimension of the inputs of each tensor.
+
+        Raises:
+            ParameterError: If a tensor has none, or no multiple of ``M`` inputs.
+        """
+        found = {}
+        for tensor in space:
+            shape = tuple(tensor.leaf.shape)
+            dim = _input_dim(tensor.module)
+            if len(shape) < 2 or shape[dim] % self.size:
+                raise ParameterError(
+                    f"Expected a multiple of {self.size} inputs in `{tensor.name}` for the "
+                    f"pattern, got the shape {shape}: leave it out."
+                )
+            found[tensor.name] = dim
+        return found
+
+    def scores(self, inverse: InverseFisher, weights: Tensor, alive: Tensor) -> Tensor:
+        """Scores by the rise of the quadratic model, ``[blocks, B]``, with groups of ``M``."""
+        if self.takes_whole_groups:
+            return group_scores(inverse, weights, self.size)
+        return n_of_m_scores(inverse, weights, self.kept, self.size, alive)
+
+    def ranks(self, scores: Tensor, alive: Tensor) -> Tensor:
+        """Scores in the pattern from those of single entries, ``[..., B]``, not negative."""
+        if self.takes_whole_groups:
+            norms = scores.unflatten(-1, (-1, self.size)).norm(dim=-1)
+            return norms.repeat_interleave(self.size, dim=-1)
+        return n_of_m_ranks(scores, self.kept, self.size, alive)
+
+    def target(
+        self, masks: Masks, dims: Mapping[str, int], amount: Amount, *, steps: int, **options: str
+    ) -> Target:
+        """What to prune in how many steps; N:M is then what the smallest scores amount to.
+
+        Raises:
+            ArgumentError: If the amount does not go with the pattern.
+        """
+        if self.takes_whole_groups:
+            return GroupTarget(masks, amount, steps=steps, dims=dims, size=self.size, **options)  # type: ignore[arg-type]
+        needed = {
+            name: int((grouped(mask, dims[name], self.size).sum(-1) - self.kept).clamp_min(0).sum())
+            for name, mask in masks.items()
+        }
+        total = sum(needed.values())
+        fits = isinstance(amount, float) and abs(amount - self.sparsity) < 1e-9
+        if not fits and amount not in (total, needed):
+            asked = self.sparsity if isinstance(amount, float) else total
+            raise ArgumentError(
+                f"Expected amount={asked:g}, or none, with the pattern {self.kept}:{self.size}, "
+                f"got {amount!r}."
+            )
+        layered = options.get("scope") == "layer"
+        return Target(masks, needed if layered else total, steps=steps, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class GroupTarget(Target):
+    """A target counted in groups of ``size`` entries along ``dims``, pruned or kept whole.
+
+    A group is live as long as one of its entries is; a fraction is one of the live groups.
+    """
+
+    dims: Mapping[str, int] = field(kw_only=True)
+    size: int = field(kw_only=True)
+
+    def keep(self, step: int, scores: Scores, masks: Masks) -> Masks:
+        """Masks after ``step``, pruning the groups with the smallest scores."""
+        groups = Target(self._live(self.initial), self._amount(), self.scope, self.steps, self.path)
+        first = {name: self._grouped(name, score)[..., 0] for name, score in scores.items()}
+        kept = groups.keep(step, first, self._live(masks))
+        return {
+            name: mask & ungrouped(kept[name], self.dims[name], self.size)
+            for name, mask in masks.items()
+        }
+
+    def _live(self, masks: Masks) -> Masks:
+        return {name: self._grouped(name, mask).any(-1) for name, mask in masks.items()}
+
+    def _grouped(self, name: str, tensor: Tensor) -> Tensor:
+        return grouped(tensor, self.dims[name], self.size)
+
+    def _amount(self) -> Amount:
+        if isinstance(self.amount, Mapping):
+            return {name: self._groups_of(count) for name, count in self.amount.items()}
+        return self.amount if isinstance(self.amount, float) else self._groups_of(self.amount)
+
+    def _groups_of(self, count: int) -> int:
+        if count % self.size:
+            raise ArgumentError(
+                f"Expected a multiple of {self.size} entries for `amount`, got {count}."
+            )
+        return count // self.size
+
+
+def grouped(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """Neighbours along ``dim`` as the last dimension.
+
+    Example:
+        >>> import torch
+        >>> grouped(torch.arange(8).reshape(4, 2), dim=0, size=2).tolist()
+        [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+    """
+    return tensor.movedim(dim, -1).unflatten(-1, (-1, size))
+
+
+def ungrouped(groups: Tensor, dim: int, size: int) -> Tensor:
+    """One value per group, given to all its entries, in the shape of the tensor."""
+    return groups.repeat_interleave(size, dim=-1).movedim(-1, dim)
+
+
+def _input_dim(module: nn.Module) -> int:
+    return 0 if is_hf_conv1d(module) or isinstance(module, _INPUTS_FIRST) else 1

@@ -1,0 +1,151 @@
+"""The selection of CBS: starts, local search, and the mask of smallest training loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.patterns import merged
+from torchprune_bayes._numerics.perturbation import perturbed_in_groups, perturbed_keep
+from torchprune_bayes._numerics.post_update import PostUpdateObjective
+from torchprune_bayes._numerics.swaps import SelectionObjective, SwapObjective
+from torchprune_bayes.methods._candidates import Stage
+from torchprune_bayes.methods._pattern import Pattern
+from torchprune_bayes.types import Masks
+
+OBJECTIVES: dict[str, Callable[..., SwapObjective]] = {
+    "selection": SelectionObjective,
+    "post_update": PostUpdateObjective,
+}
+_PATIENCE = 5  # iterations without a smaller loss
+
+Loss = Callable[[Tensor], float]
+"""Loss of a boolean mask ``[D]`` on training samples."""
+
+
+@dataclass(frozen=True)
+class SwapSelection:
+    """One search for what to keep, among masks of as many live entries as its start has.
+
+    Args:
+        stage: Where it takes place.
+        objective: A key of ``OBJECTIVES``: what swaps must lower.
+        search: :func:`swap_search` with its options.
+        loss: What decides between masks.
+        pattern: Groups that are swapped whole, or within which entries are.
+        shared: Whether entries of different tensors may be swapped.
+    """
+
+    stage: Stage
+    objective: str
+    search: Callable[..., Iterator[Tensor]]
+    loss: Loss
+    pattern: Pattern | None = None
+    shared: bool = True
+
+    def best(
+        self, start: Masks, starts: int = 1, generator: torch.Generator | None = None
+    ) -> Masks:
+        """Masks of smallest loss among the start, random other starts, and those of the search.
+
+        Args:
+            start: Masks to begin with.
+            starts: How many starts to compare, this one included.
+            generator: For the random ones, on the CPU.
+        """
+        live = self.stage.step.fisher.live
+        best = self._judged(live.gather(start))
+        if generator is not None:
+            others = (self._perturbed(best.keep, generator) for _ in range(starts - 1))
+            best = min([best, *map(self._judged, others)], key=_loss)
+        for where, gradients in self.stage.step.fisher.sweep():
+            best = self._searched(best, where, gradients)
+        return live.scatter(best.keep)
+
+    def _searched(self, best: _Judged, where: slice, gradients: Tensor) -> _Judged:
+        """The best mask on the way of a search through some blocks."""
+        shape, alive, since = gradients.shape[::2], self._alive()[where], 0
+        for found in self._search_through(best.keep[where].unflatten(0, shape), where, gradients):
+            keep = best.keep.clone()
+            keep[where] = found.flatten() & alive
+            judged = self._judged(keep)
+            since = 0 if judged.loss < best.loss else since + 1
+            best = min(best, judged, key=_loss)
+            if since == _PATIENCE:
+                break
+        return best
+
+    def _search_through(self, keep: Tensor, where: slice, gradients: Tensor) -> Iterator[Tensor]:
+        weights = self._weights()[where].unflatten(0, keep.shape)
+        own, damping = self._classes()[where].unflatten(0, keep.shape), self.stage.damping
+        make = OBJECTIVES[self.objective]
+        if self.pattern is None or not self.pattern.takes_whole_groups:
+            within = None if self.pattern is None else self.pattern.size
+            objective = make(gradients, weights, keep, damping)
+            yield from self.search(objective, groups=own, within=within)
+            return
+        size = self.pattern.size
+        keep, own = (v.unflatten(-1, (-1, size)).amax(-1) for v in (keep, own))
+        objective = make(*merged(gradients, weights, size), keep, damping)
+        for found in self.search(objective, groups=own):
+            yield found.repeat_interleave(size, dim=-1)
+
+    def _perturbed(self, keep: Tensor, generator: torch.Generator) -> Tensor:
+        """A random magnitude perturbation that keeps as many entries of each class as ``keep``."""
+        scores, classes = self._weights().abs(), self._classes()
+        if self.pattern is None:
+            return _perturbed_classes(scores, keep, classes, generator)
+        parts = (v.unflatten(-1, (-1, self.pattern.size)) for v in (scores, keep, classes))
+        scores, keep, classes = parts
+        if self.pattern.takes_whole_groups:
+            found = _perturbed_classes(
+                scores.norm(dim=-1), keep.any(-1), classes.amax(-1), generator
+            )
+            return found.repeat_interleave(self.pattern.size) & self._alive()
+        scores = scores.masked_fill(classes < 0, -1.0)
+        return perturbed_in_groups(scores, keep.sum(-1), generator).flatten()
+
+    def _judged(self, keep: Tensor) -> _Judged:
+        loss = self.loss(keep)
+        return _Judged(keep, math.inf if math.isnan(loss) else loss)
+
+    def _weights(self) -> Tensor:
+        return self.stage.step.fisher.live.gather(self.stage.step.weights)
+
+    def _alive(self) -> Tensor:
+        return self.stage.step.fisher.live.gather(self.stage.masks)
+
+    def _classes(self) -> Tensor:
+        # Entries trade places within a class: all, or a tensor where each has its own share.
+        live = self.stage.step.fisher.live
+        numbers = {
+            name: torch.full(mask.shape, 0 if self.shared else index, device=mask.device)
+            for index, (name, mask) in enumerate(live.masks.items())
+        }
+        return live.gather(numbers).masked_fill(~self._alive(), -1)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a step would keep, and the loss that this means."""
+
+    keep: Tensor
+    loss: float
+
+
+def _loss(judged: _Judged) -> float:
+    return judged.loss
+
+
+def _perturbed_classes(
+    scores: Tensor, keep: Tensor, classes: Tensor, generator: torch.Generator
+) -> Tensor:
+    other = torch.zeros_like(keep)
+    for number in classes.unique().tolist():
+        chosen = classes == number
+        other[chosen] = perturbed_keep(scores[chosen], int(keep[chosen].sum()), generator)
+    return other

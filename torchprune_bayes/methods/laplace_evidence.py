@@ -1,0 +1,153 @@
+"""Bayesian model reduction of a Laplace posterior: pruning without an amount."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from torchprune_bayes._checks import check_choice
+from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import ArgumentTypeError
+from torchprune_bayes.laplace import Posterior, PriorStructure, fit_posterior
+from torchprune_bayes.laplace.fitting import CURVATURES, KINDS
+from torchprune_bayes.methods._posterior import check_fitted_to, space_of_posterior
+from torchprune_bayes.methods._target import Target
+from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.registry import register
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Decision, Scores
+
+
+@register(
+    "laplace-evidence",
+    title="weights whose removal raises the evidence of a Laplace posterior",
+    paper="arXiv:2406.01345, doi:10.1016/j.neuroimage.2011.03.062",
+)
+class LaplaceEvidence(PruningMethod):
+    """Prune each weight whose removal raises the evidence, and no more.
+
+    Bayesian model reduction asks for the evidence of the model whose prior holds a weight at zero
+    (Wright, Igel and Selvan 2024, arXiv:2406.01345, equation 6). For the Gaussian posterior of a
+    Laplace approximation under a prior ``N(0, 1/δ)`` it is known in closed form, the Savage-Dickey
+    ratio ΔF = −½ log(s² δ) − m²/(2 s²) of a weight with mean m and variance s². It is the posterior
+    damage of :class:`OPD` plus an Occam term, which gives the ranking a zero to stop at.
+
+    Args:
+        amount: ``None`` prunes where ΔF ≥ −``tau``; a fraction or number of the live entries
+            prunes exactly that many, those with the largest ΔF.
+        calibration: Data, model and loss.
+        posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted
+            already.
+        model: The model of ``posterior``, in the place of a calibration; its
+            :func:`~torchprune_bayes.prunable_parameters` in the posterior are pruned.
+        tau: Evidence against the removal that is put up with; 0 is exact.
+        prior: Structure of the prior to fit: ``"scalar"``, ``"layerwise"``, ``"unitwise"``,
+            ``"diag"``.
+        curvature: What to fit: ``"diag"`` or ``"kron"``.
+        kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``.
+        num_data: Samples the model was trained on; default those of the calibration. The evidence
+            counts them, so that fewer prune more.
+        scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
+
+    Raises:
+        AlignmentError: If the posterior is not one of these tensors at their weights.
+        ArgumentError: If an option has an impossible value.
+        ArgumentTypeError: If there is neither calibration nor posterior and model.
+
+    Cost: one or a few passes over the data if there is no posterior; ``8D`` bytes for the scores.
+
+    Example:
+        >>> import torch
+        >>> from torchprune_bayes import prune_global
+        >>> layer = torch.nn.Linear(3, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[1.0, -0.1, 2.0]]))
+        >>> fitted = Posterior({"weight": layer.weight}, {"weight": torch.full((1, 3), 9.0)})
+        >>> prune_global(
+        ...     None, LaplaceEvidence, amount=None, posterior=fitted, model=layer
+        ... ).masks["weight"]
+        tensor([[ True, False,  True]])
+    """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int] | None = None,
+        *,
+        calibration: Calibration | None = None,
+        posterior: Posterior | None = None,
+        model: nn.Module | None = None,
+        tau: float = 0.0,
+        prior: str = "layerwise",
+        curvature: str = "diag",
+        kind: str = "monte_carlo",
+        num_data: int | None = None,
+        scope: str = "global",
+    ) -> None:
+        super().__init__(0.0 if amount is None else amount, calibration=calibration, scope=scope)
+        check_choice("curvature", curvature, CURVATURES)
+        check_choice("kind", kind, KINDS)
+        if model is not None and posterior is None:
+            raise ArgumentTypeError("Expected `posterior=` with `model=`, got none.")
+        self.prior = PriorStructure.of(prior)
+        self.posterior, self.tau = posterior, tau
+        self._fit = {"curvature": curvature, "kind": kind, "num_data": num_data}
+        self._stops_itself = amount is None
+        self._own_space = None
+        if model is not None and posterior is not None:
+            self._own_space = space_of_posterior(model, posterior)
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The calibration's parameters, or the model's that are in the posterior."""
+        return super().space if self._own_space is None else self._own_space
+
+    def decide(self, space: ParameterSpace) -> Decision:
+        """Prune where the evidence rises, or rank by how much it does.
+
+        Args:
+            space: The tensors to prune, all in the posterior.
+
+        Raises:
+            AlignmentError: If the posterior is of other tensors or other weights.
+            CalibrationError: If the data gave no usable curvature.
+        """
+        masks = space.masks()
+        posterior = self.posterior
+        if posterior is None:
+            fitted = fit_posterior(self.required_calibration, masks=masks, **self._fit)  # type: ignore[arg-type]
+            posterior = fitted.with_best_prior(self.prior)
+        check_fitted_to(posterior, space)
+        scores = {name: -value for name, value in delta_f_of(posterior, space).items()}
+        if self._stops_itself:
+            kept = {name: mask & (scores[name] > self.tau) for name, mask in masks.items()}
+        else:
+            kept = Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
+        gone = {name: masks[name] & ~kept[name] for name in masks}
+        change = -sum(float(scores[name][removed].sum()) for name, removed in gone.items())
+        return Decision(kept, scores=scores, info={"delta_f": change})
+
+    def release(self) -> None:
+        """Let go of model, data and posterior."""
+        super().release()
+        self.posterior = self._own_space = None
+
+    def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:
+        if self._own_space is None:
+            return super()._space_of(module, name)
+        self._own_space = self._own_space.restricted(module, name)
+        return self._own_space
+
+
+def delta_f_of(posterior: Posterior, space: ParameterSpace) -> Scores:
+    """Change of the log evidence when each weight is removed alone, float64 by name."""
+    found: dict[str, Tensor] = {}
+    for tensor in space:
+        name, device = tensor.name, tensor.leaf.device
+        found[name] = delta_f_gaussian(
+            tensor.value,
+            posterior.variance(name).to(device),
+            posterior.prior.values(name).to(device),
+        )
+    return found

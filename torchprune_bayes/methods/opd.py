@@ -1,0 +1,161 @@
+"""Optimal posterior damage: pruning by the posterior of a Laplace approximation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from torchprune_bayes._checks import check_choice
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import ArgumentTypeError
+from torchprune_bayes.laplace.fitting import LaplaceOptions, fit_posterior
+from torchprune_bayes.laplace.posterior import MODES, Posterior
+from torchprune_bayes.laplace.priors import PriorStructure
+from torchprune_bayes.methods._pattern import Pattern
+from torchprune_bayes.methods._posterior import check_fitted_to, space_of_posterior
+from torchprune_bayes.methods._target import Target
+from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.registry import register
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Decision, Masks, Scores
+
+
+@register("opd", title="optimal posterior damage", paper="arXiv:2402.15978")
+class OPD(PruningMethod):
+    """Prune the weights with the smallest ``P_ii θ_i²``, ``P`` the posterior precision.
+
+    `SpaM (Dhahri et al., 2024) <https://arxiv.org/abs/2402.15978>`_: setting weight ``i`` to zero
+    lowers the log posterior of a Laplace approximation, whose mean is the model, by half of this.
+    ``P_ii = s H_ii + δ_i`` has the curvature ``H`` of the loss and the prior precision ``δ``; where
+    ``δ`` is small this is optimal brain damage, where it is large, magnitude within what shares
+    ``δ``. The weights that are kept do not move.
+
+    It is made for models trained with :class:`~torchprune_bayes.training.SpaM`, whose posterior is
+    handed in. For any other model the posterior is fitted to the calibration data here, with the
+    prior of highest evidence.
+
+    Args:
+        amount: Fraction (float) or number (int) of the live entries to prune.
+        calibration: Data, model and loss.
+        posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted
+            already; of SpaM, or ``Posterior.from_laplace``.
+        model: The model of ``posterior``, in the place of a calibration; its
+            :func:`~torchprune_bayes.prunable_parameters` in the posterior are pruned.
+        mode: ``"opd"``; ``"obd"``, ``s H_ii θ_i²``, leaves the prior out; ``"posterior"`` takes
+            ``P_ii`` alone.
+        prior: Structure of the prior to fit: ``"scalar"``, ``"layerwise"``, ``"unitwise"``,
+            ``"diag"``.
+        curvature: What to fit: ``"diag"`` or ``"kron"``.
+        kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``, see
+            :func:`~torchprune_bayes.laplace.fit_posterior`.
+        num_data: Samples the model was trained on; default those of the calibration.
+        smoothed: Whether Kronecker factors average the prior, as the paper's code does; else the
+            diagonal of ``P`` is exact.
+        pattern: ``"N:M"`` keeps ``N`` of every ``M`` inputs, ``"1xM"`` keeps or prunes ``M`` inputs
+            together; with ``N:M`` the amount is ``1 − N/M``, and may be ``None``.
+        scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
+
+    Raises:
+        AlignmentError: If the posterior is not one of these tensors at their weights.
+        ArgumentError: If an option has an impossible value.
+        ArgumentTypeError: If there is neither calibration nor posterior and model.
+
+    Cost: one or a few passes over the data if there is no posterior; ``8D`` bytes for the scores.
+
+    Example:
+        >>> from torchprune_bayes import prune_global
+        >>> layer = torch.nn.Linear(3, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = layer.weight.copy_(torch.tensor([[1.0, -1.0, 2.0]]))
+        >>> curvature = {"weight": torch.tensor([[9.0, 1.0, 1.0]])}
+        >>> fitted = Posterior({"weight": layer.weight}, curvature)
+        >>> prune_global(None, OPD, amount=1, posterior=fitted, model=layer).masks["weight"]
+        tensor([[ True, False,  True]])
+    """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int] | None,
+        *,
+        calibration: Calibration | None = None,
+        posterior: Posterior | None = None,
+        model: nn.Module | None = None,
+        mode: str = "opd",
+        prior: str = "layerwise",
+        curvature: str = "diag",
+        kind: str = "monte_carlo",
+        num_data: int | None = None,
+        smoothed: bool = False,
+        pattern: str | None = None,
+        scope: str = "global",
+    ) -> None:
+        self.pattern = None if pattern is None else Pattern.parse(pattern)
+        if self.pattern is not None:
+            amount = self.pattern.amount(amount)
+        super().__init__(amount, calibration=calibration, scope=scope)  # type: ignore[arg-type]
+        check_choice("mode", mode, MODES)
+        self.prior = PriorStructure.of(prior)
+        self.posterior, self.mode, self.smoothed = posterior, mode, smoothed
+        self._fit = LaplaceOptions(curvature=curvature, kind=kind, num_data=num_data)
+        if model is not None and posterior is None:
+            raise ArgumentTypeError("Expected `posterior=` with `model=`, got none.")
+        self._own_space = None
+        if model is not None and posterior is not None:
+            self._own_space = space_of_posterior(model, posterior)
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The calibration's parameters, or the model's that are in the posterior."""
+        return super().space if self._own_space is None else self._own_space
+
+    def decide(self, space: ParameterSpace) -> Decision:
+        """Rank the live entries of ``space``.
+
+        Args:
+            space: The tensors to prune, all in the posterior.
+
+        Raises:
+            AlignmentError: If the posterior is of other tensors or other weights.
+            CalibrationError: If the data gave no usable curvature.
+        """
+        masks = space.masks()
+        posterior = self.posterior
+        if posterior is None:
+            calibration = self.required_calibration
+            posterior = fit_posterior(calibration, masks=masks, **asdict(self._fit))
+            posterior = posterior.with_best_prior(self.prior)
+        check_fitted_to(posterior, space)
+        found = posterior.scores(self.mode, smoothed=self.smoothed)
+        scores = {name: found[name].to(mask.device) for name, mask in masks.items()}
+        kept = self._kept(space, scores, masks)
+        info = {
+            "log_marginal_likelihood": posterior.log_marginal_likelihood(),
+            "prior": posterior.prior.structure.value,
+        }
+        return Decision(kept, scores=scores, info=info)
+
+    def release(self) -> None:
+        """Let go of model, data and posterior."""
+        super().release()
+        self.posterior = self._own_space = None
+
+    def _kept(self, space: ParameterSpace, scores: Scores, masks: Masks) -> Masks:
+        if self.pattern is None:
+            return Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
+        dims = self.pattern.dims(space)
+        target = self.pattern.target(masks, dims, self.amount, steps=1, scope=self.scope)
+        ranks = {}
+        for name, dim in dims.items():
+            finite = scores[name].clamp_max(torch.finfo(torch.float64).max / 4)
+            along, alive = (tensor.movedim(dim, -1) for tensor in (finite, masks[name]))
+            ranks[name] = self.pattern.ranks(along, alive).movedim(-1, dim)
+        return target.keep(0, ranks, masks)
+
+    def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:
+        if self._own_space is None:
+            return super()._space_of(module, name)
+        self._own_space = self._own_space.restricted(module, name)
+        return self._own_space

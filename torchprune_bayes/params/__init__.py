@@ -1,0 +1,21 @@
+"""Which tensors are pruned, by which names, and how they are seen as one vector.
+
+In plain words: a tensor that was pruned by the host lives in ``<name>_orig`` (the leaf, an
+``nn.Parameter``) and ``<name>_mask`` (a buffer), and ``<name>`` is a view made of the two. What a
+method works on is always ``leaf * mask``: the optimizer may have moved masked entries of the leaf.
+"""
+
+from torchprune_bayes.params._layers import is_hf_conv1d, prunable_parameters, unwrap
+from torchprune_bayes.params._space import ParameterSpace
+from torchprune_bayes.params._tensors import PrunableTensor, leaf, mask_of, without_repeats
+
+__all__ = [
+    "ParameterSpace",
+    "PrunableTensor",
+    "is_hf_conv1d",
+    "leaf",
+    "mask_of",
+    "prunable_parameters",
+    "unwrap",
+    "without_repeats",
+]

@@ -1,0 +1,122 @@
+"""Which weights of a model pruning methods are usually applied to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from torchprune_bayes.errors import ArgumentTypeError, ParameterError
+from torchprune_bayes.params._tensors import leaf
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile``.
+
+    Example:
+        >>> import torch
+        >>> layer = nn.Linear(2, 2)
+        >>> unwrap(torch.compile(nn.DataParallel(layer))) is layer
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"Expected `model` to be an nn.Module, got {model!r}.")
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = cast(nn.Module, model._modules["_orig_mod"])
+        else:
+            return model
+
+
+def prunable_parameters(
+    model: nn.Module, *, exclude: Sequence[str | nn.Module] = ()
+) -> list[tuple[nn.Module, str]]:
+    """List the weights that pruning methods are usually applied to.
+
+    These are the weights of linear and (transposed) convolution layers, of Hugging Face's
+    ``Conv1D``, and the input projections of ``nn.MultiheadAttention``. Left out are biases, norms,
+    embeddings, frozen weights, a weight that is tied to an embedding, the second and later
+    places of other tied weights, and the output projection of ``nn.MultiheadAttention``, on which
+    the host's hooks do not run.
+
+    Args:
+        model: Any module; wrappers are looked through.
+        exclude: Qualified module names or modules to leave out, with everything inside them.
+
+    Returns:
+        ``[(module, tensor name), ...]`` in the order of ``model.named_modules()``.
+
+    Raises:
+        ParameterError: If an excluded name does not exist or nothing prunable is left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [(type(module).__name__, name) for module, name in prunable_parameters(model)]
+        [('Linear', 'weight'), ('Linear', 'weight')]
+        >>> len(prunable_parameters(model, exclude=["2"]))
+        1
+    """
+    model = unwrap(model)
+    modules = dict(model.named_modules())
+    seen = _leaves_of_other_layers(modules)
+    skipped = _modules_inside(modules, exclude)
+    pairs: list[tuple[nn.Module, str]] = []
+    for qualified, module in modules.items():
+        for name in [] if qualified in skipped else _prunable_names(module):
+            tensor = leaf(module, name)
+            if tensor is not None and tensor.requires_grad and id(tensor) not in seen:
+                seen.add(id(tensor))
+                pairs.append((module, name))
+    if not pairs:
+        raise ParameterError(
+            f"Expected trainable linear or convolution weights in {type(model).__name__}, got none."
+        )
+    return pairs
+
+
+def _prunable_names(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.MultiheadAttention):
+        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return []
+    known = isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or is_hf_conv1d(module)
+    return ["weight"] if known and not parametrize.is_parametrized(module, "weight") else []
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's ``Conv1D``, a linear layer with a weight ``[in, out]``."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")
+
+
+def _leaves_of_other_layers(modules: Mapping[str, nn.Module]) -> set[int]:
+    return {
+        id(tensor)
+        for module in modules.values()
+        if not _prunable_names(module)
+        for tensor in module._parameters.values()
+        if tensor is not None
+    }
+
+
+def _modules_inside(
+    modules: Mapping[str, nn.Module], exclude: Sequence[str | nn.Module]
+) -> set[str]:
+    if isinstance(exclude, str):
+        raise ArgumentTypeError(f"Expected `exclude` to be a list of names, got {exclude!r}.")
+    names = {id(module): name for name, module in modules.items()}
+    skipped: set[str] = set()
+    for item in exclude:
+        root = item if isinstance(item, str) else names.get(id(item))
+        if root not in modules:
+            raise ParameterError(f"Expected `exclude` to name modules of the model, got {item!r}.")
+        skipped |= {name for name in modules if f"{name}.".startswith(f"{root}." if root else "")}
+    return skipped
