@@ -1,0 +1,100 @@
+"""The evidence of a Laplace posterior, for whole units."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
+from torchprune_bayes.laplace import Posterior
+from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
+from torchprune_bayes.structured.importances.laplace_evidence import LaplaceEvidenceImportance
+from torchprune_bayes.structured.slicing import apply_plan, groups_after, plan_of
+
+
+def model_and_groups() -> tuple[nn.Sequential, list[UnitGroup]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 8), nn.Linear(8, 2))
+    heads = torch.tensor([[0, 1], [4, 5], [2, 3], [6, 7]])
+    return model, [
+        UnitGroup(
+            "0",
+            "channel",
+            4,
+            (
+                UnitSlice("0.weight", 0, torch.arange(4)[:, None], "producer"),
+                UnitSlice("0.bias", 0, torch.arange(4)[:, None], "producer"),
+                UnitSlice("1.weight", 1, torch.arange(4)[:, None], "consumer"),
+            ),
+        ),
+        UnitGroup(
+            "2",
+            "head",
+            4,
+            (
+                UnitSlice("2.weight", 0, heads, "producer"),
+                UnitSlice("2.bias", 0, heads, "producer"),
+                UnitSlice("3.weight", 1, heads, "consumer"),
+            ),
+        ),
+    ]
+
+
+def posterior_of(model: nn.Sequential) -> Posterior:
+    weights = {name: tensor for name, tensor in model.named_parameters() if "weight" in name}
+    return Posterior(weights, {name: weight.square() * 5 for name, weight in weights.items()})
+
+
+def test_the_change_of_a_unit_is_the_sum_over_what_reads_it():
+    model, groups = model_and_groups()
+    posterior = posterior_of(model)
+    importance = LaplaceEvidenceImportance(posterior, tau=0.25)
+    for group, reader in zip(groups, ("1.weight", "3.weight"), strict=True):
+        changes = delta_f_gaussian(
+            posterior.mean[reader], posterior.variance(reader), posterior.prior.values(reader)
+        )
+        expected = [-float(changes[:, row].sum()) - 0.25 for row in group.slices[-1].positions]
+        found = importance.score(group, model)
+        assert found is not None
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_units_that_something_unknown_reads_stay():
+    model, groups = model_and_groups()
+    mean = {"0.weight": model[0].weight}
+    importance = LaplaceEvidenceImportance(Posterior(mean, {"0.weight": mean["0.weight"].square()}))
+    assert importance.score(groups[0], model) is None
+    alone = UnitGroup("0", "channel", 4, groups[0].slices[:2])
+    assert LaplaceEvidenceImportance(posterior_of(model)).score(alone, model) is None
+
+
+def test_scores_follow_a_cut():
+    model, groups = model_and_groups()
+    importance = LaplaceEvidenceImportance(posterior_of(model))
+    before = [importance.score(group, model) for group in groups]
+    kept = {"0": torch.tensor([1, 3]), "2": torch.tensor([0, 1, 3])}
+    importance.update(model, groups, kept)
+    plan = plan_of(model, groups, kept)
+    apply_plan(model, plan)
+    for group, old in zip(groups_after(groups, plan, kept), before, strict=True):
+        found = importance.score(group, model)
+        assert found is not None
+        assert old is not None
+        torch.testing.assert_close(found, old[kept[group.name]])
+    importance.prepare(model, groups)
+    fresh = importance.score(groups[0], model)
+    assert fresh is not None
+    assert before[0] is not None
+    assert torch.equal(fresh, before[0])
+
+
+def test_a_unit_that_only_noise_reads_goes():
+    model, groups = model_and_groups()
+    with torch.no_grad():
+        model[1].weight[:, 2] = 1e-3
+        model[1].weight[:, [0, 1, 3]] = 3.0
+    weights = {"1.weight": model[1].weight}
+    posterior = Posterior(weights, {"1.weight": torch.full((4, 4), 20.0)})
+    found = LaplaceEvidenceImportance(posterior).score(groups[0], model)
+    assert found is not None
+    assert (found < 0).tolist() == [False, False, True, False]

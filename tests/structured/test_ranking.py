@@ -1,0 +1,202 @@
+"""The order in which units go, and how many it takes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.ranking import blocks_below, blocks_to_reach, line_up
+from torchprune_bayes.structured.unit_costs import TensorSize, UnitCosts
+
+INF = float("inf")
+
+
+def groups_of(*units: int) -> list[UnitGroup]:
+    return [UnitGroup(f"g{index}", "channel", count, ()) for index, count in enumerate(units)]
+
+
+def chain_costs(groups: list[UnitGroup]) -> UnitCosts:
+    """A chain of square matrices, each reading the group before it, with 3 inputs, 2 outputs."""
+    sizes = {}
+    for index in range(len(groups) + 1):
+        ends = [groups[i] if 0 <= i < len(groups) else None for i in (index, index - 1)]
+        shape = tuple(
+            group.units if group else size for group, size in zip(ends, (2, 3), strict=True)
+        )
+        entries = {dim: {group.name: 1} for dim, group in enumerate(ends) if group}
+        sizes[f"w{index}"] = TensorSize(shape, entries)
+    units = {group.name: group.units for group in groups}
+    return UnitCosts(units, sizes, {"w0": 7 * math.prod(sizes["w0"].shape)}, {}, 11)
+
+
+def slowly(
+    groups: list[UnitGroup], scores: dict[str, Tensor], costs: UnitCosts, sparsity: float
+) -> dict[str, set[int]]:
+    """Remove the least unit that may go, one after the other, until enough parameters are gone."""
+    left = {group.name: set(range(group.units)) for group in groups}
+    start = costs.parameters({})
+    while costs.parameters({name: len(units) for name, units in left.items()}) > (
+        1 - sparsity
+    ) * start + 1e-9:
+        candidates = [
+            (float(scores[group.name][unit]), index, unit)
+            for index, group in enumerate(groups)
+            for unit in left[group.name]
+            if len(left[group.name]) > 1
+        ]
+        _, index, unit = min(candidates)
+        left[groups[index].name].remove(unit)
+    return left
+
+
+@given(
+    units=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    sparsity=st.floats(0.0, 0.6),
+    data=st.data(),
+)
+def test_the_line_is_that_of_removing_one_by_one(units, sparsity, data):
+    groups = groups_of(*units)
+    costs = chain_costs(groups)
+    few = st.integers(-2, 2).map(float)
+    scores = {
+        group.name: torch.tensor(data.draw(st.lists(few, min_size=group.units, max_size=group.units)))
+        for group in groups
+    }  # fmt: skip
+    line = line_up(groups, scores)
+    least = costs.parameters(line.left(len(line.group)))
+    if least > (1 - sparsity) * costs.parameters({}):
+        with pytest.raises(ArgumentError, match="a sparsity of at most"):
+            blocks_to_reach(line, costs, "params", sparsity)
+        return
+    kept = line.kept(blocks_to_reach(line, costs, "params", sparsity))
+    expected = slowly(groups, scores, costs, sparsity)
+    for group in groups:
+        found = kept.get(group.name, torch.arange(group.units))
+        assert set(found.tolist()) == expected[group.name]
+        assert found.tolist() == sorted(found.tolist())
+
+
+@pytest.mark.parametrize("resource", ["params", "channels", "flops"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 0.5, 0.7])
+def test_one_unit_less_would_not_be_enough(resource, sparsity):
+    groups = groups_of(20, 30, 10)
+    costs = chain_costs(groups)
+    generator = torch.Generator().manual_seed(0)
+    scores = {group.name: torch.rand(group.units, generator=generator) for group in groups}
+    line = line_up(groups, scores)
+    blocks = blocks_to_reach(line, costs, resource, sparsity)
+    budget = (1 - sparsity) * costs.total(resource, {}) * (1 + 1e-9)
+    assert costs.total(resource, line.left(blocks)) <= budget
+    assert blocks == 0 or costs.total(resource, line.left(blocks - 1)) > budget
+
+
+def test_channels_are_counted_exactly():
+    groups = groups_of(7, 3)
+    line = line_up(groups, {"g0": torch.arange(7.0), "g1": torch.arange(3.0)})
+    for gone in range(9):
+        assert blocks_to_reach(line, chain_costs(groups), "channels", gone / 10) == gone
+
+
+def test_ties_go_by_group_then_by_index():
+    groups = groups_of(3, 3)
+    line = line_up(groups, {"g0": torch.ones(3), "g1": torch.ones(3)})
+    assert line.group.tolist() == [0, 0, 1, 1]
+    assert {name: units.tolist() for name, units in line.kept(3).items()} == {
+        "g0": [2],
+        "g1": [1, 2],
+    }
+
+
+def test_floors_hold_in_every_group():
+    groups = groups_of(5, 2, 3)
+    line = line_up(groups, {f"g{i}": torch.arange(float(g.units)) for i, g in enumerate(groups)},
+                   min_keep=3)  # fmt: skip
+    assert line.left(len(line.group)) == {"g0": 3, "g1": 2, "g2": 3}
+
+
+@given(units=st.integers(1, 40), round_to=st.integers(1, 9), min_keep=st.integers(1, 12))
+def test_what_is_left_is_a_multiple(units, round_to, min_keep):
+    [group] = groups = groups_of(units)
+    generator = torch.Generator().manual_seed(units)
+    line = line_up(
+        groups,
+        {"g0": torch.rand(units, generator=generator)},
+        min_keep=min_keep,
+        round_to=round_to,
+    )
+    for blocks in range(1, len(line.group) + 1):
+        left = line.left(blocks)[group.name]
+        assert left % round_to == 0
+        assert left >= min_keep
+        assert line.left(blocks - 1)[group.name] - left <= round_to
+    last = line.left(len(line.group))["g0"]
+    assert last - round_to < min_keep or last == units or last == round_to
+
+
+def test_blocks_are_ranked_by_their_mean():
+    groups = groups_of(5, 2)
+    scores = {"g0": torch.tensor([9.0, 1.0, 3.0, 5.0, 2.0]), "g1": torch.tensor([2.6, 2.4])}
+    line = line_up(groups, scores, round_to=2)
+    # g0: first the one above a multiple of two, then the pair (2, 3), then (5, 9) is the floor.
+    assert line.score.tolist() == [1.0, 2.5]
+    assert line.left(2) == {"g0": 2, "g1": 2}
+
+
+def test_in_a_layer_scope_all_groups_lose_the_same_fraction():
+    groups = groups_of(10, 20, 40)
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        group.name: 10.0**place * torch.rand(group.units, generator=generator)
+        for place, group in enumerate(groups)
+    }
+    line = line_up(groups, scores, scope="layer")
+    blocks = blocks_to_reach(line, chain_costs(groups), "channels", 0.3)
+    assert line.left(blocks) == {"g0": 7, "g1": 14, "g2": 28}
+    for name, units in line.kept(blocks).items():
+        gone = torch.ones(len(scores[name]), dtype=torch.bool)
+        gone[units] = False
+        assert scores[name][gone].max() < scores[name][units].min()
+
+
+def test_groups_without_scores_stay_whole():
+    line = line_up(groups_of(4, 4), {"g1": torch.arange(4.0)})
+    assert line.left(3) == {"g0": 4, "g1": 1}
+    nothing = line_up(groups_of(4), {})
+    assert nothing.kept(0) == {}
+    assert blocks_below(nothing, 0.0) == 0
+
+
+def test_what_scores_below_a_threshold():
+    groups = groups_of(3, 3)
+    scores = {"g0": torch.tensor([-1.0, 0.0, 2.0]), "g1": torch.tensor([-3.0, -2.0, -1.0])}
+    line = line_up(groups, scores)
+    assert blocks_below(line, 0.0) == 3
+    assert line.left(3) == {"g0": 2, "g1": 1}
+
+
+def test_infinite_scores_have_their_places():
+    line = line_up(groups_of(4), {"g0": torch.tensor([INF, 0.0, -INF, INF])}, round_to=2)
+    assert line.kept(1)["g0"].tolist() == [0, 3]
+    single = line_up(groups_of(4), {"g0": torch.tensor([INF, 0.0, -INF, INF])})
+    assert single.score.tolist() == [-INF, 0.0, INF]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.zeros(3), "4 floating point scores for `g0`"),
+        (torch.zeros(4, 1), "4 floating point scores for `g0`"),
+        (torch.zeros(4, dtype=torch.long), "4 floating point scores for `g0`"),
+        (torch.tensor([0.0, math.nan, 1.0, math.nan]), "without NaN for `g0`, got 2"),
+    ],
+)
+def test_impossible_scores_are_refused(scores, message):
+    with pytest.raises(ArgumentError, match=message):
+        line_up(groups_of(4), {"g0": scores})

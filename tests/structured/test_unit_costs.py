@@ -1,0 +1,132 @@
+"""Costs as functions of the units that are left, against models that are really cut."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.contracts.state import unchanged
+from tests.references.masked_twin import random_kept
+from tests.structured.models import SMALL, build, images, timm_model, torchvision_model
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
+from torchprune_bayes.structured.slicing import apply_plan, plan_of
+from torchprune_bayes.structured.tracing import find_groups
+from torchprune_bayes.structured.unit_costs import TensorSize, UnitCosts
+
+
+def recount(model: nn.Module, inputs: torch.Tensor) -> tuple[int, int]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs)
+    return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
+
+
+def check_costs(model: nn.Module, inputs: torch.Tensor) -> None:
+    groups = find_groups(model, inputs)
+    costs = UnitCosts.measure(model, groups, inputs)
+    assert (costs.parameters({}), costs.flops({})) == recount(model, inputs)
+    kept = random_kept(groups)
+    left = {name: len(units) for name, units in kept.items()}
+    apply_plan(model, plan_of(model, groups, kept))
+    assert (costs.parameters(left), costs.flops(left)) == recount(model, inputs)
+    assert costs.count(left) == sum(left.values())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks(name):
+    check_costs(build(name), images())
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (torchvision_model, "resnet18"),
+        (torchvision_model, "mobilenet_v2"),
+        (timm_model, "convnext_tiny"),
+    ],
+)
+def test_published_architectures(make, name):
+    with torch.random.fork_rng():
+        check_costs(make(name).eval(), images(1, 64))
+
+
+def test_attention_costs_follow_its_heads():
+    with torch.random.fork_rng():
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).eval()
+    inputs = images(2, 32)
+    costs = UnitCosts.measure(model, find_groups(model, inputs), inputs)
+    assert set(costs.head_flops) == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"}
+    check_costs(model, inputs)
+
+
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=3))
+def test_every_count_is_a_product_of_what_is_left(gone):
+    size = TensorSize((4, 9, 2), {0: {"a": 1}, 1: {"b": 2, "c": 1}})
+    a, b, c = gone
+    lost = {"a": a, "b": b, "c": c}
+    assert size.numel(lost) == (4 - a) * (9 - 2 * b - c) * 2
+
+
+def test_layers_that_run_often_count_every_time():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x)) + self.second(self.first(-x))
+
+    model = Twice()
+    column = torch.arange(6)[:, None]
+    slices = tuple(
+        UnitSlice(name, dim, column, "producer")
+        for name, dim in (("first.weight", 0), ("first.bias", 0), ("second.weight", 1))
+    )
+    group = UnitGroup("first", "hidden", 6, slices)
+    costs = UnitCosts.measure(model, [group], torch.zeros(5, 4))
+    assert costs.flops({}) == 2 * 2 * 5 * (4 * 6 + 6 * 3)
+    assert costs.flops({"first": 2}) == 2 * 2 * 5 * (4 * 2 + 2 * 3)
+
+
+def test_matrix_products_outside_of_layers_are_counted_as_they_are():
+    class Bilinear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outer(torch.relu(self.inner(x))) * (x @ x.T).mean()
+
+    check_costs(Bilinear(), torch.ones(3, 4))
+
+
+def test_measuring_leaves_no_trace():
+    model = nn.Sequential(build("resnet"), nn.Dropout(0.5)).train()
+    with unchanged(model):
+        UnitCosts.measure(model, [], images())
+
+
+def test_without_inputs_there_are_no_flops():
+    model = build("vgg")
+    costs = UnitCosts.measure(model, find_groups(model, images()))
+    assert costs.flops({}) == 0
+    assert costs.parameters({}) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_tied_parameters_count_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    costs = UnitCosts.measure(model, [], torch.zeros(1, 4))
+    assert costs.parameters({}) == 16
+    assert costs.flops({}) == 64
+
+
+def test_groups_of_another_model_are_refused():
+    slices = (UnitSlice("body.weight", 0, torch.arange(2)[:, None], "producer"),)
+    with pytest.raises(ArgumentError, match="a tensor `body.weight` in the model"):
+        UnitCosts.measure(nn.Linear(2, 2), [UnitGroup("body", "hidden", 2, slices)])

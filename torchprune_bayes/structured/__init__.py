@@ -1,0 +1,69 @@
+"""Structured pruning: channels, hidden units and heads, cut out for good.
+
+In plain words: find the units of a model (:func:`find_groups`), let an importance score them, and
+:func:`shrink` removes the least important ones and checks that the smaller model computes what the
+whole one computes with the same units zeroed. Importances work in torch-pruning's own pruners too.
+
+Example:
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    >>> [group] = find_groups(model, torch.zeros(1, 3, 4, 4))
+    >>> group.name, group.units
+    ('0', 8)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
+from torchprune_bayes.structured.groups import AttributeRule, Kept, UnitGroup, UnitSlice
+from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
+from torchprune_bayes.structured.saving import load_shrunk, save_shrunk
+from torchprune_bayes.structured.shrink import shrink
+from torchprune_bayes.structured.slicing import (
+    ShrinkPlan,
+    apply_plan,
+    groups_after,
+    plan_of,
+    zero_units,
+)
+from torchprune_bayes.structured.tracing import find_groups
+from torchprune_bayes.structured.unit_costs import UnitCosts
+
+__all__ = [
+    "Amount",
+    "AttributeRule",
+    "GroupChange",
+    "Kept",
+    "ShrinkPlan",
+    "ShrinkReport",
+    "UnitCosts",
+    "UnitGroup",
+    "UnitImportance",
+    "UnitSlice",
+    "apply_plan",
+    "find_groups",
+    "groups_after",
+    "load_shrunk",
+    "plan_of",
+    "save_shrunk",
+    "shrink",
+    "slice_ema",
+    "slice_optimizer",
+    "zero_units",
+]
+
+if TYPE_CHECKING:
+    from torchprune_bayes.structured.importance import UnitImportance
+
+_NEEDS_HOST = {"UnitImportance": "torchprune_bayes.structured.importance"}
+"""Names whose modules load torch-pruning, which saving and loading do not need."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_HOST:
+        return getattr(import_module(_NEEDS_HOST[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

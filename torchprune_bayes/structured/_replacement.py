@@ -1,0 +1,128 @@
+"""Putting other tensors and numbers into a model, and putting the old ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.structured._layer_sizes import layer_sizes
+from torchprune_bayes.structured._manifest import all_tensors
+
+Write: TypeAlias = tuple[dict[str, Any], str, Any, Any]
+"""A table of a module (parameters, buffers or attributes), a key, its new and its old value."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was replaced in a model; the old objects are kept, so that it can be undone.
+
+    Attributes:
+        parameters: The old and the new parameter by first qualified name.
+    """
+
+    parameters: Mapping[str, tuple[nn.Parameter, nn.Parameter]]
+    _writes: tuple[Write, ...]
+
+    def undo(self) -> None:
+        """Put the old tensors and numbers back."""
+        for table, key, _, old in self._writes:
+            table[key] = old
+
+    def redo(self) -> None:
+        """Put the new tensors and numbers in place."""
+        for table, key, new, _ in self._writes:
+            table[key] = new
+
+
+def replacement(
+    model: nn.Module,
+    fresh: Mapping[str, Tensor],
+    cut: Callable[[str, Tensor], Tensor],
+    attributes: Mapping[str, Mapping[str, int]],
+) -> Change:
+    """Replace tensors under all their names, and set the numbers that follow.
+
+    Args:
+        model: The model.
+        fresh: New tensors by the first qualified name of the old ones.
+        cut: Turns a gradient of the old shape into one of the new.
+        attributes: Numbers by module and attribute.
+
+    Returns:
+        The change, done.
+
+    Raises:
+        ParameterError: If a layer cannot take its new tensors, or has no such number. Nothing has
+            changed then.
+    """
+    names: dict[int, str] = {}
+    for name, tensor, _ in all_tensors(model):
+        names.setdefault(id(tensor), name)
+    built: dict[str, Tensor] = {}
+    pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+    writes: list[Write] = []
+    for path, module in model.named_modules():
+        own = {**_present(module._parameters), **_present(module._buffers)}
+        changed = {key: names[id(old)] for key, old in own.items() if names[id(old)] in fresh}
+        for key, name in changed.items():
+            if name not in built:
+                built[name] = _successor(name, own[key], fresh[name], cut)
+            old, new = own[key], built[name]
+            if isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter):
+                pairs[name] = (old, new)
+            table: dict[str, Any] = (
+                module._parameters if key in module._parameters else module._buffers
+            )
+            writes.append((table, key, new, old))
+        if changed:
+            sizes = layer_sizes(
+                path, module, {k: built.get(names[id(t)], t) for k, t in own.items()}
+            )
+            writes += _numbers(path, module, sizes)
+    for path, numbers in attributes.items():
+        writes += _numbers(path, model.get_submodule(path), numbers)
+    change = Change(pairs, tuple(writes))
+    change.redo()
+    return change
+
+
+def _present(table: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in table.items() if tensor is not None}
+
+
+def _numbers(path: str, module: nn.Module, values: Mapping[str, Any]) -> list[Write]:
+    missing = [key for key in values if key not in vars(module)]
+    if missing:
+        raise ParameterError(
+            f"Expected `{path or 'the model'}` to have a plain attribute `{missing[0]}`, got none."
+        )
+    return [(vars(module), key, value, vars(module)[key]) for key, value in values.items()]
+
+
+def _successor(
+    name: str, old: Tensor, value: Tensor, cut: Callable[[str, Tensor], Tensor]
+) -> Tensor:
+    value = _formatted(value, old)
+    if not isinstance(old, nn.Parameter):
+        return value
+    if type(old) is not nn.Parameter:
+        raise ParameterError(
+            f"Expected `{name}` to be a plain parameter, got {type(old).__name__}."
+        )
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    vars(new).update(vars(old))
+    if old.grad is not None:
+        new.grad = _formatted(cut(name, old.grad), old)
+    return new
+
+
+def _formatted(value: Tensor, like: Tensor) -> Tensor:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+    if last is not None and not like.is_contiguous() and like.is_contiguous(memory_format=last):
+        return value.contiguous(memory_format=last)
+    return value.contiguous()

@@ -1,0 +1,86 @@
+"""What shrinking did to a model, in numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torchprune_bayes.structured.groups import Kind
+from torchprune_bayes.structured.slicing import ShrinkPlan
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A quantity before and after shrinking."""
+
+    before: int
+    after: int
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction that is gone, zero where there was nothing.
+
+        Example:
+            >>> Amount(before=8, after=6).sparsity
+            0.25
+        """
+        return 1.0 - self.after / self.before if self.before else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.before:,} -> {self.after:,} ({-self.sparsity:+.1%})"
+
+
+@dataclass(frozen=True)
+class GroupChange:
+    """What a group lost.
+
+    Attributes:
+        name: The group.
+        kind: What its units are.
+        units: Units before and after.
+    """
+
+    name: str
+    kind: Kind
+    units: Amount
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What :func:`~torchprune_bayes.structured.shrink` did.
+
+    Attributes:
+        target: What the sparsity counts.
+        sparsity: The sparsity that was asked for, ``None`` for ``target="evidence"``.
+        units: Units of all groups.
+        parameters: Parameters of the model.
+        flops: FLOPs of one forward pass on the example inputs; ``None`` without these.
+        groups: What each group lost.
+        plan: Which indices of which tensors stay, from the first model to the last.
+        difference: Largest difference, on the example inputs, between the outputs of the shrunk
+            model and of the whole one with the same units zeroed; ``None`` if not verified.
+        steps: How many steps removed something.
+    """
+
+    target: str
+    sparsity: float | None
+    units: Amount
+    parameters: Amount
+    flops: Amount | None
+    groups: Sequence[GroupChange]
+    plan: ShrinkPlan
+    difference: float | None
+    steps: int
+
+    def __str__(self) -> str:
+        width = max([len(group.name) for group in self.groups], default=0)
+        lines = [f"parameters  {self.parameters}"]
+        if self.flops is not None:
+            lines.append(f"FLOPs       {self.flops}")
+        lines.append(f"units       {self.units}")
+        if self.difference is not None:
+            lines.append(f"masked and shrunk outputs differ by at most {self.difference:.1e}")
+        lines += [
+            f"  {group.name:<{width}}  {group.kind:<7}  {group.units}" for group in self.groups
+        ]
+        return "\n".join(lines)

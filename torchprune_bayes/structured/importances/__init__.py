@@ -1,0 +1,1 @@
+"""Importances of units, one published method each."""

@@ -1,0 +1,143 @@
+"""What importances share that take gradients from a calibration of the model they score."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.structured._host_groups import unit_group
+from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
+from torchprune_bayes.structured.importance import UnitImportance
+from torchprune_bayes.structured.slicing import first_names
+
+
+class CalibratedImportance(UnitImportance):
+    """Scores of all groups at once, taken anew whenever the model has changed.
+
+    Subclasses write :meth:`measure`. Every time takes a further draw of the samples. In the host's
+    pruners, which announce no step, the scores are taken when a first group asks for its own, and
+    again when weights have moved or that group has lost units since.
+
+    Args:
+        calibration: Data, model and loss; its own list of parameters does not matter.
+
+    Raises:
+        ArgumentTypeError: If it is no calibration.
+    """
+
+    needs_recalibration = True
+
+    def __init__(self, calibration: Calibration) -> None:
+        super().__init__()
+        if not isinstance(calibration, Calibration):
+            raise ArgumentTypeError(f"Expected a Calibration, got {type(calibration).__name__}.")
+        self.calibration = calibration
+        self._draws = 0
+        self._scores: dict[str, Tensor] = {}
+        self._seen: list[tuple[weakref.ref[nn.Parameter], int]] = []
+
+    @abstractmethod
+    def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
+        """Score groups that something reads.
+
+        Args:
+            calibration: Draws the samples of this time.
+            groups: The groups, as the calibration's model is now.
+
+        Returns:
+            ``[units]`` by the name of the group; a missing group is left whole.
+        """
+
+    def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
+        """Score all groups on the model as it is.
+
+        Raises:
+            AlignmentError: If the model is not the one of the calibration.
+            CalibrationError: If the data gives no usable gradients.
+        """
+        if model is not self.calibration.model:
+            raise AlignmentError(
+                "Expected the model of the calibration, without wrappers, got another one."
+            )
+        inner = [group for group in groups if pieces_of(group, "consumer")]
+        self._scores = self.measure(self.calibration.fresh(self._draws), inner) if inner else {}
+        self._draws += 1
+        self._seen = [(weakref.ref(p), p._version) for p in model.parameters()]
+
+    def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
+        """Return the scores of a group; ``None`` if nothing reads it, as the model's outputs."""
+        if not pieces_of(group, "consumer"):
+            return None
+        if self._is_stale(group):
+            self.prepare(model, [group])
+        return self._scores.get(group.name)
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """Score a group of torch-pruning's; the first one has all others scored with it."""
+        model = group._DG.model
+        converted = unit_group(group, model)
+        if converted is None:
+            return None
+        if pieces_of(converted, "consumer") and self._is_stale(converted):
+            everything = (unit_group(each, model) for each in group._DG.get_all_groups())
+            found = {each.name: each for each in everything if each is not None}
+            self.prepare(model, [*(found | {converted.name: converted}).values()])
+        return self.score(converted, model)
+
+    def _is_stale(self, group: UnitGroup) -> bool:
+        """Whether these units were not scored, or weights that are still there have moved."""
+        held = self._scores.get(group.name)
+        if held is None or len(held) != group.units:
+            return True
+        present = ((reference(), version) for reference, version in self._seen)
+        return any(p is not None and p._version != version for p, version in present)
+
+
+def pieces_of(group: UnitGroup, *roles: str) -> list[UnitSlice]:
+    """Return what a group owns in these roles."""
+    return [piece for piece in group.slices if piece.role in roles]
+
+
+def space_of(model: nn.Module, pieces: Sequence[UnitSlice]) -> tuple[ParameterSpace, dict[str, str]]:
+    """Return the parameters that pieces lie in, frozen ones too, and their names by any name.
+
+    Args:
+        model: The model, without wrappers.
+        pieces: Pieces of its groups; buffers are left out.
+    """
+    first, tensors = first_names(model)
+    names = {piece.name: first[piece.name] for piece in pieces}
+    names = {name: own for name, own in names.items() if isinstance(tensors[own], nn.Parameter)}
+    wanted = set(names.values())
+    with _thawed([tensors[name] for name in wanted]):
+        places = (name.rpartition(".") for name in tensors if name in wanted)
+        pairs = [(model.get_submodule(path), local) for path, _, local in places]
+        return ParameterSpace(model, pairs), names
+
+
+def sums_along(values: Tensor, piece: UnitSlice) -> Tensor:
+    """Sum a tensor over all that each unit owns of it: float64 ``[units]``."""
+    lines = values.double().movedim(piece.dim, 0).flatten(1) if values.ndim > 1 else values.double()
+    along = lines.sum(1) if values.ndim > 1 else lines
+    return along[piece.positions.to(along.device)].sum(1)
+
+
+@contextmanager
+def _thawed(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let frozen parameters pass for trainable: a layer that does not train can still be cut."""
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)

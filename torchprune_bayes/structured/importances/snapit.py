@@ -1,0 +1,186 @@
+"""SNAP-it: units by the elasticity of the loss to a gate on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from torchprune_bayes._checks import check_choice
+from torchprune_bayes.calibration import Calibration, batch_size
+from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.methods._sensitivity import mean_loss
+from torchprune_bayes.schedules import halving
+from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
+from torchprune_bayes.structured.importances._calibrated import (
+    CalibratedImportance,
+    pieces_of,
+    space_of,
+    sums_along,
+)
+
+_EPSILON = 1e-8  # the published code's, against a loss of zero
+
+
+class SNAPitImportance(CalibratedImportance):
+    """Elasticity ``|∂L/∂c · c/L|`` of the loss to a gate ``c = 1`` on each unit.
+
+    The structured half of `SNIP-it (Verdenius, Stol and Forré, 2020)
+    <https://arxiv.org/abs/2006.00896>`_. A gate on all that reads a unit changes the loss by
+    ``Σ w ∂L/∂w`` over the columns that belong to it, whatever lies before them: norms, additions,
+    attention, activations. The sum is signed and runs over all readers before the absolute value is
+    taken. It is the first-order change of the loss for exactly what shrinking removes, so it is the
+    default. Units that nothing reads, the outputs of a model, have no score.
+
+    The paper shrinks in steps, each with new gradients:
+    ``shrink(..., sparsity=0.93, steps=halving_path(0.93), target="channels")``.
+
+    Args:
+        calibration: Data, model and loss. The paper takes 2560 samples.
+        gate: Where the gate stands. ``"consumer"``: on what reads the unit. ``"producer"``, as in
+            the paper: on the output of the layer that makes it, bias included and before a norm,
+            ``Σ w ∂L/∂w + b ∂L/∂b`` over its rows; heads are gated where they are read, because
+            their queries and keys are no output. ``"activation"``: on the values that are read, by
+            hooks on the readers, which is the same number as ``"consumer"`` by another way.
+
+    Raises:
+        ArgumentError: If ``gate`` is none of these.
+        ArgumentTypeError: If there is no calibration.
+
+    Cost: one gradient of the mean loss and one evaluation of it; one copy of the weights.
+
+    Example:
+        >>> from torchprune_bayes.structured import find_groups
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> with torch.no_grad():
+        ...     model[2].weight[:, 1] = 0.0
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+        >>> calibration = Calibration(model, data, nn.functional.cross_entropy)
+        >>> [group] = find_groups(model, torch.zeros(1, 4))
+        >>> SNAPitImportance(calibration).score(group, model) > 0
+        tensor([ True, False,  True])
+    """
+
+    def __init__(self, calibration: Calibration, gate: str = "consumer") -> None:
+        super().__init__(calibration)
+        check_choice("gate", gate, ("consumer", "producer", "activation"))
+        self.gate = gate
+
+    def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
+        """The elasticities.
+
+        Raises:
+            ParameterError: If a reader is not called with the gate on activations.
+        """
+        of_gates = _by_hooks if self.gate == "activation" else self._by_weights
+        changes = of_gates(calibration, groups)
+        unit = abs(mean_loss(calibration, {}) + _EPSILON)
+        return {name: change.abs() / unit for name, change in changes.items()}
+
+    def _by_weights(
+        self, calibration: Calibration, groups: Sequence[UnitGroup]
+    ) -> dict[str, Tensor]:
+        """``Σ w ∂L/∂w`` over what carries the gate, by group."""
+        gated = {group.name: self._gated(group) for group in groups}
+        space, names = space_of(calibration.model, [p for held in gated.values() for p in held])
+        gradient = calibration.with_space(space).mean_gradient()
+        values = space.values()
+        products = {name: values[name].to(found) * found for name, found in gradient.items()}
+        return {
+            name: torch.stack([sums_along(products[names[p.name]], p) for p in held]).sum(0)
+            for name, pieces in gated.items()
+            if (held := [piece for piece in pieces if piece.name in names])
+        }
+
+    def _gated(self, group: UnitGroup) -> list[UnitSlice]:
+        role = self.gate if group.kind != "head" else "consumer"
+        return pieces_of(group, role)
+
+
+def halving_path(final: float, steps: int = 5, start: float = 0.5) -> list[float]:
+    """List the sparsities after each of the paper's steps, for ``shrink(..., steps=...)``.
+
+    Args:
+        final: Sparsity at last, ``κ``.
+        steps: ``S``, how often what is missing is halved.
+        start: Sparsity after the first step.
+
+    Returns:
+        ``κ − (κ − start)·2^{−i}`` for ``i = 0, ..., S``, and ``κ``; ``κ`` alone if it is at most
+        ``start``.
+
+    Raises:
+        ArgumentError: If an argument is out of range.
+        ArgumentTypeError: If an argument has the wrong type.
+
+    Example:
+        >>> [round(sparsity, 3) for sparsity in halving_path(0.98)]
+        [0.5, 0.74, 0.86, 0.92, 0.95, 0.965, 0.98]
+        >>> halving_path(0.3)
+        [0.3]
+    """
+    schedule = halving(final, steps=steps, initial=start)
+    return [schedule(step) for step in schedule.steps()]
+
+
+def _by_hooks(calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
+    """Gradients of gates that multiply what the readers are given."""
+    model, place = calibration.model, {"dtype": calibration.dtype, "device": calibration.device}
+    gates = {
+        group.name: torch.ones(group.units, **place, requires_grad=True)  # type: ignore[call-overload]
+        for group in groups
+    }
+    total = {name: torch.zeros_like(gate, dtype=torch.float64) for name, gate in gates.items()}
+    with _gated_readers(model, groups, gates) as called:
+        for batch in calibration.batches():
+            with torch.enable_grad():
+                loss = calibration.loss(None, batch)
+                found = torch.autograd.grad(loss, [*gates.values()], materialize_grads=True)
+            for name, gradient in zip(gates, found, strict=True):
+                total[name] += gradient.double() * (batch_size(batch) / calibration.num_samples)
+    for group in groups:
+        for piece in pieces_of(group, "consumer"):
+            if piece.name not in called:
+                raise ParameterError(
+                    f"Expected the layer of `{piece.name}` to be called on a tensor, got no such "
+                    "call, so that no gate can stand there: use gate='consumer'."
+                )
+    return total
+
+
+@contextmanager
+def _gated_readers(
+    model: nn.Module, groups: Sequence[UnitGroup], gates: dict[str, Tensor]
+) -> Iterator[set[str]]:
+    """Hooks on all readers; yields the names of those that were called so far."""
+    called: set[str] = set()
+    with ExitStack() as stack:
+        for group in groups:
+            for piece in pieces_of(group, "consumer"):
+                module = model.get_submodule(piece.name.rpartition(".")[0])
+                hook = _gating(piece, gates[group.name], called)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield called
+
+
+def _gating(piece: UnitSlice, gate: Tensor, called: set[str]) -> Any:
+    def multiply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        called.add(piece.name)
+        inputs: Tensor = args[0]
+        spatial = module.weight.dim() - 2 if isinstance(module, _ConvNd) else 0
+        dim = inputs.dim() - spatial - 1
+        positions = piece.positions.to(gate.device)
+        factor = torch.ones(inputs.shape[dim], dtype=gate.dtype, device=gate.device)
+        factor = factor.index_copy(
+            0, positions.flatten(), gate.repeat_interleave(positions.shape[1])
+        )
+        return (inputs * factor.view(-1, *[1] * spatial), *args[1:])
+
+    return multiply

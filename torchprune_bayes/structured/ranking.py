@@ -1,0 +1,183 @@
+"""Choosing which units stay, exactly: the least important go until a sparsity is reached.
+
+In plain words: all units stand in one line, the least important first, and the shortest piece of
+the line is removed with which the model is as small as was asked. What a floor protects never
+stands in the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.unit_costs import Resource, UnitCosts
+
+Scope: TypeAlias = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Blocks of units in the order in which they are removed.
+
+    Attributes:
+        groups: The groups.
+        group: For each block, the index of its group.
+        size: For each block, its number of units.
+        score: For each block, the mean score of its units.
+        order: For each group, its units in the order in which they go.
+    """
+
+    groups: Sequence[UnitGroup]
+    group: Tensor
+    size: Tensor
+    score: Tensor
+    order: Mapping[str, Tensor]
+
+    def left(self, blocks: int) -> dict[str, int]:
+        """Return how many units each group has after so many blocks."""
+        gone = torch.zeros(len(self.groups), dtype=torch.long)
+        gone.index_add_(0, self.group[:blocks], self.size[:blocks])
+        return {
+            group.name: group.units - lost
+            for group, lost in zip(self.groups, gone.tolist(), strict=True)
+        }
+
+    def kept(self, blocks: int) -> dict[str, Tensor]:
+        """Return which units each group that loses some has after so many blocks, ascending."""
+        left = self.left(blocks)
+        return {
+            group.name: self.order[group.name][group.units - left[group.name] :].sort().values
+            for group in self.groups
+            if left[group.name] < group.units
+        }
+
+
+def line_up(
+    groups: Sequence[UnitGroup],
+    scores: Mapping[str, Tensor],
+    *,
+    scope: Scope = "global",
+    min_keep: int = 1,
+    round_to: int = 1,
+) -> Line:
+    """Put the units of all groups in one line, the least important first.
+
+    Ties go by the order of the groups, then by the index of the unit. A group is removed in blocks
+    after which the number of its units is a multiple of ``round_to``; blocks are ranked by the mean
+    of their scores.
+
+    Args:
+        groups: The groups.
+        scores: One score for each unit, by the name of the group; a missing group stays whole.
+        scope: ``"global"`` compares scores between groups; ``"layer"`` compares ranks within their
+            group instead, so that all groups lose the same fraction.
+        min_keep: Units that every group keeps.
+        round_to: Multiple for the units that are left in a group that loses some.
+
+    Returns:
+        The line.
+
+    Raises:
+        ArgumentError: If scores have another length, are no floating point numbers, or hold NaN.
+
+    Cost: one sort of all units.
+
+    Example:
+        >>> groups = [UnitGroup("a", "hidden", 3, ()), UnitGroup("b", "hidden", 2, ())]
+        >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([1.0, 9.0])}
+        >>> line = line_up(groups, scores)
+        >>> line.score, line.kept(2)
+        (tensor([1., 1., 2.], dtype=torch.float64), {'a': tensor([0, 2]), 'b': tensor([1])})
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    order: dict[str, Tensor] = {}
+    for index, group in enumerate(groups):
+        if group.name not in scores:
+            continue
+        ascending, order[group.name] = _checked(group, scores[group.name]).sort(stable=True)
+        sizes = torch.tensor(_blocks(group.units, min_keep, round_to), dtype=torch.long)
+        by_rank = sizes.cumsum(0).double() / group.units
+        keys = by_rank if scope == "layer" else _means(ascending, sizes)
+        parts.append((torch.full_like(sizes, index), sizes, keys))
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.long)
+        return Line(groups, empty, empty, empty.double(), order)
+    group_of, size, score = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    score, places = score.sort(stable=True)
+    return Line(groups, group_of[places], size[places], score, order)
+
+
+def blocks_to_reach(line: Line, costs: UnitCosts, resource: Resource, sparsity: float) -> int:
+    """Return how many blocks of the line must go until a sparsity of the whole is reached.
+
+    Args:
+        line: The units, least important first.
+        costs: Costs of the model at the start, to which the sparsity refers.
+        resource: What is counted.
+        sparsity: Fraction of the resource at the start that is to be gone.
+
+    Returns:
+        The smallest number with which it is.
+
+    Raises:
+        ArgumentError: If the whole line is not enough.
+
+    Cost: a logarithmic number of evaluations of the cost.
+    """
+    start = costs.total(resource, {})
+    budget = (1.0 - sparsity + 1e-12) * start
+    low, high = 0, len(line.group)
+    if costs.total(resource, line.left(high)) > budget:
+        most = 1.0 - costs.total(resource, line.left(high)) / start
+        raise ArgumentError(
+            f"Expected a sparsity of at most {most:.6g} in {resource}, which ignored layers and "
+            f"floors allow, got {sparsity:g}."
+        )
+    while low < high:
+        middle = (low + high) // 2
+        if costs.total(resource, line.left(middle)) > budget:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def blocks_below(line: Line, threshold: float) -> int:
+    """Return how many blocks of the line score below a threshold."""
+    return int((line.score < threshold).sum())
+
+
+def _checked(group: UnitGroup, scores: Tensor) -> Tensor:
+    if scores.shape != (group.units,) or not scores.is_floating_point():
+        raise ArgumentError(
+            f"Expected {group.units} floating point scores for `{group.name}`, got {scores.dtype} "
+            f"of shape {tuple(scores.shape)}."
+        )
+    bad = int(scores.isnan().sum())
+    if bad:
+        raise ArgumentError(f"Expected scores without NaN for `{group.name}`, got {bad} of them.")
+    return scores.detach().double().cpu()
+
+
+def _means(ascending: Tensor, sizes: Tensor) -> Tensor:
+    """Mean score of each block; rounding must not let a later block overtake an earlier one."""
+    block = torch.arange(len(sizes)).repeat_interleave(sizes)
+    sums = torch.zeros(len(sizes), dtype=ascending.dtype)
+    means = sums.index_add_(0, block, ascending[: len(block)]) / sizes
+    inf = float("inf")
+    return means.nan_to_num(nan=inf, posinf=inf, neginf=-inf).cummax(0).values
+
+
+def _blocks(units: int, min_keep: int, round_to: int) -> list[int]:
+    """Sizes of the blocks in which a group can go, first one first."""
+    floor = -(-max(min_keep, 1) // round_to) * round_to
+    if units <= floor:
+        return []
+    rest = units % round_to
+    return [rest] * bool(rest) + [round_to] * ((units - rest - floor) // round_to)

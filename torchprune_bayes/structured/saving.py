@@ -1,0 +1,227 @@
+"""Saving a shrunk model and building it again from its original constructor or config.
+
+In plain words: a shrunk model no longer fits the constructor or config it came from. The folder
+holds its tensors as safetensors and a small JSON manifest with their sizes and the numbers on
+modules that changed. To load, build the original model and hand it over: its tensors are replaced
+by those of the file and the numbers are set. Nothing is pickled, and a folder written by
+``save_pretrained`` can hold both files as well, since their names are their own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.params import unwrap
+from torchprune_bayes.structured._manifest import (
+    Manifest,
+    TensorRecord,
+    Value,
+    all_tensors,
+    dtype_of,
+    numbers_of,
+)
+
+TENSORS_FILE = "shrunk.safetensors"
+MANIFEST_FILE = "shrunk.json"
+
+
+def save_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write a shrunk model as ``shrunk.safetensors`` and ``shrunk.json``.
+
+    Recorded are all parameters and buffers that belong to the state, ties once, and for every
+    module that owns tensors or has some below it the whole numbers among its attributes, such as
+    ``out_features`` or ``num_heads``. The model, its config included, is not changed.
+
+    Args:
+        model: The shrunk model; wrappers are looked through.
+        folder: Created if it does not exist. Each file is put in place whole.
+
+    Raises:
+        ParameterError: If a module is pruned with a mask or keeps state that is no tensor.
+
+    Cost: one copy of the tensors that are not contiguous or overlap others.
+
+    Example:
+        >>> import tempfile
+        >>> small = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_shrunk(small, folder)
+        ...     _ = load_shrunk(model, folder)
+        >>> model[0].out_features, bool((model[2].weight == small[2].weight).all())
+        (2, True)
+    """
+    model = unwrap(model)
+    _check_savable(model)
+    manifest, tensors = _describe(model)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    _put(target / TENSORS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _put(target / MANIFEST_FILE, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))
+
+
+def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Turn a model fresh from its original constructor into the shrunk one that was saved.
+
+    Args:
+        model: Built as the original was, before it was shrunk; changed in place. Its devices,
+            modes and ``requires_grad`` stay. Build optimizers afterwards.
+        folder: Where :func:`save_shrunk` wrote.
+
+    Returns:
+        The same model, with the saved tensors bit for bit.
+
+    Raises:
+        ArgumentError: If a file is missing, broken, or does not belong to the other or to the
+            model. The model is then as it was.
+
+    Cost: the saved tensors are held beside the model's own until all checks have passed.
+    """
+    inner = unwrap(model)
+    source = Path(folder)
+    manifest = Manifest.from_json(_existing(source / MANIFEST_FILE).read_text(encoding="utf-8"))
+    tensors = _read_tensors(_existing(source / TENSORS_FILE))
+    _check_file(manifest, tensors)
+    _check_tensors(inner, manifest)
+    _check_attributes(inner, manifest)
+    _replace(inner, manifest, tensors)
+    for name, values in manifest.attributes.items():
+        module = inner.get_submodule(name)
+        for attribute, value in values.items():
+            if getattr(module, attribute) != value:
+                setattr(module, attribute, value)
+    return model
+
+
+def _check_savable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(
+            key.endswith("_mask") and f"{key[:-5]}_orig" in module._parameters
+            for key in module._buffers
+        ):
+            raise ParameterError(
+                f"Expected a model without masks, got a pruned `{name}`; make it permanent first."
+            )
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ParameterError(
+                f"Expected a model whose state is tensors only, got extra state in `{name}`."
+            )
+
+
+def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
+    names: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor, belongs in all_tensors(model):
+        if not belongs:
+            continue
+        if id(tensor) in names:
+            aliases[name] = names[id(tensor)]
+            continue
+        names[id(tensor)] = name
+        stored = tensor.detach().contiguous()
+        address = stored.untyped_storage().data_ptr()
+        tensors[name] = stored.clone() if address in memory else stored
+        memory.add(address)
+    records = {name: TensorRecord.of(tensor) for name, tensor in tensors.items()}
+    numbers = {name: numbers_of(module) for name, module in model.named_modules()}
+    return Manifest(
+        records, aliases, {name: found for name, found in numbers.items() if found}
+    ), tensors
+
+
+def _put(path: Path, write: Callable[[Path], Any]) -> None:
+    draft = path.with_name(f"{path.name}.part")
+    write(draft)
+    os.replace(draft, path)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ArgumentError(f"Expected a file `{path.name}` in {path.parent}, got none.")
+    return path
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ArgumentError(f"Expected a safetensors file at {path}, got: {error}.") from error
+
+
+def _check_file(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    if tensors.keys() != manifest.tensors.keys():
+        some = sorted(tensors.keys() ^ manifest.tensors.keys())[:3]
+        raise ArgumentError(
+            f"Expected the manifest to list the file's tensors, got differences at {some}."
+        )
+    for name, record in manifest.tensors.items():
+        found = TensorRecord.of(tensors[name])
+        if found.shape != record.shape or tensors[name].dtype != dtype_of(record):
+            raise ArgumentError(f"Expected `{name}` of {record} in the file, got {found}.")
+    for name, stored in manifest.aliases.items():
+        if stored not in manifest.tensors or name in manifest.tensors:
+            raise ArgumentError(f"Expected `{name}` to be tied to a stored tensor, got {stored!r}.")
+
+
+def _check_tensors(model: nn.Module, manifest: Manifest) -> None:
+    present = {name: (tensor, belongs) for name, tensor, belongs in all_tensors(model)}
+    needed = {name for name, (_, belongs) in present.items() if belongs}
+    given = manifest.tensors.keys() | manifest.aliases.keys()
+    if needed != given:
+        raise ArgumentError(
+            "Expected a model built as the saved one was, got one with "
+            f"{len(needed - given)} tensors more and {len(given - needed)} fewer, such as "
+            f"{sorted(needed ^ given)[:3]}."
+        )
+    for name in given:
+        record = manifest.tensors[manifest.aliases.get(name, name)]
+        if present[name][0].dim() != len(record.shape):
+            raise ArgumentError(
+                f"Expected `{name}` with {len(record.shape)} dimensions as it was saved, got shape "
+                f"{tuple(present[name][0].shape)}."
+            )
+
+
+def _check_attributes(model: nn.Module, manifest: Manifest) -> None:
+    modules = dict(model.named_modules())
+    for name, values in manifest.attributes.items():
+        if name not in modules:
+            raise ArgumentError(f"Expected a module `{name}` as in the saved model, got none.")
+        present = numbers_of(modules[name])
+        for attribute, value in values.items():
+            if not _same_kind(present.get(attribute), value):
+                place = f"{name}.{attribute}".lstrip(".")
+                raise ArgumentError(
+                    f"Expected `{place}` to be a number like {value}, got "
+                    f"{getattr(modules[name], attribute, None)!r}."
+                )
+
+
+def _same_kind(present: Value | None, value: Value) -> bool:
+    if isinstance(present, tuple) and isinstance(value, tuple):
+        return len(present) == len(value)
+    return type(present) is type(value)
+
+
+def _replace(model: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    built: dict[str, Tensor] = {}
+    for name, present, belongs in list(all_tensors(model)):
+        if not belongs:
+            continue
+        stored = manifest.aliases.get(name, name)
+        if stored not in built:
+            value = tensors[stored].to(present.device, copy=True)  # not tied to the mapped file
+            trained = isinstance(present, nn.Parameter)
+            built[stored] = nn.Parameter(value, present.requires_grad) if trained else value
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, built[stored])

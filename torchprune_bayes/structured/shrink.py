@@ -1,0 +1,204 @@
+"""Shrinking a model in place: score, choose, cut, check."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from torchprune_bayes._checks import check_choice, check_count, check_fraction
+from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.params import unwrap
+from torchprune_bayes.structured._forward import ForwardFunction
+from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
+from torchprune_bayes.structured._shrinking import Shrinking, Target
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
+from torchprune_bayes.structured.ranking import Scope
+from torchprune_bayes.structured.slicing import ShrinkPlan
+from torchprune_bayes.structured.tracing import check_plain, find_groups, without_ignored
+from torchprune_bayes.structured.unit_costs import UnitCosts
+
+if TYPE_CHECKING:
+    from torchprune_bayes.structured.importance import UnitImportance
+
+
+def shrink(
+    model: nn.Module,
+    example_inputs: Any,
+    importance: UnitImportance | Any,
+    *,
+    sparsity: float | None = None,
+    target: Target = "params",
+    steps: int | Sequence[float] = 1,
+    scope: Scope = "global",
+    min_keep: int = 1,
+    round_to: int = 1,
+    ignored: Collection[nn.Module | str] = (),
+    groups: Sequence[UnitGroup] | None = None,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | Iterable[nn.Module] = (),
+    forward_fn: ForwardFunction | None = None,
+    verify: bool = True,
+) -> ShrinkReport:
+    """Remove the least important channels, hidden units or heads of a model for good.
+
+    The units go in the order of their scores, until exactly as many are gone as it takes: with one
+    unit less (or one block of ``round_to``), the sparsity would not be reached. Then the shrunk
+    model is compared on the example inputs with the whole one in which the same units are zeroed.
+    If this or anything else fails, the model is as it was.
+
+    Args:
+        model: The model; changed in place. ``DataParallel`` and ``torch.compile`` are looked
+            through. Cut parameters are new objects, so hand over an optimizer, or build it after.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; ``None``
+            for a model of a served family, without FLOPs and verification.
+        importance: An importance of this library, or one of torch-pruning's.
+        sparsity: Fraction of the whole, in [0, 1), that is to be gone. What cannot be removed, such
+            as the classifier, counts as well.
+        target: What the sparsity counts: ``"params"``, ``"flops"``, or ``"channels"``, that is,
+            units. ``"evidence"`` takes no sparsity and removes all units that score below
+            ``importance.threshold``.
+        steps: In how many equal steps, each with new scores, or the sparsities after each step.
+        scope: ``"global"`` compares scores between groups; with ``"layer"`` all groups lose the
+            same fraction of their units.
+        min_keep: Units that every group keeps.
+        round_to: Multiple for the number of units left in a group that loses some.
+        ignored: Modules, names of modules, or names of groups to leave whole.
+        groups: The groups, if they are known; otherwise :func:`find_groups` finds them.
+        optimizer: Follows: its parameters are exchanged and its state is cut.
+        ema: Averaged copies of the model, cut in the same way.
+        forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
+        verify: Whether to compare with the masked model.
+
+    Returns:
+        Sizes before and after, the plan, and the difference that was found.
+
+    Raises:
+        ArgumentError: If an argument has an impossible value, or floors and ignored layers do not
+            allow the sparsity.
+        ArgumentTypeError: If an argument has the wrong type.
+        ParameterError: If the model is masked, parametrized, sharded or distributed, or cannot be
+            served.
+        NumericalError: If the shrunk model does not compute what the masked one computes.
+
+    Cost: scoring, and three forward passes. Old tensors are held until the end.
+
+    Example:
+        >>> import torch
+        >>> from torchprune_bayes.structured import UnitImportance
+        >>> class RowNorm(UnitImportance):
+        ...     def score(self, group, model):
+        ...         rows = model.get_parameter(group.slices[0].name).detach()
+        ...         return rows[group.slices[0].positions[:, 0]].flatten(1).norm(dim=1)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> report = shrink(model, torch.randn(3, 4), RowNorm(), sparsity=0.5, target="channels")
+        >>> model[0].out_features, model[2].in_features
+        (4, 4)
+        >>> print(report.parameters)
+        58 -> 30 (-48.3%)
+    """
+    from torchprune_bayes.structured._host_importance import as_unit_importance
+
+    inner = _shrinkable(model)
+    wanted = _targets(sparsity, target, steps)
+    check_choice("scope", scope, ("global", "layer"))
+    check_count("min_keep", min_keep)
+    check_count("round_to", round_to)
+    scorer = as_unit_importance(importance, example_inputs, forward_fn)
+    if target == "evidence" and (scorer.threshold is None or scope != "global"):
+        raise ArgumentError(
+            "Expected an importance with a threshold and the global scope for "
+            f"target='evidence', got threshold={scorer.threshold} and scope={scope!r}."
+        )
+    if verify and example_inputs is None:
+        raise ArgumentError("Expected `example_inputs` to verify with, got None.")
+    if groups is None:
+        found = find_groups(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
+    else:
+        found = without_ignored(inner, groups, ignored)
+    costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
+    run = Shrinking(inner, found, scorer, costs)
+    try:
+        for fraction in wanted:
+            run.step(target, fraction, scope, min_keep, round_to)
+        plan = run.whole_plan()
+        difference = run.difference(plan, example_inputs, forward_fn) if verify else None
+        for copy in [ema] if isinstance(ema, nn.Module) else ema:
+            run.changes.append(slice_ema(copy, plan))
+        if optimizer is not None:
+            slice_optimizer(optimizer, plan, run.replaced())
+    except BaseException:
+        run.undo()
+        raise
+    return _report(run, target, sparsity, plan, difference, counted=example_inputs is not None)
+
+
+def _shrinkable(model: nn.Module) -> nn.Module:
+    """The model inside of its wrappers, if its parameters may be exchanged."""
+    inner = unwrap(model)
+    for name, module in [("the model", model), *model.named_modules()]:
+        kind = type(module).__name__
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ParameterError(
+                f"Expected a model before it is wrapped for distributed training, got {kind} at "
+                f"`{name or 'the model'}`: shrink the module inside, then wrap it again."
+            )
+    check_plain(inner)
+    return inner
+
+
+def _targets(
+    sparsity: float | None, target: str, steps: int | Sequence[float]
+) -> list[float | None]:
+    """The sparsity after each step; ``None`` where the evidence decides."""
+    check_choice("target", target, ("params", "channels", "flops", "evidence"))
+    if target == "evidence":
+        if sparsity is not None or not isinstance(steps, int):
+            raise ArgumentError(
+                "Expected no sparsity and a number of steps for target='evidence', got "
+                f"sparsity={sparsity!r} and steps={steps!r}."
+            )
+        check_count("steps", steps)
+        return [None] * steps
+    check_fraction("sparsity", sparsity, closed=False)
+    assert sparsity is not None
+    if isinstance(steps, Sequence):
+        path = list(steps)
+        for fraction in path:
+            check_fraction("steps", fraction, closed=False)
+        if not path or path[-1] != sparsity or path != sorted(path):
+            raise ArgumentError(
+                f"Expected `steps` to rise to the sparsity {sparsity:g}, got {path!r}."
+            )
+        return [*path]
+    check_count("steps", steps)
+    return [*(sparsity * (step + 1) / steps for step in range(steps - 1)), sparsity]
+
+
+def _report(
+    run: Shrinking,
+    target: Target,
+    sparsity: float | None,
+    plan: ShrinkPlan,
+    difference: float | None,
+    *,
+    counted: bool,
+) -> ShrinkReport:
+    left, costs = run.left(), run.costs
+    return ShrinkReport(
+        target=target,
+        sparsity=sparsity,
+        units=Amount(costs.count({}), costs.count(left)),
+        parameters=Amount(costs.parameters({}), costs.parameters(left)),
+        flops=Amount(costs.flops({}), costs.flops(left)) if counted else None,
+        groups=[
+            GroupChange(group.name, group.kind, Amount(group.units, left[group.name]))
+            for group in run.original
+        ],
+        plan=plan,
+        difference=difference,
+        steps=run.steps,
+    )

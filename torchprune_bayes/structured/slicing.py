@@ -1,0 +1,250 @@
+"""Cutting units out of a model: from kept units to kept indices of tensors to smaller tensors.
+
+In plain words: a plan says which indices along which dimension of which tensor stay. Applying it
+puts smaller parameters and buffers in place of the old ones, which are not touched, and sets the
+sizes that layers note down about themselves. So a cut can be undone by putting the old ones back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.params import unwrap
+from torchprune_bayes.structured._manifest import all_tensors
+from torchprune_bayes.structured._replacement import Change, replacement
+from torchprune_bayes.structured.groups import Kept, UnitGroup, check_kept
+
+
+@dataclass(frozen=True)
+class ShrinkPlan:
+    """Which indices of which tensors stay.
+
+    Attributes:
+        kept: For each tensor that is cut, by its first qualified name, and each dimension along
+            which it is cut: the indices that stay, ascending.
+        shapes: The shapes of these tensors before the cut.
+        attributes: For each module, by qualified name, the numbers that the groups' rules set.
+
+    Example:
+        >>> plan = ShrinkPlan({"w": {0: torch.tensor([0, 2])}}, {"w": (3,)}, {})
+        >>> plan.cut("w", torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1., 3.])
+        >>> plan.expand("w", torch.tensor([1.0, 3.0]))
+        tensor([1., 0., 3.])
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+    shapes: Mapping[str, tuple[int, ...]]
+    attributes: Mapping[str, Mapping[str, int]]
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what stays of a tensor that is shaped like ``name`` before the cut.
+
+        The same holds for a parameter, its gradient and its optimizer state. A tensor that the plan
+        does not mention comes back as it is; otherwise the result shares no memory.
+        """
+        for dim, indices in self.kept.get(name, {}).items():
+            tensor = tensor.index_select(dim, indices.to(tensor.device))
+        return tensor
+
+    def expand(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of the shape before the cut: ``tensor`` where it stays, zero elsewhere.
+
+        A right inverse of :meth:`cut`: cutting the result gives ``tensor`` again.
+        """
+        for dim, indices in self.kept.get(name, {}).items():
+            shape = list(tensor.shape)
+            shape[dim] = self.shapes[name][dim]
+            tensor = tensor.new_zeros(shape).index_copy_(dim, indices.to(tensor.device), tensor)
+        return tensor
+
+
+def plan_of(model: nn.Module, groups: Sequence[UnitGroup], kept: Kept) -> ShrinkPlan:
+    """Work out which indices of which tensors stay.
+
+    Args:
+        model: The model that the groups belong to; wrappers are looked through.
+        groups: The groups, with the model's present numbering.
+        kept: The units that stay, by the name of their group; a missing group stays whole.
+
+    Returns:
+        The plan. Tensors that lose nothing are not in it.
+
+    Raises:
+        ArgumentError: If a group or unit does not exist, a group would lose all its units, or the
+            groups do not fit the model.
+
+    Example:
+        >>> from torchprune_bayes.structured.groups import UnitSlice
+        >>> model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1))
+        >>> units = torch.arange(3)[:, None]
+        >>> slices = (
+        ...     UnitSlice("0.weight", 0, units, "producer"),
+        ...     UnitSlice("1.weight", 1, units, "consumer"),
+        ... )
+        >>> group = UnitGroup("0", "hidden", 3, slices)
+        >>> plan = plan_of(model, [group], {"0": torch.tensor([2, 0])})
+        >>> plan.kept
+        {'0.weight': {0: tensor([0, 2])}, '1.weight': {1: tensor([0, 2])}}
+    """
+    check_kept(groups, kept)
+    first, tensors = first_names(unwrap(model))
+    stays: dict[str, dict[int, Tensor]] = {}
+    attributes: dict[str, dict[str, int]] = {}
+    for group in groups:
+        units = kept.get(group.name)
+        if units is None or len(units) == group.units:
+            continue
+        gone = torch.ones(group.units, dtype=torch.bool)
+        gone[units.cpu()] = False
+        for piece in group.slices:
+            name = first.get(piece.name)
+            if name is None or piece.dim >= tensors[name].dim():
+                raise ArgumentError(
+                    f"Expected a tensor `{piece.name}` with dimension {piece.dim}, got none."
+                )
+            size = tensors[name].shape[piece.dim]
+            mask = stays.setdefault(name, {}).setdefault(
+                piece.dim, torch.ones(size, dtype=torch.bool)
+            )
+            _mark(mask, piece.positions[gone.to(piece.positions.device)].reshape(-1).cpu(), name)
+        for rule in group.attributes:
+            attributes.setdefault(rule.module, {})[rule.attribute] = rule.per_unit * len(units)
+    indices = {
+        name: {dim: mask.nonzero()[:, 0] for dim, mask in sorted(masks.items())}
+        for name, masks in stays.items()
+    }
+    return ShrinkPlan(indices, {name: tuple(tensors[name].shape) for name in stays}, attributes)
+
+
+def apply_plan(
+    model: nn.Module, plan: ShrinkPlan, *, values: Mapping[str, Tensor] | None = None
+) -> Change:
+    """Cut a model in place.
+
+    Parameters that are cut are replaced by new ones with the same ``requires_grad``, type, device,
+    memory format and attributes, and with what stays of their gradient; buffers likewise. All
+    others stay the same objects. Tied tensors stay tied, and layers get their new sizes.
+
+    Args:
+        model: The model; wrappers are looked through.
+        plan: The plan, made for the model as it is.
+        values: New values of tensors, by first qualified name and with the shapes before the cut,
+            such as weights that make up for what is cut off. The old tensors are not written to.
+
+    Returns:
+        What was replaced, with ``undo`` and ``redo``.
+
+    Raises:
+        ArgumentError: If the plan or the values do not fit the model.
+        ParameterError: If a layer cannot be cut. In both cases nothing has changed.
+
+    Cost: the cut tensors exist twice as long as the returned change is held.
+    """
+    inner = unwrap(model)
+    _, tensors = first_names(inner)
+    _check_shapes(plan, tensors)
+    given = dict(values or {})
+    for name, value in given.items():
+        if name not in tensors or value.shape != tensors[name].shape:
+            raise ArgumentError(
+                f"Expected values for `{name}` of shape "
+                f"{tuple(tensors[name].shape) if name in tensors else 'none'}, got "
+                f"{tuple(value.shape)}."
+            )
+    fresh: dict[str, Tensor] = {}
+    for name in dict.fromkeys([*plan.kept, *given]):
+        old = tensors[name].detach()
+        source = given[name].detach().to(old, copy=True) if name in given else old
+        fresh[name] = plan.cut(name, source)
+    return replacement(inner, fresh, plan.cut, plan.attributes)
+
+
+def groups_after(groups: Sequence[UnitGroup], plan: ShrinkPlan, kept: Kept) -> list[UnitGroup]:
+    """Return the groups with the numbering of the model after a cut.
+
+    Args:
+        groups: The groups before it.
+        plan: The plan made of these groups and ``kept``.
+        kept: The units that stay.
+
+    Returns:
+        The same groups, with the units that stay in their old order.
+    """
+    result = []
+    for group in groups:
+        units = kept.get(group.name)
+        units = torch.arange(group.units) if units is None else units.cpu().sort().values
+        slices = tuple(
+            replace(
+                piece, positions=_renumbered(plan, piece.name, piece.dim, piece.positions, units)
+            )
+            for piece in group.slices
+        )
+        result.append(replace(group, units=len(units), slices=slices))
+    return result
+
+
+def zero_units(model: nn.Module, plan: ShrinkPlan) -> None:
+    """Zero everything that a plan would cut off, in place: parameters, norms and their statistics.
+
+    The model keeps its shapes and then computes what the cut model computes.
+
+    Args:
+        model: The model; wrappers are looked through.
+        plan: The plan, made for the model as it is.
+
+    Raises:
+        ArgumentError: If the plan does not fit the model; nothing has changed then.
+    """
+    _, tensors = first_names(unwrap(model))
+    _check_shapes(plan, tensors)
+    with torch.no_grad():
+        for name in plan.kept:
+            tensors[name].copy_(plan.expand(name, plan.cut(name, tensors[name])))
+
+
+def first_names(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return each tensor's first name by any of its names, and the tensors by first name.
+
+    Example:
+        >>> model = nn.ModuleList([nn.Linear(2, 2, bias=False)] * 2)
+        >>> first_names(model)[0]
+        {'0.weight': '0.weight', '1.weight': '0.weight'}
+    """
+    names: dict[int, str] = {}
+    first: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor, _ in all_tensors(model):
+        first[name] = names.setdefault(id(tensor), name)
+        tensors.setdefault(first[name], tensor)
+    return first, tensors
+
+
+def _mark(mask: Tensor, positions: Tensor, name: str) -> None:
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < len(mask):
+        raise ArgumentError(
+            f"Expected positions in [0, {len(mask)}) for `{name}`, got some up to "
+            f"{int(positions.max())}: the groups were made for another model."
+        )
+    mask[positions] = False
+
+
+def _check_shapes(plan: ShrinkPlan, tensors: Mapping[str, Tensor]) -> None:
+    for name, shape in plan.shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != tuple(shape):
+            raise ArgumentError(
+                f"Expected `{name}` of shape {tuple(shape)} as in the plan, got {found}."
+            )
+
+
+def _renumbered(plan: ShrinkPlan, name: str, dim: int, positions: Tensor, units: Tensor) -> Tensor:
+    rows = positions[units.to(positions.device)]
+    indices = plan.kept.get(name, {}).get(dim)
+    return rows if indices is None else torch.searchsorted(indices.to(rows.device), rows)
