@@ -1,0 +1,149 @@
+"""Which parameters the rules of layers are right about, found out on two samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.calibration import Batch
+from torchprune_bayes.curvature.layers.passes import Passes, Routes
+from torchprune_bayes.curvature.layers.recording import Layer, layers_of
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Masks
+
+# Rounding alone: float32 may mean TensorFloat32 in a GPU's convolutions, with 11 bits, and norms
+# of float64 models may compute in float32.
+_AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-6}
+# Gradients this much below the largest one are rounding errors of zero (biases of keys are so).
+_ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
+_MOST_INSERTED = 3
+
+
+def unverified_routes(space: ParameterSpace) -> Routes:
+    """Rules for all layers that have one, and the rest sample by sample."""
+    layers = layers_of(space)
+    known = _names_in(layers)
+    return Routes(layers, {}, [name for name in space.names if name not in known])
+
+
+def verified_routes(passes: Passes, two: Batch) -> Routes:
+    """Routes that give what autograd gives for two samples by themselves.
+
+    What no rule is right about is tried in one copy per sample, which suits parameters that the
+    model broadcasts; what is left is differentiated sample by sample.
+
+    Args:
+        passes: The model.
+        two: A batch of two samples.
+
+    Cost: about ten passes over two samples, and two gradients.
+    """
+    space = passes.calibration.space
+    layers = layers_of(space)
+    exact = _exact_squares(passes, two, space.names)
+    found = _squares_by_rules(passes, two, layers)
+    right = _agreeing(found, exact, space.masks())
+    layers = _restricted(layers, right)
+    rest = [name for name in space.names if name not in right]
+    expanded = _expandable(passes, two, rest, exact)
+    singles = [name for name in rest if name not in expanded]
+    routes = Routes(layers, expanded, singles)
+    return replace(routes, vectorized=_vmap_is_right(passes, two, singles, exact))
+
+
+def coverage_of(routes: Routes, names: Iterable[str]) -> dict[str, str]:
+    """In words, how the gradients by every parameter are found."""
+    kinds: dict[str, dict[str, None]] = {name: {} for name in names}
+    for layer in routes.layers:
+        for name in layer.names.values():
+            kinds[name][type(layer.module).__name__] = None
+    for name in routes.expanded:
+        kinds[name]["one copy per sample"] = None
+    for name in routes.singles:
+        kinds[name][f"one by one ({'vmap' if routes.vectorized else 'loop'})"] = None
+    return {name: " and ".join(found) for name, found in kinds.items()}
+
+
+def _exact_squares(passes: Passes, two: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+    totals: dict[str, Tensor] = {}
+    for rows in passes.one_by_one(two, names, None, vectorized=False):
+        for name, row in rows.items():
+            square = row[0].square()  # gradients of two parameters may share memory
+            totals[name] = totals[name].add_(square) if name in totals else square
+    return totals
+
+
+def _squares_by_rules(passes: Passes, two: Batch, layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """All at once; one layer after the other where a layer has inputs of no known shape."""
+    try:
+        return passes.squares(two, Routes(layers))
+    except Exception:  # of any kind: an error of the model itself has shown before
+        if len(_names_in(layers)) < 2:
+            return {}
+    squares: dict[str, Tensor] = {}
+    for name in _names_in(layers):
+        squares |= _squares_by_rules(passes, two, _restricted(layers, {name}))
+    return squares
+
+
+def _agreeing(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: Masks) -> set[str]:
+    largest = max(float(square.max()) for square in exact.values())
+    right = set()
+    for name, square in found.items():
+        mask = masks[name].to(square)  # the rules know nothing of masks
+        square, expected = square * mask, exact[name] * mask
+        zero = _ROUNDING[expected.dtype] ** 2 * largest * expected.numel() ** 0.5
+        room = _AGREEMENT[expected.dtype] * float(expected.norm()) + zero
+        if float((square - expected).norm()) <= room:
+            right.add(name)
+    return right
+
+
+def _restricted(layers: Sequence[Layer], names: set[str]) -> list[Layer]:
+    kept = [
+        replace(layer, names={key: name for key, name in layer.names.items() if name in names})
+        for layer in layers
+    ]
+    return [layer for layer in kept if layer.names]
+
+
+def _expandable(
+    passes: Passes, two: Batch, names: Sequence[str], exact: Mapping[str, Tensor]
+) -> dict[str, int]:
+    """Parameters that may be given in one copy per sample, tried together where shaped alike."""
+    expanded: dict[str, int] = {}
+    names = [name for name in names if bool(exact[name].any())]  # zeros would prove nothing
+    masks = passes.calibration.space.masks()
+    for inserted in range(_MOST_INSERTED + 1):
+        left = [name for name in names if name not in expanded]
+        shapes = {name: passes.leaves[name].shape for name in left}
+        if not inserted:
+            shapes = {name: shape for name, shape in shapes.items() if shape[:1] == (1,)}
+        for dimensions in sorted({len(shape) for shape in shapes.values()}):
+            alike = {name: inserted for name in shapes if len(shapes[name]) == dimensions}
+            try:
+                found = passes.squares(two, Routes(expanded=alike))
+            except Exception:  # of any kind: the model does not broadcast them all so
+                continue
+            expanded |= dict.fromkeys(_agreeing(found, exact, masks), inserted)
+    return expanded
+
+
+def _vmap_is_right(
+    passes: Passes, two: Batch, names: Sequence[str], exact: Mapping[str, Tensor]
+) -> bool:
+    if not names:
+        return False
+    try:
+        found = list(passes.one_by_one(two, names, None, vectorized=True))
+    except Exception:  # of any kind: the loop works
+        return False
+    squares = {name: torch.cat([rows[name] for rows in found]).square().sum(0) for name in names}
+    return _agreeing(squares, exact, passes.calibration.space.masks()) == set(names)
+
+
+def _names_in(layers: Sequence[Layer]) -> list[str]:
+    return list(dict.fromkeys(name for layer in layers for name in layer.names.values()))

@@ -1,0 +1,184 @@
+"""Squares and outer products of the gradients of samples, summed batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_bayes.calibration import Batch, batch_size
+from torchprune_bayes.curvature.layers.gradients import (
+    OuterProducts,
+    SampleGradients,
+    add_squares,
+    mirrored,
+)
+from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
+from torchprune_bayes.curvature.layers.passes import Passes, Routes
+from torchprune_bayes.curvature.layers.recording import Layer, Recording
+from torchprune_bayes.errors import CalibrationError
+from torchprune_bayes.params import leaf
+from torchprune_bayes.types import Masks
+
+
+class BatchSums:
+    """The sums of one fit while it runs.
+
+    Args:
+        passes: The model.
+        routes: How gradients of samples are found.
+        kind: What is squared, see :func:`cotangents`.
+        structure: ``"diagonal"``, ``"kronecker"`` or ``"both"``.
+        draws: Draws per sample.
+        factor_limit: Rows of a Kronecker factor at most.
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        routes: Routes,
+        *,
+        kind: str,
+        structure: str,
+        draws: int,
+        factor_limit: int,
+    ) -> None:
+        self._passes, self._routes = passes, routes
+        self._kind, self._draws = kind, draws
+        self._generator = torch.Generator().manual_seed(passes.calibration.seed + 2)
+        self._kronecker = {} if structure == "diagonal" else _with_factors(routes, factor_limit)
+        in_factors = {name for layer in self._kronecker.values() for name in layer.names.values()}
+        every = structure != "kronecker"
+        self._diagonal = {
+            name: torch.zeros_like(value, requires_grad=False)
+            for name, value in passes.leaves.items()
+            if every or name not in in_factors
+        }
+        self._factors: dict[str, Tensor] = {}
+        zero = torch.zeros((), dtype=torch.float64, device=passes.calibration.device)
+        self._loss, self._terms = zero, zero.clone()
+
+    def add(self, batch: Batch) -> None:
+        """Add the sums over one batch.
+
+        Raises:
+            CalibrationError: If a layer does not see whole samples.
+        """
+        passes = self._passes
+        evaluated, recording = passes.forward(batch, self._routes)
+        if recording.unbatched:
+            raise CalibrationError(
+                f"Expected layers that see whole samples, got a layer of "
+                f"`{min(recording.unbatched)}` with inputs that are no multiple of "
+                f"{batch_size(batch)} samples: pass batch_size=1."
+            )
+        self._loss = self._loss + evaluated.total_loss
+        self._terms = self._terms + evaluated.terms.sum()
+        vectors = list(
+            cotangents(self._kind, passes.losses, evaluated, self._draws, self._generator)
+        )
+        for index, vector in enumerate(vectors):
+            self._add_pass(batch, evaluated, recording, vector, index, len(vectors))
+
+    def finished(self, masks: Masks) -> dict[str, Tensor]:
+        """All sums, checked.
+
+        Raises:
+            CalibrationError: If one is not finite.
+        """
+        sums = {
+            f"diagonal:{name}": total * masks[name].to(total.device)
+            for name, total in self._diagonal.items()
+        }
+        sums |= {
+            key: mirrored(value) if value.ndim == 2 else value
+            for key, value in self._factors.items()
+        }
+        sums |= {"terms": self._terms, f"loss:{self._kind}": self._loss}
+        bad = [key for key, value in sums.items() if not value.isfinite().all()]
+        if bad:
+            raise CalibrationError(
+                f"Expected a finite curvature, got NaN or infinite entries in {', '.join(bad)}: "
+                "check the loss, the data and the weights."
+            )
+        return sums
+
+    def _add_pass(
+        self,
+        batch: Batch,
+        evaluated: Evaluated,
+        recording: Recording,
+        vector: Tensor | None,
+        index: int,
+        passes: int,
+    ) -> None:
+        weights = self._passes.losses.weights(evaluated.terms) if vector is None else None
+        with torch.enable_grad():
+            scalar = evaluated.loss if vector is None else (evaluated.logits * vector).sum()
+        last = index == passes - 1
+        device = scalar.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            for name, uses in recording.sample_gradients(scalar, weights, keep_graph=not last):
+                if name in self._diagonal:
+                    add_squares(uses, self._diagonal[name])
+                if name in self._kronecker:
+                    self._add_factors(name, uses, with_inputs=not index)
+        if self._routes.singles:
+            vectorized = self._routes.vectorized
+            for rows in self._passes.one_by_one(
+                batch, self._routes.singles, vector, vectorized=vectorized
+            ):
+                for name, row in rows.items():
+                    self._diagonal[name] += row.square().sum(0)
+
+    def _add_factors(
+        self, name: str, uses: Sequence[SampleGradients], *, with_inputs: bool
+    ) -> None:
+        layer, like = layer_of(name), self._passes.leaves[name]
+        products = [use for use in uses if isinstance(use, OuterProducts)]
+        for use in products:
+            sizes = use.factor_sizes
+            use.add_output_gram(self._matrix(f"outputs:{layer}", sizes[0], like))
+            if with_inputs:
+                use.add_input_gram(self._matrix(f"inputs:{layer}", sizes[1], like))
+                positions = torch.tensor(float(use.samples * use.positions), dtype=torch.float64)
+                self._put(f"positions:{layer}", positions.to(like.device))
+                if use.inputs_left:
+                    self._factors[f"inputs first:{layer}"] = self._terms.new_ones(())
+
+    def _matrix(self, key: str, size: int, like: Tensor) -> Tensor:
+        if key not in self._factors:
+            self._factors[key] = torch.zeros(size, size, dtype=like.dtype, device=like.device)
+        return self._factors[key]
+
+    def _put(self, key: str, value: Tensor) -> None:
+        self._factors[key] = self._factors[key] + value if key in self._factors else value
+
+
+def _with_factors(routes: Routes, limit: int) -> dict[str, Layer]:
+    """Layers whose weight has Kronecker factors, by the weight's name."""
+    places: dict[str, int] = {}
+    for layer in routes.layers:
+        for name in layer.names.values():
+            places[name] = places.get(name, 0) + 1
+    found = {}
+    for layer in routes.layers:
+        weight = layer.names.get("weight")
+        sizes = _factor_sizes(layer.module)
+        alone = all(places[name] == 1 for name in layer.names.values())
+        if layer.rule.has_factors and weight and alone and sizes and max(sizes) <= limit:
+            found[weight] = layer
+    return found
+
+
+def _factor_sizes(module: nn.Module) -> tuple[int, int] | None:
+    weight = leaf(module, "weight")
+    if weight is None or getattr(module, "groups", 1) != 1:
+        return None
+    return weight.shape[0], weight[0].numel()
+
+
+def layer_of(name: str) -> str:
+    """Qualified name of the layer of a parameter."""
+    return name.rpartition(".")[0]
