@@ -7,6 +7,9 @@ Measure
     :func:`accuracy`, :func:`negative_log_likelihood`, :func:`expected_calibration_error`,
     :func:`brier_score` and, for language models, :func:`perplexity`, work on tensors.
 
+    :func:`compression_curve`, :func:`rank_correlations` and :func:`sweep_p1` look at the gates of
+    a model: how far they can be closed, by which ranking, and where the evidence stops.
+
 Collect
     :class:`ResultsTable` holds one row per run, averages over seeds and writes text, Markdown,
     LaTeX, CSV and JSON.
@@ -31,6 +34,11 @@ Example:
            0.25      0.75  2.0010  0.2490  0.4993        4
 """
 
+from torchprune_bayes.reports.compression import (
+    compression_curve,
+    rank_correlations,
+    sweep_p1,
+)
 from torchprune_bayes.reports.evaluation import collect_sums, evaluate
 from torchprune_bayes.reports.metrics import (
     ClassificationMetrics,
@@ -51,9 +59,12 @@ __all__ = [
     "accuracy",
     "brier_score",
     "collect_sums",
+    "compression_curve",
     "evaluate",
     "expected_calibration_error",
     "negative_log_likelihood",
     "perplexity",
     "plot_accuracy_against_sparsity",
+    "rank_correlations",
+    "sweep_p1",
 ]

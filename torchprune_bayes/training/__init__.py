@@ -1,7 +1,41 @@
 """Pruning while a model is trained, in any training loop."""
 
 from torchprune_bayes.training.batch_norm import reestimate_batch_norm
+from torchprune_bayes.training.gate_decorators import (
+    GateDecorator,
+    close_gates,
+    collect_scores,
+    decorate_norms,
+    fold_gates,
+    gate_penalty,
+)
+from torchprune_bayes.training.gates import GateTraining, gate_parameter_groups
 from torchprune_bayes.training.gradual import GradualPruner
+from torchprune_bayes.training.hard_concrete import HardConcreteGate, expected_l0
 from torchprune_bayes.training.keep_sparse import keep_sparse
+from torchprune_bayes.training.penalties import count_below, group_hoyer_square, hoyer_square
+from torchprune_bayes.training.prior_decay import PriorDecay
+from torchprune_bayes.training.rewinding import IterativeMagnitudePruning
+from torchprune_bayes.training.spam import SpaM
 
-__all__ = ["GradualPruner", "keep_sparse", "reestimate_batch_norm"]
+__all__ = [
+    "GateDecorator",
+    "GateTraining",
+    "GradualPruner",
+    "HardConcreteGate",
+    "IterativeMagnitudePruning",
+    "PriorDecay",
+    "SpaM",
+    "close_gates",
+    "collect_scores",
+    "count_below",
+    "decorate_norms",
+    "expected_l0",
+    "fold_gates",
+    "gate_parameter_groups",
+    "gate_penalty",
+    "group_hoyer_square",
+    "hoyer_square",
+    "keep_sparse",
+    "reestimate_batch_norm",
+]

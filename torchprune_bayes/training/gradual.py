@@ -121,6 +121,11 @@ class GradualPruner:
             check_in_optimizer(optimizer, [tensor.leaf for tensor in self._space])
 
     @property
+    def space(self) -> ParameterSpace:
+        """The tensors, in order; masks that only the pruner holds are not seen in it."""
+        return self._space
+
+    @property
     def masks(self) -> Masks:
         """Boolean masks by qualified name, as they are now."""
         return self._seen(self._space).masks()
@@ -138,6 +143,11 @@ class GradualPruner:
             self._missing(self._seen(group), schedule.final)
             for schedule, group in self._groups.items()
         )
+
+    @property
+    def due(self) -> bool:
+        """Whether the next call of :meth:`step` comes where a schedule says to prune."""
+        return any(_due_step(schedule, self._step + 1) is not None for schedule in self._groups)
 
     def step(self) -> dict[str, Any] | None:
         """Count a training step; prune if it is due.

@@ -1,0 +1,320 @@
+"""Prune or shrink any timm model, fine-tune it, validate and save it.
+
+Argument names are those of timm's own train.py and validate.py; those of pruning start with
+--prune. Without a data set it takes scikit-learn's digits and runs offline in a few minutes:
+
+    python integrations/timm/prune_timm.py --model test_resnet --prune-method woodfisher
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from digits_folder import write_digits
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3, NativeScaler, ParseKwargs, random_seed, update_summary
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from torchprune_bayes import Calibration, GradualPruner, prunable_parameters, registered_methods
+from torchprune_bayes import schedules as laws
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.integrations.resume import load_training, save_training
+from torchprune_bayes.integrations.timm import (
+    calibrate,
+    classifier_names,
+    hold_zeros,
+    importance_of,
+    importances_by_name,
+    save_pruned,
+)
+from torchprune_bayes.reports import evaluate
+from torchprune_bayes.structured import shrink
+
+logger = logging.getLogger("prune")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder of the data set; digits if neither is given")
+    add("--dataset", default="", help="'' for ImageFolder, torch/NAME, hfds/NAME")
+    add("--train-split", default="train")
+    add("--val-split", default="validation")
+    add("--class-map", default="")
+    add("--model", default="test_resnet", help="any name of timm.list_models()")
+    add("--pretrained", action="store_true")
+    add("--initial-checkpoint", default="")
+    add("--num-classes", type=int, default=10)
+    add("--img-size", type=int, default=32)
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    add("-b", "--batch-size", type=int, default=64)
+    add("-vb", "--validation-batch-size", type=int, default=256)
+    add("-j", "--workers", type=int, default=0)
+    add("--opt", default="adamw")
+    add("--lr", type=float, default=2e-3)
+    add("--weight-decay", type=float, default=0.05)
+    add("--momentum", type=float, default=0.9)
+    add("--clip-grad", type=float)
+    add("--sched", default="cosine")
+    add("--epochs", type=int, default=6, help="epochs of training, pruning included")
+    add("--warmup-epochs", type=int, default=0)
+    add("--min-lr", type=float, default=0.0)
+    add("--amp", action="store_true")
+    add("--amp-dtype", default="bfloat16", choices=["float16", "bfloat16"])
+    add("--channels-last", action="store_true")
+    add("--model-ema", action="store_true")
+    add("--model-ema-decay", type=float, default=0.99)
+    add("--model-ema-warmup", action="store_true")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=42)
+    add("--output", type=Path, default=Path("output/prune_timm"))
+    add("--experiment", default="", help="sub-folder of --output; default model and method")
+    add("--resume", action="store_true", help="go on from the experiment's last checkpoint")
+    _add_pruning(parser.add_argument_group("pruning"))
+    return parser.parse_args(argv)
+
+
+def _add_pruning(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--prune-method", default="magnitude", choices=sorted(registered_methods()))
+    add("--prune-amount", type=float, default=0.8, help="sparsity to reach, of the whole")
+    add("--prune-scope", default="global", choices=["global", "layer"])
+    add("--prune-schedule", default="cubic", choices=["one_shot", "linear", "cubic", "geometric"])
+    add("--prune-begin", type=float, default=2.0, help="epochs of training before pruning")
+    add("--prune-end", type=float, default=4.0, help="epoch at which the sparsity is reached")
+    add("--prune-steps", type=int, default=8, help="number of prunings")
+    add("--prune-classifier", action="store_true", help="prune the classifier too")
+    add("--prune-options", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    add("--prune-structured", action="store_true", help="remove channels and heads instead")
+    names = sorted(importances_by_name())
+    add("--prune-importance", default="magnitude", choices=names, help="with --prune-structured")
+    add("--prune-target", default="params", choices=["channels", "params", "flops"])
+    add("--calib-samples", type=int, default=512)
+    add("--calib-batch-size", type=int, default=64)
+
+
+class Run:
+    """One experiment: model, data, optimizer, pruner."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.resume and args.prune_structured:
+            raise ArgumentError(
+                "Expected no --resume with --prune-structured, which changes sizes."
+            )
+        self.args = args
+        name = args.experiment or f"{args.model}-{self._method_name()}-{args.prune_amount}"
+        self.folder = args.output / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if args.data_dir is None and not args.dataset:
+            args.data_dir = write_digits(args.output / "digits")
+        random_seed(args.seed)
+        self.kwargs = {"num_classes": args.num_classes, **args.model_kwargs}
+        self.model: nn.Module = timm.create_model(
+            args.model,
+            pretrained=args.pretrained,
+            checkpoint_path=args.initial_checkpoint,
+            **self.kwargs,
+        )
+        form = torch.channels_last if args.channels_last else torch.contiguous_format
+        self.model.to(args.device, memory_format=form)
+        self.config = resolve_data_config({"img_size": args.img_size}, model=self.model)
+        self.train_loader = self._loader(args.train_split, args.batch_size, training=True)
+        self.val_loader = self._loader(args.val_split, args.validation_batch_size, training=False)
+        self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(args))
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=len(self.train_loader)
+        )
+        self.scaler = NativeScaler(device=args.device) if args.amp_dtype == "float16" else None
+        self.ema = self._average() if args.model_ema else None
+        self.pruner = None if args.prune_structured else self._new_pruner()
+
+    def _method_name(self) -> str:
+        args = self.args
+        return str(args.prune_importance if args.prune_structured else args.prune_method)
+
+    def _average(self) -> ModelEmaV3:
+        args = self.args
+        return ModelEmaV3(self.model, args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    def _dataset(self, split: str, *, training: bool) -> Any:
+        args = self.args
+        return create_dataset(
+            args.dataset,
+            root=args.data_dir,
+            split=split,
+            is_training=training,
+            class_map=args.class_map,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+
+    def _loader(self, split: str, batch_size: int, *, training: bool) -> Any:
+        return create_loader(
+            self._dataset(split, training=training),
+            input_size=self.config["input_size"],
+            batch_size=batch_size,
+            is_training=training,
+            hflip=0.0,
+            color_jitter=0.0,
+            scale=(0.8, 1.0),
+            interpolation=self.config["interpolation"],
+            mean=self.config["mean"],
+            std=self.config["std"],
+            crop_pct=self.config["crop_pct"],
+            num_workers=self.args.workers,
+            persistent_workers=self.args.workers > 0,
+            use_prefetcher=False,
+        )
+
+    def calibration(self) -> Calibration:
+        """Gradients from training images, prepared as for evaluation."""
+        exclude = [] if self.args.prune_classifier else classifier_names(self.model)
+        return calibrate(
+            self.model,
+            self._dataset(self.args.train_split, training=False),
+            params=prunable_parameters(self.model, exclude=exclude),
+            num_samples=self.args.calib_samples,
+            batch_size=self.args.calib_batch_size,
+            workers=self.args.workers,
+            data_config=self.config,
+            seed=self.args.seed,
+        )
+
+    def _new_pruner(self) -> GradualPruner:
+        args = self.args
+        first, last = (
+            round(e * len(self.train_loader)) for e in (args.prune_begin, args.prune_end)
+        )
+        if args.prune_schedule == "one_shot":
+            schedule = laws.one_shot(args.prune_amount, at=first)
+        else:
+            every = max((last - first) // args.prune_steps, 1)
+            schedule = getattr(laws, args.prune_schedule)(args.prune_amount, first, last, every)
+        options = dict(args.prune_options)
+        if args.prune_scope != "global":
+            options["scope"] = args.prune_scope
+        return GradualPruner(
+            None,
+            args.prune_method,
+            schedule,
+            calibration=self.calibration(),
+            optimizer=self.optimizer,
+            **options,
+        )
+
+    def shrink(self) -> None:
+        """Remove channels or heads, together with the optimizer's state and the average."""
+        example = torch.randn(1, *self.config["input_size"], device=self.args.device)
+        report = shrink(
+            self.model,
+            example,
+            importance_of(self.args.prune_importance, self.calibration()),
+            sparsity=self.args.prune_amount,
+            target=self.args.prune_target,
+            ignored=[] if self.args.prune_classifier else classifier_names(self.model),
+            optimizer=self.optimizer,
+            ema=() if self.ema is None else (self.ema.module,),
+        )
+        logger.info("%s", report)
+
+    def train_one_epoch(self, epoch: int) -> float:
+        """Train and prune for an epoch; returns the mean loss."""
+        self.model.train()
+        total, updates = 0.0, epoch * len(self.train_loader)
+        for index, (images, target) in enumerate(self.train_loader):
+            loss = self._update(images.to(self.args.device), target.to(self.args.device))
+            event = self.pruner.step() if self.pruner is not None else None
+            if event is not None:
+                logger.info("pruned to %.4f at update %d", event["sparsity"], event["step"])
+            if self.ema is not None:
+                self.ema.update(self.model, step=updates + index)
+                if event is not None and self.pruner is not None:
+                    hold_zeros(self.ema, self.pruner.masks)
+            self.scheduler.step_update(updates + index + 1)
+            total += loss
+        self.scheduler.step(epoch + 1)
+        return total / len(self.train_loader)
+
+    def _update(self, images: torch.Tensor, target: torch.Tensor) -> float:
+        args = self.args
+        dtype = getattr(torch, args.amp_dtype)
+        with torch.autocast(args.device, dtype) if args.amp else nullcontext():
+            loss = cross_entropy(self.model(images), target)
+        self.optimizer.zero_grad()
+        if self.scaler is not None:
+            self.scaler(loss, self.optimizer, args.clip_grad, parameters=self.model.parameters())
+        else:
+            loss.backward()
+            if args.clip_grad is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), args.clip_grad)
+            self.optimizer.step()
+        return float(loss.detach())
+
+    def validate(self) -> dict[str, float]:
+        """Accuracy in percent, negative log-likelihood, calibration error, sparsity."""
+        model = self.model if self.ema is None else self.ema.module
+        found = evaluate(model, self.val_loader, device=self.args.device)
+        sparsity = 0.0 if self.pruner is None else self.pruner.sparsity
+        return {
+            "top1": 100 * found.accuracy,
+            "loss": found.nll,
+            "ece": found.ece,
+            "sparsity": sparsity,
+            "params": sum(p.numel() for p in model.parameters()),
+        }
+
+    def run(self) -> dict[str, float]:
+        """Train, prune, validate, save after each epoch; returns the last metrics."""
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
+        (self.folder / "args.yaml").write_text(yaml.safe_dump(plain))
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        parts |= {"pruner": self.pruner} if self.pruner is not None else {}
+        parts |= {"ema": self.ema} if self.ema is not None else {}
+        last = self.folder / "last.pt"
+        begin = load_training(last, **parts) if self.args.resume else 0
+        self.scheduler.step(begin)
+        metrics = self.validate()
+        for epoch in range(begin, self.args.epochs):
+            if self.args.prune_structured and epoch == int(self.args.prune_begin):
+                self.shrink()
+            loss = self.train_one_epoch(epoch)
+            metrics = self.validate()
+            logger.info("epoch %d: %s", epoch, metrics)
+            update_summary(epoch, {"loss": loss}, metrics, self.folder / "summary.csv")
+            save_training(last, step=epoch + 1, **parts)
+        save_pruned(
+            self.model if self.ema is None else self.ema.module,
+            self.folder,
+            architecture=self.args.model,
+            model_kwargs=self.kwargs,
+            shrunk=self.args.prune_structured,
+            method=self._method_name(),
+            metrics=metrics,
+        )
+        return metrics
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    run = Run(parse(argv))
+    metrics = run.run()
+    logger.info("saved in %s", run.folder)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

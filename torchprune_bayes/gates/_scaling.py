@@ -1,0 +1,37 @@
+"""Scaling the weights that make or read units."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_bayes.gates.sites import Side, weight_dim
+from torchprune_bayes.params import leaf
+
+
+@torch.no_grad()
+def scale_units(module: nn.Module, side: Side, scale: Tensor) -> None:
+    """Multiply the rows (``"out"``, bias included) or columns (``"in"``) of a layer in place.
+
+    Args:
+        module: Layer or batch norm, pruned by the host or not.
+        side: Which entries the units are.
+        scale: ``[entries]``.
+    """
+    weight, bias = leaf(module, "weight"), leaf(module, "bias")
+    assert weight is not None
+    sizes = [1] * weight.ndim
+    sizes[0 if weight.ndim == 1 else weight_dim(module, side)] = -1
+    scale = scale.to(weight.device)
+    weight.copy_(weight.double() * scale.double().view(sizes))
+    if side == "out" and bias is not None:
+        bias.copy_(bias.double() * scale.double())
+
+
+def unit_norms(module: nn.Module, side: Side, repeat: int) -> Tensor:
+    """Euclidean norm of the weights that make or read each unit, float64 ``[units]``."""
+    weight = leaf(module, "weight")
+    assert weight is not None
+    dim = 0 if weight.ndim == 1 else weight_dim(module, side)
+    rows = weight.detach().double().movedim(dim, 0).reshape(weight.shape[dim] // repeat, -1)
+    return rows.norm(dim=1)

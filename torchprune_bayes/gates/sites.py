@@ -1,0 +1,286 @@
+"""Where gates can sit in a model, and how a gate there is folded into the weights.
+
+In plain words: behind a layer a gate scales the rows that make a unit (``side="out"``), in front of
+a layer the columns that read it (``side="in"``). The second needs no knowledge of the activation in
+between, so it is how hidden units and attention heads are gated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.params import is_hf_conv1d
+
+Side: TypeAlias = Literal["out", "in"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for a gate.
+
+    Attributes:
+        module: Qualified name of the layer or batch norm that holds the gate.
+        side: Whether the gate works on its output or on its input.
+        units: Number of gates.
+        repeat: Neighbouring entries that share one.
+        kind: ``"hidden"``, ``"channel"`` or ``"head"``.
+        producer: Qualified name of the layer whose weights make the units, where it is known.
+    """
+
+    module: str
+    side: Side
+    units: int
+    repeat: int = 1
+    kind: str = "hidden"
+    producer: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The module's name, with ``":in"`` where the gate works on its input."""
+        return self.module if self.side == "out" else f"{self.module}:in"
+
+
+@dataclass(frozen=True)
+class BlockRule:
+    """Where a transformer block has its heads and hidden units, relative to the block."""
+
+    preset: str
+    block: str
+    attention: str
+    heads: str
+    producer: str
+    consumer: str
+
+
+BLOCKS = (
+    BlockRule("timm-vit", "Block", "attn.proj", "attn.num_heads", "mlp.fc1", "mlp.fc2"),
+    BlockRule(
+        "hf-vit",
+        "ViTLayer",
+        "attention.o_proj",
+        "attention.num_attention_heads",
+        "mlp.fc1",
+        "mlp.fc2",
+    ),
+    BlockRule(  # as it was named before transformers 5
+        "hf-vit",
+        "ViTLayer",
+        "attention.output.dense",
+        "attention.attention.num_attention_heads",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    BlockRule(
+        "bert",
+        "BertLayer",
+        "attention.output.dense",
+        "attention.self.num_attention_heads",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    BlockRule(
+        "distilbert",
+        "TransformerBlock",
+        "attention.out_lin",
+        "attention.n_heads",
+        "ffn.lin1",
+        "ffn.lin2",
+    ),
+    BlockRule("gpt2", "GPT2Block", "attn.c_proj", "attn.num_heads", "mlp.c_fc", "mlp.c_proj"),
+)
+
+RESNET_BLOCKS = ("BasicBlock", "Bottleneck")
+
+
+def find_sites(
+    model: nn.Module, preset: str = "auto", *, heads: bool = True, residual: bool = False
+) -> list[Site]:
+    """List where gates belong in a model.
+
+    Known blocks are recognised by class name and attributes: the hidden units and heads of ViT
+    (timm and Hugging Face), BERT, DistilBERT and GPT-2, and the channels of ResNet (torchvision
+    and timm). Everything else is read as a chain of layers that are called in the order in which
+    they were registered, as in an MLP, LeNet or VGG; the last layer gets no gate.
+
+    Args:
+        model: Any module.
+        preset: ``"auto"``, or one of ``"chain"``, ``"resnet"``, ``"timm-vit"``, ``"hf-vit"``,
+            ``"bert"``, ``"distilbert"``, ``"gpt2"``.
+        heads: Whether attention heads get gates.
+        residual: Whether the batch norms that write to a residual stream of a ResNet get gates, as
+            in arXiv:2406.01345. A channel of the stream goes only where all of them agree.
+
+    Returns:
+        The sites, in the order of the model's modules.
+
+    Raises:
+        ArgumentError: If the preset is unknown or matches nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> find_sites(model)
+        [Site(module='2', side='in', units=3, repeat=1, kind='hidden', producer='0')]
+    """
+    finders: dict[str, Callable[[], Iterator[Site]]] = {
+        rule.preset: lambda preset=rule.preset: _transformer(model, preset, heads)  # type: ignore[misc]
+        for rule in BLOCKS
+    }
+    finders |= {"resnet": lambda: _resnet(model, residual), "chain": lambda: _chain(model)}
+    if preset != "auto" and preset not in finders:
+        raise ArgumentError(f"Expected one of auto, {', '.join(finders)}, got {preset!r}.")
+    for name in finders if preset == "auto" else [preset]:
+        found = list(finders[name]())
+        if found:
+            return found
+    raise ArgumentError(
+        f"Expected a model with sites of preset {preset!r}, found none in {type(model).__name__}."
+    )
+
+
+def entries_of(module: nn.Module, side: Side) -> int | None:
+    """How many entries a gate on a module has; ``None`` where no gate fits.
+
+    A gate fits where it can be folded: behind linear layers, convolutions and affine batch norms,
+    and in front of linear layers and convolutions without groups.
+    """
+    if isinstance(module, nn.Linear):
+        return module.out_features if side == "out" else module.in_features
+    if is_hf_conv1d(module):
+        return int(module.weight.shape[1 if side == "out" else 0])  # type: ignore[index]
+    if isinstance(module, CONVOLUTIONS):
+        if side == "in" and module.groups != 1:
+            return None
+        return module.out_channels if side == "out" else module.in_channels
+    # The exact classes: timm's variants apply an activation before the hook.
+    if type(module) in (*BATCH_NORMS, nn.SyncBatchNorm) and side == "out" and module.affine:
+        return int(module.num_features)  # type: ignore[arg-type]
+    return None
+
+
+def weight_dim(module: nn.Module, side: Side) -> int:
+    """Dimension of ``module.weight`` that a gate on this side scales."""
+    transposed = is_hf_conv1d(module)
+    return int((side == "out") == transposed)
+
+
+def activation_dim(module: nn.Module) -> int:
+    """Dimension of a module's activations that holds the units."""
+    return -1 if isinstance(module, nn.Linear) or is_hf_conv1d(module) else 1
+
+
+def _transformer(model: nn.Module, preset: str, heads: bool) -> Iterator[Site]:
+    for name, block in model.named_modules():
+        for rule in BLOCKS:
+            if rule.preset != preset or type(block).__name__ != rule.block:
+                continue
+            at = f"{name}." if name else ""
+            attention, consumer = _lookup(block, rule.attention), _lookup(block, rule.consumer)
+            count = _lookup(block, rule.heads)
+            if heads and isinstance(attention, nn.Module) and isinstance(count, int):
+                entries = entries_of(attention, "in")
+                if entries:
+                    yield Site(at + rule.attention, "in", count, entries // count, "head")
+            if isinstance(consumer, nn.Module) and (entries := entries_of(consumer, "in")):
+                yield Site(at + rule.consumer, "in", entries, producer=at + rule.producer)
+
+
+def _resnet(model: nn.Module, residual: bool) -> Iterator[Site]:
+    found = False
+    modules = dict(model.named_modules())
+    for name, block in modules.items():
+        if type(block).__name__ not in RESNET_BLOCKS or not hasattr(block, "conv2"):
+            continue
+        if residual and not found:
+            yield from _batch_norms(modules, [("bn1", "conv1")])
+        found = True
+        last = 3 if hasattr(block, "conv3") else 2
+        inner = range(1, last + 1 if residual else last)
+        places = [(f"{name}.bn{i}", f"{name}.conv{i}") for i in inner]
+        if residual:
+            places += [
+                (key, "")
+                for key in modules
+                if key.startswith((f"{name}.downsample.", f"{name}.shortcut."))
+            ]
+        yield from _batch_norms(modules, places)
+
+
+def _batch_norms(modules: dict[str, nn.Module], places: list[tuple[str, str]]) -> Iterator[Site]:
+    for name, producer in places:
+        module = modules.get(name)
+        if isinstance(module, BATCH_NORMS) and (entries := entries_of(module, "out")):
+            yield Site(name, "out", entries, kind="channel", producer=producer or None)
+
+
+def _chain(model: nn.Module) -> Iterator[Site]:
+    layers = list(_layers(model))
+    weighty = [i for i, (_, layer) in enumerate(layers) if not isinstance(layer, _NORMS)]
+    for index, following in pairwise(weighty):
+        name, layer = layers[index]
+        norm_name, norm = layers[index + 1]
+        next_name, successor = layers[following]
+        units = entries_of(layer, "out")
+        assert units is not None
+        kind = "channel" if isinstance(layer, CONVOLUTIONS) else "hidden"
+        if isinstance(norm, _NORMS):
+            # Norms over units mix them, so that none can be gated or removed on its own.
+            if isinstance(norm, BATCH_NORMS) and entries_of(norm, "out") == units:
+                yield Site(norm_name, "out", units, kind=kind, producer=name)
+        elif kind == "channel":
+            yield Site(name, "out", units, kind=kind, producer=name)
+        elif isinstance(successor, nn.Linear) and units == successor.in_features:
+            yield Site(next_name, "in", units, producer=name)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    attention = [name for name, m in model.named_modules() if "Attention" in type(m).__name__]
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS, *_NORMS)) and not any(
+            f"{name}.".startswith(f"{outer}.") for outer in attention
+        ):
+            yield name, module
+
+
+def _lookup(module: object, path: str) -> object:
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def check_site(model: nn.Module, site: Site) -> nn.Module:
+    """Return the module of a site.
+
+    Raises:
+        ArgumentError: If it is not in the model or the gate does not fit.
+        ParameterError: If its weight is shared, so that a gate could not be folded into it.
+    """
+    modules = dict(model.named_modules())
+    if site.module not in modules:
+        raise ArgumentError(f"Expected a site in the model, got {site.module!r}.")
+    module = modules[site.module]
+    entries = entries_of(module, site.side)
+    if entries != site.units * site.repeat:
+        raise ArgumentError(
+            f"Expected a gate of {entries or 'no'} entries at `{site.name}`, a "
+            f"{type(module).__name__}, got {site.units} x {site.repeat}."
+        )
+    places = [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is getattr(module, "weight", None)
+    ]
+    if len(places) > 1:
+        raise ParameterError(
+            f"Expected a weight of its own at `{site.name}`, got one shared by {', '.join(places)}."
+        )
+    return module

@@ -1,0 +1,9 @@
+"""Adapters for training frameworks; each module loads its framework, this package none.
+
+``hf``
+    ``PruningCallback`` for ``transformers.Trainer``, with metrics, distillation and LoRA merging.
+``accelerate``
+    Calibration data shared out over processes, and the same masks in all of them.
+``timm``
+    Calibration from timm's loaders, averaged weights, checkpoints.
+"""

@@ -1,0 +1,109 @@
+"""The state of a pruner beside a checkpoint: one safetensors file, and a record that proves it.
+
+In plain words: weights and masks are saved by different hands, so they can come apart. The record
+holds a fingerprint of the masks; whoever restores compares it with the masks found, and the masks
+with the zeros in the weights, before training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from torchprune_bayes.errors import AlignmentError, ArgumentError
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.training import GradualPruner
+from torchprune_bayes.types import Masks
+
+MASK_FILE = "pruning_masks.safetensors"
+
+
+def fingerprint(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and entries of boolean masks, whatever their order and device.
+
+    Example:
+        >>> masks = {"a": torch.tensor([True]), "b": torch.tensor([False])}
+        >>> fingerprint(masks) == fingerprint(dict(reversed(masks.items())))
+        True
+    """
+    plain = {name: masks[name].detach().to("cpu", torch.bool).contiguous() for name in masks}
+    return hashlib.sha256(save(plain)).hexdigest()
+
+
+def record_of(pruner: GradualPruner) -> dict[str, Any]:
+    """What JSON can hold of a pruner: step, history, sparsity, fingerprint of its masks."""
+    state = pruner.state_dict()
+    return {
+        "step": state["step"],
+        "history": state["history"],
+        "sparsity": pruner.sparsity,
+        "masks": sorted(state["masks"]),
+        "sha256": fingerprint(state["masks"]),
+    }
+
+
+def save_pruner(pruner: GradualPruner, path: str | Path) -> None:
+    """Write masks, step and history as one safetensors file; the file is whole or not there."""
+    path = Path(path)
+    masks = {n: mask.cpu().contiguous() for n, mask in pruner.state_dict()["masks"].items()}
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(masks, partial, {"pruner": json.dumps(record_of(pruner))})
+    os.replace(partial, path)
+
+
+def read_pruner(path: str | Path) -> tuple[dict[str, Any], Masks]:
+    """Read the record and the masks that :func:`save_pruner` wrote.
+
+    Raises:
+        ArgumentError: If the file is of another kind, or its masks are not those of its record.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    if "pruner" not in metadata:
+        raise ArgumentError(f"Expected masks of a pruner in {path}, got a file without its record.")
+    record: dict[str, Any] = json.loads(metadata["pruner"])
+    if record["sha256"] != fingerprint(masks):
+        raise ArgumentError(f"Expected the masks that {path} has on record, got others.")
+    return record, masks
+
+
+def state_from(record: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
+    """Put together what ``GradualPruner.load_state_dict`` takes."""
+    return {"step": record["step"], "history": record["history"], "masks": masks}
+
+
+def zeros_as_masks(space: ParameterSpace, names: list[str]) -> Masks:
+    """Masks of the tensors ``names`` that take every exact zero as pruned."""
+    return {tensor.name: tensor.leaf.detach() != 0 for tensor in space.subset(names)}
+
+
+def check_zeros(space: ParameterSpace, masks: Masks) -> None:
+    """Refuse weights that are not zero where the masks prune.
+
+    Raises:
+        AlignmentError: If there are any: weights and masks are of different checkpoints.
+    """
+    revived = {
+        tensor.name: int(
+            (tensor.leaf.detach()[~masks[tensor.name].to(tensor.leaf.device)]).count_nonzero()
+        )
+        for tensor in space.subset(masks)
+    }
+    wrong = {name: count for name, count in revived.items() if count}
+    if wrong:
+        name, count = next(iter(wrong.items()))
+        raise AlignmentError(
+            f"Expected zeros where the masks prune, got {sum(wrong.values())} other weights in "
+            f"{len(wrong)} tensors ({count} in `{name}`): weights and masks are of different "
+            "checkpoints."
+        )

@@ -1,0 +1,65 @@
+"""Calibration from the data sets that a Trainer takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from torchprune_bayes._checks import check_count
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.integrations._extras import optional
+from torchprune_bayes.types import ParameterPairs
+
+_LABELS = ("label", "label_ids", "labels")
+
+
+def calibrate_on(
+    dataset: Any,
+    *,
+    num_samples: int | None = 512,
+    collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    batch_size: int = 8,
+    **options: Any,
+) -> Callable[[nn.Module, ParameterPairs], Calibration]:
+    """Say what to calibrate on before there is a model; a callback makes the calibration from it.
+
+    Args:
+        dataset: What a Trainer takes as ``train_dataset``; columns that the model's ``forward``
+            does not name are left out.
+        num_samples: Samples drawn at random from it.
+        collator: Makes a batch of samples; default that of the Trainer without a tokenizer.
+        batch_size: Samples that are collated, and padded, together.
+        options: Further arguments of :class:`~torchprune_bayes.Calibration`.
+
+    Returns:
+        A function ``(model, params) -> Calibration``.
+
+    Raises:
+        ArgumentError: If ``batch_size`` is below 1.
+        MissingExtraError: If transformers is not installed.
+
+    Example:
+        >>> make = calibrate_on([{"x": [1.0, 2.0], "label": 0}] * 4, num_samples=4, batch_size=2)
+    """
+    check_count("batch_size", batch_size)
+    if collator is None:
+        with optional("transformers", "hf"):
+            from transformers import default_data_collator
+        collator = default_data_collator
+    join = collator
+
+    def make(model: nn.Module, params: ParameterPairs) -> Calibration:
+        known = {*inspect.signature(model.forward).parameters, *_LABELS}
+
+        def collate(samples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+            kept = [{key: s[key] for key in s if key in known} for s in samples]
+            return join(kept)
+
+        loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, collate_fn=collate)
+        return Calibration(model, loader, params=params, num_samples=num_samples, **options)
+
+    return make

@@ -1,0 +1,200 @@
+"""A calibration whose samples are shared out over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.calibration._batches import Batch, map_tensors
+from torchprune_bayes.calibration._functional import LossFunction
+from torchprune_bayes.calibration._targets import FisherTargets
+from torchprune_bayes.calibration.calibration import MeanLoss
+from torchprune_bayes.integrations._ranks import (
+    everywhere,
+    exchanged,
+    exchanged_rows,
+    rank,
+    refuse_sharded,
+    summed,
+    together,
+    world_size,
+)
+from torchprune_bayes.types import ParameterPairs
+
+_EVALUATION_BATCH = 256
+_RANK_STRIDE = 1_000_003  # between the seeds of label draws, which must not repeat between ranks
+
+
+class ShardedCalibration(Calibration):
+    """One calibration in several processes: each takes the gradients of its share of the data.
+
+    In every process it is used as a :class:`~torchprune_bayes.Calibration` is, by all at the same
+    time, and gives all of them the same: what one process gives on the union of the shares, in the
+    order of rounds, first process first. So every method decides the same everywhere. Gradients
+    are taken through the bare module and are local; averages are made of sums and counts, so
+    shares may have different sizes. An error in one process is raised in all.
+
+    Gradients travel, ``N D`` numbers in all, because a Fisher needs single ones; a mean gradient is
+    summed, ``D`` numbers. Curvature that is a sum over samples is cheaper fitted on a share's own
+    calibration and joined with :func:`~torchprune_bayes.integrations.accelerate.merged`.
+
+    Args:
+        model: The model, with equal weights in all processes; prepared or not.
+        data: Batches. With ``split``, the same in every process.
+        loss_fn: See :class:`~torchprune_bayes.Calibration`.
+        params: See :class:`~torchprune_bayes.Calibration`.
+        num_samples: Samples over all processes; ``None`` takes all.
+        mini_batch: See :class:`~torchprune_bayes.Calibration`.
+        seed: See :class:`~torchprune_bayes.Calibration`.
+        split: Whether process ``r`` of ``R`` takes batches ``r, r + R, ...`` of ``data``;
+            otherwise ``data`` is its own share already.
+        options: Further arguments of :class:`~torchprune_bayes.Calibration`.
+
+    Raises:
+        ParameterError: If weights are sharded.
+        CalibrationError: In a pass, if it fails in any process.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(4, 2)  # one process alone works too
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+        >>> ShardedCalibration(model, data, nn.functional.cross_entropy).num_gradients
+        8
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Batch],
+        loss_fn: LossFunction | None = None,
+        params: ParameterPairs | None = None,
+        num_samples: int | None = None,
+        mini_batch: int = 1,
+        seed: int = 0,
+        *,
+        split: bool = True,
+        **options: Any,
+    ) -> None:
+        refuse_sharded(model)
+        own = EveryNth(data) if split else data
+        share = _share_of(num_samples, mini_batch)
+        super().__init__(model, own, loss_fn, params, share, mini_batch, seed, **options)
+        self._own: _Share | None = None
+        self._total = num_samples
+
+    @property
+    def local(self) -> Calibration:
+        """The calibration on the share of this process alone."""
+        # Copies with other tensors, another loss or another draw still hold that of the original.
+        if self._own is None or not self._own.is_of(self):
+            self._own = _Share.of(self)
+        return self._own
+
+    @property
+    def engine(self) -> str | None:
+        """How gradients are computed in this process."""
+        return self.local.engine
+
+    @property
+    def num_samples(self) -> int:
+        """Samples over all processes; asks them once if the number was not given."""
+        if self._total is None:
+            self._total = sum(everywhere(together(lambda: self.local.num_samples)))
+        return self._total
+
+    def gradients(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        live: LiveVector | None = None,
+        span: tuple[int, int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Stream the gradients of all processes."""
+        return exchanged_rows(self.local.gradients(weights, live, span), self.device)
+
+    def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Gradient of the mean loss over the samples of all processes."""
+        found = together(lambda: self.local.mean_gradient(weights))
+        mine = self.local.num_samples
+        total = summed({name: gradient * mine for name, gradient in found.items()})
+        samples = self.num_samples
+        return {name: gradient / samples for name, gradient in total.items()}
+
+    def batches(self, size: int = _EVALUATION_BATCH) -> Iterator[Batch]:
+        """Yield the calibration samples of all processes."""
+        return self._moved(exchanged(map(_on_cpu, self.local.batches(size))))
+
+    def fisher_batches(
+        self, weights: Mapping[str, Tensor] | None = None, size: int = _EVALUATION_BATCH
+    ) -> Iterator[Batch]:
+        """Yield what :meth:`batches` does, with the labels of a Fisher."""
+        return self._moved(exchanged(map(_on_cpu, self.local.fisher_batches(weights, size))))
+
+    def held_out_loss(self, weights: Mapping[str, Tensor] | None = None) -> MeanLoss:
+        """Mean loss over the held-out samples of all processes that have some."""
+        found = everywhere(together(lambda: self.local.held_out_loss(weights)))
+        in_sample = all(part.in_sample for part in found)
+        used = [part for part in found if in_sample or not part.in_sample]
+        samples = sum(part.samples for part in used)
+        total = sum(part.value * part.samples for part in used)
+        return MeanLoss(total / samples, samples, in_sample)
+
+    def _moved(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return (map_tensors(batch, self._functional.move_input) for batch in batches)
+
+
+class _Share(Calibration):
+    """A calibration on the samples of this process, its labels drawn apart from the others'."""
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> _Share:
+        other = object.__new__(cls)
+        vars(other).update(vars(calibration))
+        return other
+
+    def is_of(self, calibration: Calibration) -> bool:
+        """Whether it has the tensors, the loss and the draw of ``calibration``."""
+        return self._functional is calibration._functional and self._stream is calibration._stream
+
+    def _targets(self) -> FisherTargets:
+        seed = self.seed + 1 + _RANK_STRIDE * rank()
+        return FisherTargets(self._functional, self.fisher, seed)
+
+
+class EveryNth:
+    """The batches of ``data`` that are this process's, by turns.
+
+    Every process draws all of them, in the same order, so that a shuffling loader is shared out
+    without repeating or losing a sample.
+
+    Example:
+        >>> list(EveryNth([1, 2, 3]))
+        [1, 2, 3]
+    """
+
+    def __init__(self, data: Iterable[Batch]) -> None:
+        self._data = list(data) if isinstance(data, Iterator) else data
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(self._data, rank(), None, world_size())
+
+    def __getattr__(self, name: str) -> Any:
+        # A loader's generators are found through its sampler and data set.
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._data, name)
+
+
+def _share_of(num_samples: int | None, mini_batch: int) -> int | None:
+    if num_samples is None:
+        return None
+    groups, remainder = divmod(num_samples // mini_batch, world_size())
+    return (groups + (rank() < remainder)) * mini_batch
+
+
+def _on_cpu(batch: Batch) -> Batch:
+    return map_tensors(batch, Tensor.cpu)

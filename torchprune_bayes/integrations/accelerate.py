@@ -1,0 +1,292 @@
+"""Pruning in several processes that ``accelerate`` started: one calibration, one set of masks.
+
+In a training loop::
+
+    model, optimizer = accelerator.prepare(model, optimizer)
+    calibration = calibrate(accelerator, model, loader, loss_fn)
+    pruner = GradualPruner(..., calibration=calibration, optimizer=optimizer.optimizer)
+    ...
+    optimizer.step()
+    if accelerator.sync_gradients:
+        step(accelerator, pruner, optimizer)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.optim import Optimizer
+
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes.curvature._sample_sums import SampleSums
+from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
+from torchprune_bayes.integrations._checkpoints import fingerprint
+from torchprune_bayes.integrations._extras import optional
+from torchprune_bayes.integrations._ranks import (
+    everywhere,
+    refuse_sharded,
+    same_everywhere,
+    share_buffers,
+    step_together,
+    summed,
+    take_from_first,
+    together,
+)
+from torchprune_bayes.integrations._sharded import ShardedCalibration
+from torchprune_bayes.methods import prune_global
+from torchprune_bayes.params import ParameterSpace, mask_of, unwrap
+from torchprune_bayes.structured import ShrinkReport, shrink
+from torchprune_bayes.training import GradualPruner
+from torchprune_bayes.types import Decision, Masks, ParameterPairs
+
+with optional("accelerate", "accelerate"):
+    from accelerate import Accelerator
+    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+
+__all__ = [
+    "ShardedCalibration",
+    "calibrate",
+    "check_same_masks",
+    "merged",
+    "prune_together",
+    "shrink_together",
+    "step",
+]
+
+_WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU")
+
+Statistic = TypeVar("Statistic", bound=SampleSums | EmpiricalFisher)
+
+
+def calibrate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: Iterable[Any],
+    *args: Any,
+    **options: Any,
+) -> ShardedCalibration:
+    """Share the calibration on ``data`` out over the processes.
+
+    Args:
+        accelerator: The accelerator; all processes make this call, with the same arguments.
+        model: The model, prepared or not.
+        data: The loader as it was before ``accelerator.prepare``.
+        args: Arguments of :class:`ShardedCalibration`.
+        options: Arguments of :class:`ShardedCalibration`.
+
+    Returns:
+        What every method takes as ``calibration=``.
+
+    Raises:
+        ArgumentTypeError: If the loader is a prepared one, which repeats samples to make shares
+            equal.
+        ParameterError: If weights or optimizer state are sharded (FSDP, DeepSpeed).
+    """
+    _check(accelerator, model)
+    if isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
+        raise ArgumentTypeError(
+            "Expected the loader as it was before `accelerator.prepare`, got a prepared one, which "
+            "repeats samples to make the shares of all processes equal."
+        )
+    return ShardedCalibration(model, data, *args, **options)
+
+
+def prune_together(
+    accelerator: Accelerator,
+    params: ParameterPairs | None,
+    method: type[BasePruningMethod] | str,
+    **options: Any,
+) -> Decision:
+    """Prune as :func:`~torchprune_bayes.prune_global` does, with the same result everywhere.
+
+    Masks and weights are those of the first process, so that processes that computed on unlike
+    devices do not drift apart.
+
+    Args:
+        accelerator: The accelerator; all processes make this call.
+        params: See :func:`~torchprune_bayes.prune_global`.
+        method: See :func:`~torchprune_bayes.prune_global`.
+        options: See :func:`~torchprune_bayes.prune_global`.
+
+    Returns:
+        The decision, with the masks that hold.
+
+    Raises:
+        ArgumentTypeError: If there are neither ``params`` nor a calibration.
+        CalibrationError: If it failed in another process.
+        ParameterError: If weights are sharded.
+    """
+    calibration: Calibration | None = options.get("calibration")
+    if params is not None:
+        pairs = list(params)
+    elif calibration is not None:
+        pairs = calibration.pairs()
+    else:
+        raise ArgumentTypeError("Expected `params` or `calibration`, got neither.")
+    for module, _ in pairs:
+        _check(accelerator, module)
+    if calibration is not None:
+        share_buffers(calibration.model)
+    decision = together(lambda: prune_global(pairs, method, **options))
+    space = ParameterSpace.of_pairs(pairs) if calibration is None else calibration.space
+    masks = [mask_of(*pair) for pair in pairs]
+    take_from_first([mask for mask in masks if mask is not None])
+    take_from_first(tensor.leaf for tensor in space)
+    return dataclasses.replace(decision, masks=space.masks())
+
+
+def step(
+    accelerator: Accelerator, pruner: GradualPruner, optimizer: Optimizer | None = None
+) -> dict[str, Any] | None:
+    """Call ``pruner.step()`` in every process and make sure that all have pruned the same.
+
+    Call it after ``optimizer.step()`` where ``accelerator.sync_gradients`` is true. Masks, weights
+    and optimizer state are those of the first process wherever they should differ.
+
+    Args:
+        accelerator: The accelerator; all processes make this call.
+        pruner: The pruner, made before or after ``prepare``.
+        optimizer: The optimizer in use, prepared or not.
+
+    Returns:
+        What ``pruner.step()`` returned.
+
+    Raises:
+        CalibrationError: If it failed in another process.
+        ParameterError: If weights are sharded.
+    """
+    _check(accelerator, pruner.space.model)
+    return step_together(pruner, getattr(optimizer, "optimizer", optimizer))
+
+
+def shrink_together(
+    accelerator: Accelerator,
+    model: nn.Module,
+    example_inputs: Any,
+    importance: Any,
+    *,
+    optimizer: Optimizer,
+    **options: Any,
+) -> tuple[nn.Module, Optimizer, ShrinkReport]:
+    """Cut channels and heads out of a prepared model: unwrap, shrink, prepare again.
+
+    Args:
+        accelerator: The accelerator; all processes make this call.
+        model: The prepared model.
+        example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
+        importance: See :func:`~torchprune_bayes.structured.shrink`; it must score the same in all
+            processes, as it does with a calibration of :func:`calibrate`.
+        optimizer: The prepared optimizer; its state is cut along.
+        options: Further arguments of :func:`~torchprune_bayes.structured.shrink`.
+
+    Returns:
+        The prepared model and optimizer to use from now on, and the report. Learning rate
+        schedulers and loaders stay as they are.
+
+    Raises:
+        AlignmentError: If processes have cut differently.
+        CalibrationError: If it failed in another process.
+        ParameterError: If weights are sharded.
+    """
+    _check(accelerator, model)
+    share_buffers(model)
+    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    plain = getattr(optimizer, "optimizer", optimizer)
+    report = together(lambda: shrink(bare, example_inputs, importance, optimizer=plain, **options))
+    state = {name: parameter.data for name, parameter in bare.named_parameters()}
+    if not same_everywhere(tuple((name, tuple(value.shape)) for name, value in state.items())):
+        raise AlignmentError("Expected the same cut in all processes, got different ones.")
+    if not same_everywhere(_digest(state)):
+        raise AlignmentError("Expected the same channels cut in all processes, got different ones.")
+    # It would save and load what was prepared before as well.
+    accelerator._models = [held for held in accelerator._models if unwrap(held) is not bare]
+    accelerator._optimizers = [held for held in accelerator._optimizers if held is not optimizer]
+    model, optimizer = accelerator.prepare(bare, plain)
+    return model, optimizer, report
+
+
+def check_same_masks(masks: Masks) -> str:
+    """Compare a hash of the masks over all processes.
+
+    Returns:
+        The hash.
+
+    Raises:
+        AlignmentError: If the masks differ.
+
+    Example:
+        >>> from torch import tensor
+        >>> len(check_same_masks({"weight": tensor([True, False])}))
+        64
+    """
+    found = fingerprint(masks)
+    if not same_everywhere(found):
+        raise AlignmentError("Expected the same masks in all processes, got different ones.")
+    return found
+
+
+def merged(statistic: Statistic) -> Statistic:
+    """Join curvature that each process has fitted on its share (``ShardedCalibration.local``).
+
+    Sums over samples are added up before anything is made of them (an absolute value, a square
+    root); the gradients of a Fisher are collected.
+
+    Args:
+        statistic: Fitted at the same weights and masks in every process.
+
+    Returns:
+        The statistic over all samples. A Fisher has no calibration any more: pass one beside it.
+
+    Raises:
+        AlignmentError: If the processes have other live entries.
+        CalibrationError: If a Fisher streams its gradients.
+    """
+    if isinstance(statistic, EmpiricalFisher):
+        parts = everywhere(together(lambda: _packed(statistic)))
+        first, *others = (_unpacked(type(statistic), part) for part in parts)
+        for other in others:
+            first.merge(other)
+        return cast(Statistic, first)
+    check_same_masks(statistic.masks)
+    keys: dict[str, Tensor] = dict(sorted(statistic.sums.items()))
+    statistic.sums = summed(keys)
+    statistic.count = sum(everywhere(statistic.count))
+    return statistic
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    return hashlib.sha256(save(plain)).hexdigest()
+
+
+def _packed(fisher: EmpiricalFisher) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fisher.safetensors"
+        fisher.save(path)
+        return path.read_bytes()
+
+
+def _unpacked(kind: type[EmpiricalFisher], data: bytes) -> EmpiricalFisher:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fisher.safetensors"
+        path.write_bytes(data)
+        return kind.load(path)
+
+
+def _check(accelerator: Accelerator, model: nn.Module) -> None:
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind not in _WHOLE:
+        raise ParameterError(
+            f"Expected whole weights and optimizer state in every process, got {kind}: decide on "
+            "masks before sharding, then hold the zeros with `keep_sparse(optimizer, masks)`."
+        )
+    refuse_sharded(model)

@@ -1,0 +1,187 @@
+"""Training and long calibration that go on where they were killed, in a training loop of your own.
+
+>>> import tempfile
+>>> from torch import nn
+>>> from torchprune_bayes import GradualPruner, cubic
+>>> model = nn.Linear(8, 8)
+>>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+>>> pruner = GradualPruner(model, "magnitude", cubic(0.5, 1, 3), optimizer=optimizer)
+>>> parts = {"model": model, "optimizer": optimizer, "pruner": pruner}
+>>> with tempfile.TemporaryDirectory() as folder:
+...     save_training(f"{folder}/last.pt", step=7, **parts)
+...     load_training(f"{folder}/last.pt", **parts)
+7
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.calibration._batches import Batch, samples_in
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.integrations._checkpoints import fingerprint
+from torchprune_bayes.training import GradualPruner
+
+
+class Stateful(Protocol):
+    """Models, optimizers, learning rate schedulers, pruners, averaged models."""
+
+    def state_dict(self) -> Any:
+        """What there is to save."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Go on from what was saved."""
+
+
+def save_training(path: str | Path, *, step: int, **parts: Stateful) -> None:
+    """Write the state of a training as one file, which is whole or not there.
+
+    It goes to a file beside it first and takes its name when all of it is on the disk, so a process
+    that is killed at any moment leaves the last checkpoint or this one, never a part or a mixture.
+
+    Args:
+        path: The file.
+        step: Updates that are done.
+        parts: By any names, what has a ``state_dict``: model, optimizer, pruner, scheduler, ...
+            Random states of torch and of Python are saved too.
+    """
+    path = Path(path)
+    content = {
+        "step": step,
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "random": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_training(path: str | Path, **parts: Stateful) -> int:
+    """Put everything back as :func:`save_training` found it; same names of the parts.
+
+    Args:
+        path: The file; it is read with ``weights_only``, so it can run no code.
+        parts: What was saved, made anew: pruners may have changed the names in a model, so they
+            are restored before the others.
+
+    Returns:
+        Updates that are done; 0, with nothing changed, if there is no such file.
+
+    Raises:
+        ArgumentError: If the file holds other parts.
+    """
+    if not Path(path).is_file():
+        return 0
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if set(content["parts"]) != set(parts):
+        raise ArgumentError(
+            f"Expected the parts {sorted(content['parts'])} of the checkpoint, got {sorted(parts)}."
+        )
+    for name in sorted(parts, key=lambda name: not isinstance(parts[name], GradualPruner)):
+        parts[name].load_state_dict(content["parts"][name])
+    random.setstate(content["random"])
+    torch.set_rng_state(content["torch"])
+    if content["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(content["cuda"])
+    return int(content["step"])
+
+
+class CheckpointedCalibration(Calibration):
+    """A calibration that keeps gradients in a folder, so that collecting goes on where it stopped.
+
+    Each part of a pass is written when it is done, and read again by any later pass at the same
+    weights, masks and draw, in this process or another. A restarted pass draws the samples that are
+    done, without computing with them. Delete the folder when the curvature is fitted.
+
+    Args:
+        folder: Where to keep them; made if it is not there.
+        args: Arguments of :class:`~torchprune_bayes.Calibration`.
+        options: Arguments of :class:`~torchprune_bayes.Calibration`.
+
+    Raises:
+        ArgumentError: With ``fisher="true"``, whose labels are drawn along the way.
+
+    Cost: ``4 N D`` bytes in the folder for each pass at new weights or of another range.
+
+    Example:
+        >>> import tempfile
+        >>> from torch import nn
+        >>> model = nn.Linear(4, 2)
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     calibration = CheckpointedCalibration(
+        ...         folder, model, data, nn.functional.cross_entropy
+        ...     )
+        ...     first = list(calibration.gradients())
+        ...     all(map(torch.equal, first, calibration.gradients()))  # read, not computed
+        True
+    """
+
+    def __init__(self, folder: str | Path, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.fisher == "true":
+            raise ArgumentError("Expected fisher='empirical' for kept gradients, got 'true'.")
+        self.folder = Path(folder)
+        self._done = 0
+
+    def gradients(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        live: LiveVector | None = None,
+        span: tuple[int, int] | None = None,
+    ) -> Iterator[Tensor]:
+        """Stream the gradients, those that are kept first."""
+        live = LiveVector(self.space.masks()) if live is None else live
+        folder = self.folder / self._key(weights, live, span)
+        folder.mkdir(parents=True, exist_ok=True)
+        index = done = 0
+        while (path := folder / f"{index:06d}.safetensors").is_file():
+            rows = load_file(path)["rows"].to(self.device)
+            index, done = index + 1, done + len(rows)
+            yield rows
+        if done == self.num_gradients:
+            return
+        rest = copy.copy(self)
+        rest._done = done * self.mini_batch
+        for number, rows in enumerate(
+            super(CheckpointedCalibration, rest).gradients(weights, live, span)
+        ):
+            path = folder / f"{index + number:06d}.safetensors"
+            partial = path.with_suffix(".partial")
+            save_file({"rows": rows.contiguous()}, partial)
+            os.replace(partial, path)
+            yield rows
+
+    def _groups(self, size: int) -> Iterator[list[Batch]]:
+        passed = 0
+        for pieces in super()._groups(size):
+            if passed >= self._done:
+                yield pieces
+            passed += samples_in(pieces)
+
+    def _key(
+        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int] | None
+    ) -> str:
+        """What the gradients depend on, as far as it changes while a model is pruned."""
+        _, state = self._functional.bind(weights)
+        digest = hashlib.sha256(save({n: v.contiguous() for n, v in state.items()}))
+        digest.update(fingerprint(live.masks).encode())
+        digest.update(repr((span, self.seed, self.num_samples, self.mini_batch)).encode())
+        return digest.hexdigest()[:24]

@@ -1,0 +1,17 @@
+"""Laplace approximations: prior structures, marginal likelihood, posterior precisions."""
+
+from torchprune_bayes.laplace.evidence import maximise_evidence
+from torchprune_bayes.laplace.fitting import LaplaceOptions, fit_posterior
+from torchprune_bayes.laplace.joint_posterior import JointPosterior
+from torchprune_bayes.laplace.posterior import Posterior
+from torchprune_bayes.laplace.priors import PriorPrecision, PriorStructure
+
+__all__ = [
+    "JointPosterior",
+    "LaplaceOptions",
+    "Posterior",
+    "PriorPrecision",
+    "PriorStructure",
+    "fit_posterior",
+    "maximise_evidence",
+]

@@ -1,0 +1,148 @@
+"""Fitting the posterior of a model's weights on calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature import LayerCurvature
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.laplace.posterior import Posterior
+from torchprune_bayes.laplace.priors import PriorPrecision
+from torchprune_bayes.types import Masks
+
+CURVATURES = {"diag": "diagonal", "kron": "kronecker"}
+KINDS = ("empirical", "monte_carlo", "ggn")
+
+
+@dataclass(frozen=True)
+class LaplaceOptions:
+    """How a posterior is fitted.
+
+    Attributes:
+        curvature: ``"diag"``; or ``"kron"``, where layers without Kronecker factors have diagonals.
+        kind: ``"empirical"`` Fisher; ``"monte_carlo"`` Fisher, which is the GGN in expectation; or
+            ``"ggn"``, with one backward pass per output.
+        num_data: ``N``, the number of samples the model is trained on, to which sums over the
+            calibration samples are scaled; default the number of these.
+        temperature: ``T``; below one the data count more than once, as with augmentation.
+        loss_scale: What the loss of one sample is to be multiplied with to be its negative
+            log-likelihood at ``T = σ = 1``: 1 for cross-entropy, ``C/2`` for a squared error that
+            is averaged over ``C`` outputs.
+        outputs: ``C``, for regression.
+        all_reduce: Whether curvatures are summed over the ranks of ``torch.distributed``, each of
+            which has its own shard of the data; needs ``num_data``, of all.
+
+    Raises:
+        ArgumentError: If an option has an impossible value.
+    """
+
+    curvature: str = "diag"
+    kind: str = "monte_carlo"
+    num_data: int | None = None
+    temperature: float = 1.0
+    loss_scale: float = 1.0
+    outputs: int = 1
+    all_reduce: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("curvature", self.curvature, CURVATURES)
+        check_choice("kind", self.kind, KINDS)
+        check_positive("temperature", self.temperature)
+        check_positive("loss_scale", self.loss_scale)
+        check_count("outputs", self.outputs)
+        if self.num_data is not None:
+            check_count("num_data", self.num_data)
+        elif self.all_reduce:
+            raise ArgumentError("Expected `num_data` of all ranks with `all_reduce`, got none.")
+
+    def check_noise(self, noise: float | None) -> None:
+        """Refuse what is no noise, and the empirical Fisher with it.
+
+        Raises:
+            ArgumentError: In these cases.
+        """
+        if noise is None:
+            return
+        check_positive("noise", noise)
+        if self.kind == "empirical":
+            raise ArgumentError(
+                "Expected kind='ggn' or 'monte_carlo' with `noise`, got 'empirical': products of "
+                "residuals are no Hessian of a squared error."
+            )
+
+
+def fit_posterior(
+    calibration: Calibration,
+    prior: PriorPrecision | None = None,
+    *,
+    noise: float | None = None,
+    masks: Masks | None = None,
+    **options: Any,
+) -> Posterior:
+    """Laplace approximation of the posterior at the model's weights.
+
+    Args:
+        calibration: Data, model and loss; the tensors are the calibration's.
+        prior: Prior precisions of these; default one for all layers.
+        noise: ``σ`` of the observations, for regression.
+        masks: Live entries; default those of the model. The others have weight and curvature zero,
+            but Kronecker factors do not depend on them.
+        options: See :class:`LaplaceOptions`.
+
+    Raises:
+        ArgumentError: If an option has an impossible value, or the empirical Fisher is to be used
+            for regression, where it does not have the scale of the Hessian.
+        CalibrationError: If the data gave no usable gradients.
+
+    Cost: that of the curvature, one or a few passes over the calibration samples.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+        >>> calibration = Calibration(model, data, torch.nn.functional.cross_entropy)
+        >>> posterior = fit_posterior(calibration, kind="ggn").with_best_prior("unitwise")
+        >>> posterior.precision("0.weight").shape
+        torch.Size([3, 4])
+    """
+    chosen = LaplaceOptions(**options)
+    chosen.check_noise(noise)
+    masks = calibration.space.masks() if masks is None else masks
+    means = {name: value * masks[name] for name, value in calibration.space.values().items()}
+    curvature = LayerCurvature(kind=chosen.kind, structure=CURVATURES[chosen.curvature])
+    curvature.fit(calibration, means, masks)
+    if chosen.all_reduce:
+        curvature.all_reduce()
+    samples = chosen.num_data or curvature.count
+    # Squared gradients grow with the square of the loss, a Hessian with the loss itself.
+    power = 2 if chosen.kind == "empirical" else 1
+    return Posterior(
+        means,
+        _summed(curvature, means, samples * chosen.loss_scale**power),
+        prior,
+        loss=chosen.loss_scale * curvature.loss_sum * samples / curvature.count,
+        temperature=chosen.temperature,
+        noise=noise,
+        observations=0 if noise is None else samples * chosen.outputs,
+    )
+
+
+def _summed(
+    curvature: LayerCurvature, means: Mapping[str, Tensor], samples: float
+) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    with_factors = set(curvature.kronecker_names)
+    diagonals = curvature.diagonal()
+    found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    for name in means:
+        if name in with_factors:
+            rows, columns = curvature.factors(name)
+            found[name] = (samples * rows, columns)
+        else:
+            found[name] = samples * diagonals[name]
+    return found

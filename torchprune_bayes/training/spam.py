@@ -1,0 +1,297 @@
+"""Training by the marginal likelihood, so that weights can be pruned afterwards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchprune_bayes._checks import check_choice, check_count
+from torchprune_bayes._numerics.marginal_likelihood import fixed_point_noise
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.laplace.evidence import SOLVERS
+from torchprune_bayes.laplace.fitting import LaplaceOptions, fit_posterior
+from torchprune_bayes.laplace.posterior import Posterior
+from torchprune_bayes.laplace.priors import PriorPrecision, PriorStructure
+from torchprune_bayes.schedules import Schedule
+from torchprune_bayes.training._online_pruning import OnlinePruning
+from torchprune_bayes.training.prior_decay import PriorDecay
+from torchprune_bayes.types import Masks
+
+logger = logging.getLogger("torchprune_bayes")
+
+_STATE = {"step", "history", "prior", "noise", "masks", "best"}
+
+
+class SpaM:
+    """Learn prior precisions while a model is trained; call :meth:`step` once per epoch.
+
+    Sparsifiability via the marginal likelihood (`Dhahri et al., 2024
+    <https://arxiv.org/abs/2402.15978>`_). The weights are trained on the log joint, with a Gaussian
+    prior that acts as weight decay through a hook of the optimizer. Every few epochs a Laplace
+    approximation is fitted at the weights of the moment, and the prior precisions become those of
+    highest marginal likelihood. Weights that the data do not need are so drawn to zero, and
+    :class:`~torchprune_bayes.OPD` prunes them with the same posterior::
+
+        spam = SpaM(optimizer, calibration, prior="diag", burn_in=20, every=5)
+        for epoch in range(epochs):
+            for inputs, targets in loader:
+                ...                        # forward, backward, optimizer.step(), as ever
+            spam.step()
+        prune_global(None, OPD, amount=0.95, calibration=calibration, posterior=spam.posterior())
+
+    Of the prior structures ``"diag"`` and ``"unitwise"`` make networks sparse; ``"scalar"`` and
+    ``"layerwise"`` regularise more than they sparsify. The evidence is meant for a maximum of the
+    joint, which weights in the midst of training are not, nor those of decoupled decay: it is a
+    guide then.
+
+    Args:
+        optimizer: Any ``torch.optim`` optimizer without weight decay on these tensors.
+        calibration: Data, model and loss, for the curvature; its tensors have the prior. For all of
+            a model's, biases and norms included, give it ``params=trainable_parameters(model)``.
+            With ``num_samples`` each fit takes another random subset.
+        prior: Structure: ``"scalar"``, ``"layerwise"``, ``"unitwise"`` or ``"diag"``.
+        burn_in: Calls of :meth:`step` that pass before the prior may change.
+        every: Calls from one update to the next.
+        initial: Prior precision until the first update.
+        noise: ``σ`` of the observations, for regression; ``"fit"`` learns it, from 1.
+        solver: ``"fixed_point"`` or the paper's ``"adam"``.
+        solver_options: Further options of
+            :func:`~torchprune_bayes.laplace.maximise_evidence`.
+        decoupled: Whether weights decay apart from the gradients, as in AdamW.
+        schedule: Sparsity of the weights to reach while training, by the number of the call;
+            ``None`` prunes nothing.
+        regrow: Whether what the schedule prunes is set to zero once and may come back, as in the
+            paper; else it stays zero.
+        patience: Updates without higher evidence after which :attr:`finished` is true; ``None`` for
+            never.
+        enabled: ``False`` gives the MAP baseline: the prior stays as it is at first.
+        options: ``curvature``, ``kind``, ``num_data``, ``temperature``, ``loss_scale``, ``outputs``
+            and ``all_reduce``, see :class:`~torchprune_bayes.laplace.LaplaceOptions`.
+
+    Attributes:
+        optimizer: The optimizer.
+        prior: Prior precisions now, a :class:`~torchprune_bayes.laplace.PriorPrecision`.
+        noise: ``σ`` now, or ``None``.
+        history: A dict of plain values for each update or pruning: ``step``, ``updated``,
+            ``log_marginal_likelihood`` (under the new prior, before pruning),
+            ``effective_parameters`` and ``sparsity``.
+
+    Raises:
+        AlignmentError: If a tensor is not in the optimizer.
+        ArgumentError: If an option has an impossible value, or the optimizer has weight decay.
+
+    Cost: one pass over the weights per training step; at an update that of the curvature, a few
+    passes over the calibration samples. A ``"diag"`` prior holds 4 bytes per weight.
+
+    Example:
+        >>> model = torch.nn.Linear(4, 3)
+        >>> data = [(torch.randn(32, 4), torch.randint(3, (32,)))]
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> spam = SpaM(optimizer, Calibration(model, data, torch.nn.functional.cross_entropy))
+        >>> for epoch in range(5):
+        ...     for x, y in data:
+        ...         optimizer.zero_grad()
+        ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+        ...         optimizer.step()
+        ...     _ = spam.step()
+        >>> [event["step"] for event in spam.history]
+        [5]
+        >>> spam.posterior().scores()["weight"].shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        calibration: Calibration,
+        prior: str | PriorStructure = PriorStructure.DIAG,
+        *,
+        burn_in: int = 0,
+        every: int = 5,
+        initial: float = 1.0,
+        noise: float | str | None = None,
+        solver: str = "fixed_point",
+        solver_options: Mapping[str, Any] | None = None,
+        decoupled: bool = False,
+        schedule: Schedule | None = None,
+        regrow: bool = False,
+        patience: int | None = None,
+        enabled: bool = True,
+        **options: Any,
+    ) -> None:
+        check_choice("solver", solver, SOLVERS)
+        check_count("burn_in", burn_in, minimum=0)
+        check_count("every", every)
+        if patience is not None:
+            check_count("patience", patience)
+        self._options = options
+        self._fit = LaplaceOptions(**options)
+        self._fits_noise = noise == "fit"
+        self.noise = 1.0 if noise == "fit" else _as_number(noise)
+        self._fit.check_noise(self.noise)
+        self.optimizer, self._calibration, self._space = optimizer, calibration, calibration.space
+        self._burn_in, self._every, self._enabled = burn_in, every, enabled
+        self._solver = {"solver": solver, **(solver_options or {})}
+        self._patience = patience
+        shapes = {tensor.name: tensor.leaf.shape for tensor in self._space}
+        device = self._space[0].leaf.device
+        self.prior = PriorPrecision.constant(shapes, prior, initial, device=device)
+        self.history: list[dict[str, Any]] = []
+        self._step = 0
+        self._best: dict[str, Any] | None = None
+        self._pruning = OnlinePruning(self._space, optimizer, schedule, regrow=regrow)
+        self._decay = PriorDecay(optimizer, self._precisions(), self._factor(), decoupled=decoupled)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the evidence has not risen for ``patience`` updates."""
+        if self._patience is None or self._best is None:
+            return False
+        updates = [event for event in self.history if event["updated"]]
+        since = sum(event["step"] > self._best["step"] for event in updates)
+        return since >= self._patience
+
+    @property
+    def masks(self) -> Masks:
+        """Boolean masks by qualified name, of the tensors that have been pruned for good."""
+        return dict(self._pruning.masks)
+
+    def step(self) -> dict[str, Any] | None:
+        """Count an epoch; update the prior, and prune, if that is due.
+
+        Returns:
+            What was added to :attr:`history`, or ``None``. If anything fails, nothing is changed.
+        """
+        now = self._step + 1
+        updates = self._enabled and now > self._burn_in and (now - self._burn_in) % self._every == 0
+        prunes = self._pruning.is_due(now)
+        event = None
+        if updates or prunes:
+            posterior = self._fitted()
+            if updates:
+                posterior = self._improved(posterior)
+            evidence = posterior.log_marginal_likelihood()
+            determined = posterior.effective_parameters()
+            self._take_over(posterior, evidence, now, updates)
+            if prunes:
+                self._pruning.prune(posterior, now)
+            event = {
+                "step": now,
+                "updated": updates,
+                "log_marginal_likelihood": evidence,
+                "effective_parameters": determined,
+                "sparsity": self._pruning.sparsity,
+            }
+            self.history.append(event)
+            logger.info("Epoch %d: log marginal likelihood %.1f.", now, evidence)
+        self._step = now
+        return event
+
+    def posterior(self) -> Posterior:
+        """The posterior at the weights and under the prior of the moment, fitted anew."""
+        return self._fitted()
+
+    def restore_best(self) -> None:
+        """Go back to the weights, prior and noise of the update with the highest evidence.
+
+        Raises:
+            ArgumentError: If there has been no update, or ``patience`` is ``None``, with which none
+                is kept.
+        """
+        if self._best is None:
+            raise ArgumentError("Expected an update with `patience` before this, got none.")
+        with torch.no_grad():
+            for tensor in self._space:
+                tensor.leaf.copy_(self._best["weights"][tensor.name])
+        self._set_prior(self.prior.from_state_dict(self._best["prior"]), self._best["noise"])
+        self._pruning.hold(self._best["masks"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, history, prior and masks, as tensors and plain values; ``torch.load`` reads it.
+
+        What the model and the optimizer save is not in it, nor are the arguments.
+        """
+        return {
+            "step": self._step,
+            "history": [dict(event) for event in self.history],
+            "prior": self.prior.state_dict(),
+            "noise": self.noise,
+            "masks": self.masks,
+            "best": self._best,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; pruned entries are set to zero at once.
+
+        Raises:
+            AlignmentError: If it is the state of another prior or of other tensors.
+            ArgumentError: If ``state`` is no state of this.
+        """
+        if set(state) != _STATE:
+            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {sorted(state)}.")
+        prior = self.prior.from_state_dict(state["prior"])
+        self._pruning.check(state["masks"])
+        self._set_prior(prior, state["noise"])
+        self._pruning.hold(state["masks"])
+        self._step = int(state["step"])
+        self.history = [dict(event) for event in state["history"]]
+        self._best = None if state["best"] is None else dict(state["best"])
+
+    def remove(self) -> None:
+        """End weight decay and held zeros."""
+        self._decay.remove()
+        self._pruning.remove()
+
+    def _fitted(self) -> Posterior:
+        calibration = self._calibration.fresh(len(self.history))
+        calibration = calibration.with_space(self._pruning.space)
+        return fit_posterior(calibration, self.prior, noise=self.noise, **self._options)
+
+    def _improved(self, posterior: Posterior) -> Posterior:
+        posterior = posterior.with_best_prior(**self._solver)
+        if self._fits_noise:
+            determined = posterior.effective_parameters()
+            error, count = 2.0 * posterior.loss, posterior.observations
+            found = fixed_point_noise(error, count, determined, posterior.temperature)
+            posterior = posterior.with_noise(found)
+        return posterior
+
+    def _take_over(self, posterior: Posterior, evidence: float, now: int, updated: bool) -> None:
+        self._set_prior(posterior.prior, posterior.noise)
+        if not updated or self._patience is None:
+            return
+        if self._best is None or evidence > self._best["evidence"]:
+            self._best = {
+                "step": now,
+                "evidence": evidence,
+                "weights": {t.name: t.leaf.detach().clone() for t in self._space},
+                "prior": self.prior.state_dict(),
+                "noise": self.noise,
+                "masks": self.masks,
+            }
+
+    def _set_prior(self, prior: PriorPrecision, noise: float | None) -> None:
+        self.prior, self.noise = prior, noise
+        self._decay.precisions = self._precisions()
+        self._decay.factor = self._factor()
+
+    def _precisions(self) -> dict[Tensor, Tensor]:
+        return {tensor.leaf: self.prior.broadcastable(tensor.name) for tensor in self._space}
+
+    def _factor(self) -> float:
+        """``c`` with which ``c δ w`` is the prior's gradient beside that of the mean loss."""
+        data = self._fit.num_data or self._calibration.num_samples
+        variance = (self.noise or 1.0) ** 2
+        return self._fit.temperature * variance / (data * self._fit.loss_scale)
+
+
+def _as_number(noise: float | str | None) -> float | None:
+    if isinstance(noise, str):
+        raise ArgumentError(f"Expected `noise` to be a number, 'fit' or None, got {noise!r}.")
+    return noise
