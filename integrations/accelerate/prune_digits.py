@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchprune_bayes import GradualPruner, cubic, prunable_parameters, registered_methods
 from torchprune_bayes.integrations.accelerate import calibrate, check_same_masks, step
 from torchprune_bayes.reports import MetricSums
+from torchprune_bayes.schedules import Schedule
 
 
 def network() -> nn.Sequential:
@@ -77,11 +79,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         gradient_accumulation_steps=args.accumulate,
     )
     set_seed(args.seed)
-    train, test = images()
+    training, test = images()
     model = network()
     params = prunable_parameters(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
-    loader = DataLoader(train, batch_size=args.batch_size, shuffle=True)
+    loader = DataLoader(training, batch_size=args.batch_size, shuffle=True)
     model, optimizer, prepared = accelerator.prepare(model, optimizer, loader)
     calibration = calibrate(
         accelerator,
@@ -92,21 +94,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         num_samples=args.calibration_samples,
         seed=args.seed,
     )
-    updates = args.epochs * -(-len(prepared) // args.accumulate)
-    begin, end = updates // 4, 3 * updates // 4
-    schedule = cubic(args.sparsity, begin, end, every=max((end - begin) // 8, 1))
     pruner = GradualPruner(
-        None, args.method, schedule, calibration=calibration, optimizer=optimizer.optimizer
+        None,
+        args.method,
+        schedule_of(args, len(prepared)),
+        calibration=calibration,
+        optimizer=optimizer.optimizer,
     )
-    for _ in range(args.epochs):
-        model.train()
-        for inputs, labels in prepared:
-            with accelerator.accumulate(model):
-                accelerator.backward(cross_entropy(model(inputs), labels))
-                optimizer.step()
-                optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                step(accelerator, pruner, optimizer)
+    train(accelerator, model, optimizer, prepared, pruner, args.epochs)
     digest = check_same_masks(pruner.masks)
     found = evaluate(accelerator, model, test)
     accelerator.print(
@@ -116,6 +111,33 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     accelerator.save_model(model, args.output)
     return found | {"sparsity": pruner.sparsity}
+
+
+def schedule_of(args: argparse.Namespace, batches: int) -> Schedule:
+    """Prune eight times in the middle half of the training."""
+    updates = args.epochs * -(-batches // args.accumulate)
+    begin, end = updates // 4, 3 * updates // 4
+    return cubic(args.sparsity, begin, end, every=max((end - begin) // 8, 1))
+
+
+def train(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    loader: Any,
+    pruner: GradualPruner,
+    epochs: int,
+) -> None:
+    """Train and prune."""
+    for _ in range(epochs):
+        model.train()
+        for inputs, labels in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(cross_entropy(model(inputs), labels))
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                step(accelerator, pruner, optimizer)
 
 
 def evaluate(accelerator: Accelerator, model: nn.Module, test: TensorDataset) -> dict[str, float]:

@@ -9,6 +9,8 @@ takes a folder with train.tsv and dev.tsv (SST-2), --model a trained model:
 
 from __future__ import annotations
 
+import argparse
+
 from offline_text import labelled_texts, train_tokenizer
 from recipe import parser, run
 from transformers import (
@@ -40,17 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=classes)
     else:
         tokenizer = train_tokenizer([text for text, _ in parts[0]], VOCABULARY)
-        config = DistilBertConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=args.max_length,
-            dim=args.width,
-            hidden_dim=2 * args.width,
-            n_layers=args.layers,
-            n_heads=4,
-            num_labels=classes,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = DistilBertForSequenceClassification(config)
+        model = _small_model(args, len(tokenizer), tokenizer.pad_token_id, classes)
     train, evaluation = (
         [
             {
@@ -67,6 +59,22 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     found = run(args, model, train, evaluation, exclude=HEAD, collator=collator)
     tokenizer.save_pretrained(args.output / "model")
     return found
+
+
+def _small_model(
+    args: argparse.Namespace, vocabulary: int, padding: int, classes: int
+) -> DistilBertForSequenceClassification:
+    config = DistilBertConfig(
+        vocab_size=vocabulary,
+        max_position_embeddings=args.max_length,
+        dim=args.width,
+        hidden_dim=2 * args.width,
+        n_layers=args.layers,
+        n_heads=4,
+        num_labels=classes,
+        pad_token_id=padding,
+    )
+    return DistilBertForSequenceClassification(config)
 
 
 if __name__ == "__main__":

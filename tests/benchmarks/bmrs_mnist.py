@@ -202,21 +202,7 @@ def shrunk(model: nn.Module, example: Tensor) -> nn.Module:
 
 def main() -> None:
     """Print the table and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of data")
-    parser.add_argument("--networks", nargs="+", choices=list(PAPER), default=list(PAPER))
-    parser.add_argument("--criteria", nargs="+", choices=[*CRITERIA, *MATCHED])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--pretrain", type=int, default=6, help="epochs without gates")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs with gates that may close")
-    parser.add_argument("--finetune", type=int, default=10, help="epochs of the shrunk network")
-    parser.add_argument("--multiplier", type=float, default=15.0, help="gates' learning rate")
-    parser.add_argument("--kl", type=_scale, default="mean", help="elbo, mean, sum or a number")
-    parser.add_argument("--anneal", type=float, default=0.0, help="epochs until all KL counts")
-    parser.add_argument("--noise", default="example", help="example, batch or element")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("results/bmrs_mnist.json"))
-    arguments = parser.parse_args()
+    arguments = _parser().parse_args()
     arguments.criteria = arguments.criteria or [*CRITERIA, *MATCHED]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     images = Images.load(arguments.data, arguments.device)
@@ -236,6 +222,24 @@ def main() -> None:
                 print(list(table)[-1], flush=True)
                 table.to_json(arguments.output)
     print(beside_the_paper(table).to_text())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of data")
+    parser.add_argument("--networks", nargs="+", choices=list(PAPER), default=list(PAPER))
+    parser.add_argument("--criteria", nargs="+", choices=[*CRITERIA, *MATCHED])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretrain", type=int, default=6, help="epochs without gates")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs with gates that may close")
+    parser.add_argument("--finetune", type=int, default=10, help="epochs of the shrunk network")
+    parser.add_argument("--multiplier", type=float, default=15.0, help="gates' learning rate")
+    parser.add_argument("--kl", type=_scale, default="mean", help="elbo, mean, sum or a number")
+    parser.add_argument("--anneal", type=float, default=0.0, help="epochs until all KL counts")
+    parser.add_argument("--noise", default="example", help="example, batch or element")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path("results/bmrs_mnist.json"))
+    return parser
 
 
 def beside_the_paper(table: ResultsTable) -> ResultsTable:

@@ -42,9 +42,10 @@ def slowly(
     """Remove the least unit that may go, one after the other, until enough parameters are gone."""
     left = {group.name: set(range(group.units)) for group in groups}
     start = costs.parameters({})
-    while costs.parameters({name: len(units) for name, units in left.items()}) > (
-        1 - sparsity
-    ) * start + 1e-9:
+    while (
+        costs.parameters({name: len(units) for name, units in left.items()})
+        > (1 - sparsity) * start + 1e-9
+    ):
         candidates = [
             (float(scores[group.name][unit]), index, unit)
             for index, group in enumerate(groups)

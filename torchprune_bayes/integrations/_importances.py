@@ -61,7 +61,7 @@ def importance_of(name: str, calibration: Calibration) -> UnitImportance:
 
 
 def _takes_calibration(kind: Any) -> bool:
-    if not (inspect.isclass(kind) and issubclass(kind, UnitImportance)):
+    if not (inspect.isclass(kind) and issubclass(kind, UnitImportance)) or inspect.isabstract(kind):
         return False
     known = inspect.signature(kind.__init__).parameters
     needed = [

@@ -26,7 +26,7 @@ class RegisteredMethod:
     @property
     def is_structured(self) -> bool:
         """Whether it prunes whole units, so that calls over single weights refuse it."""
-        return self.method.PRUNING_TYPE == "structured"
+        return getattr(self.method, "PRUNING_TYPE", None) == "structured"
 
 
 _METHODS: dict[str, RegisteredMethod] = {}

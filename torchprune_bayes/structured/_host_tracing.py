@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -95,21 +96,9 @@ def trace(
         MissingExtraError: If torch-pruning is not installed.
         ArgumentError: If the model gives no tensor that depends on a parameter.
     """
-    try:
-        from torch_pruning import DependencyGraph
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Expected torch-pruning to be installed for tracing a model, got {error}; "
-            'run `pip install "torchprune_bayes[torch-pruning]"`.'
-        ) from error
+    graph_class = _dependency_graph()
     twin = sharing_copy(model)
     outputs: list[Tensor] = []
-    calls: Counter[nn.Module] = Counter()
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output: calls.update([module]))
-        for module in twin.modules()
-        if any(parameter is not None for parameter in module._parameters.values())
-    ]
 
     def differentiable(output: Any) -> list[Tensor]:
         outputs.extend(tensor for tensor in tensors_in(output) if tensor.grad_fn is not None)
@@ -121,19 +110,45 @@ def trace(
         return outputs
 
     device = next((parameter.device for parameter in twin.parameters()), None)
-    with IsolatedRandomness(0, device), torch.enable_grad(), warnings.catch_warnings():
+    with (
+        IsolatedRandomness(0, device),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+        _counted_calls(twin) as calls,
+    ):
         warnings.simplefilter("ignore")
-        graph = DependencyGraph().build_dependency(
+        graph = graph_class().build_dependency(
             twin,
             example_inputs,
             forward_fn=lambda model, inputs: run(model, inputs, forward_fn),
             output_transform=differentiable,
             verbose=False,
         )
-    for handle in handles:
-        handle.remove()
     _limit(graph, timeout_seconds)
     return Trace(twin, graph, outputs, calls)
+
+
+def _dependency_graph() -> Any:
+    try:
+        from torch_pruning import DependencyGraph
+    except ImportError as error:
+        raise MissingExtraError(
+            f"Expected torch-pruning to be installed for tracing a model, got {error}; "
+            'run `pip install "torchprune_bayes[torch-pruning]"`.'
+        ) from error
+    return DependencyGraph
+
+
+@contextmanager
+def _counted_calls(model: nn.Module) -> Iterator[Counter[nn.Module]]:
+    """Count how often each module with parameters of its own runs."""
+    calls: Counter[nn.Module] = Counter()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if any(parameter is not None for parameter in module._parameters.values()):
+                hook = module.register_forward_hook(lambda module, _, __: calls.update([module]))
+                stack.callback(hook.remove)
+        yield calls
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

@@ -126,10 +126,11 @@ def shrink(
             run.step(target, fraction, scope, min_keep, round_to)
         plan = run.whole_plan()
         difference = run.difference(plan, example_inputs, forward_fn) if verify else None
+        replaced = run.replaced()
         for copy in [ema] if isinstance(ema, nn.Module) else ema:
             run.changes.append(slice_ema(copy, plan))
         if optimizer is not None:
-            slice_optimizer(optimizer, plan, run.replaced())
+            slice_optimizer(optimizer, plan, replaced)
     except BaseException:
         run.undo()
         raise
