@@ -19,17 +19,32 @@ Importing this package loads torch, safetensors and tqdm, and no optional depend
 from importlib.metadata import version as _version
 
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.curvature import EmpiricalFisher, EmpiricalFisherDiagonal, KroneckerFactors
+from torchprune_bayes.curvature import (
+    EmpiricalFisher,
+    EmpiricalFisherDiagonal,
+    KroneckerFactors,
+    LayerCurvature,
+)
+from torchprune_bayes.laplace import Posterior
 from torchprune_bayes.methods import (
+    BMRS,
     CBS,
+    FORCE,
     KFAC,
+    OPD,
+    SNIP,
     DiagonalFisher,
+    GraSP,
     GreedyOBS,
     HessianDiagonal,
+    IterativeSNIP,
+    LaplaceEvidence,
     LayerMagnitude,
     Magnitude,
     PostUpdateCBS,
     PruningMethod,
+    SNIPit,
+    SynFlow,
     WoodFisher,
     WoodTaylor,
     bake,
@@ -41,30 +56,51 @@ from torchprune_bayes.methods import (
     registered_methods,
 )
 from torchprune_bayes.params import prunable_parameters
-from torchprune_bayes.schedules import constant, cubic, geometric, linear, one_shot
-from torchprune_bayes.training import GradualPruner, keep_sparse, reestimate_batch_norm
+from torchprune_bayes.schedules import constant, cubic, geometric, halving, linear, one_shot
+from torchprune_bayes.training import (
+    GateTraining,
+    GradualPruner,
+    IterativeMagnitudePruning,
+    SpaM,
+    keep_sparse,
+    reestimate_batch_norm,
+)
 from torchprune_bayes.types import Decision, Masks, Scores
 
 __version__ = _version("torchprune_bayes")
 
 __all__ = [
+    "BMRS",
     "CBS",
+    "FORCE",
     "KFAC",
+    "OPD",
+    "SNIP",
     "Calibration",
     "Decision",
     "DiagonalFisher",
     "EmpiricalFisher",
     "EmpiricalFisherDiagonal",
+    "GateTraining",
+    "GraSP",
     "GradualPruner",
     "GreedyOBS",
     "HessianDiagonal",
+    "IterativeMagnitudePruning",
+    "IterativeSNIP",
     "KroneckerFactors",
+    "LaplaceEvidence",
+    "LayerCurvature",
     "LayerMagnitude",
     "Magnitude",
     "Masks",
     "PostUpdateCBS",
+    "Posterior",
     "PruningMethod",
+    "SNIPit",
     "Scores",
+    "SpaM",
+    "SynFlow",
     "WoodFisher",
     "WoodTaylor",
     "bake",
@@ -73,6 +109,7 @@ __all__ = [
     "detach_views",
     "export_masks",
     "geometric",
+    "halving",
     "import_masks",
     "keep_sparse",
     "linear",

@@ -78,7 +78,7 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     add("--prune-options", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     add("--prune-structured", action="store_true", help="remove channels and heads instead")
     names = sorted(importances_by_name())
-    add("--prune-importance", default="magnitude", choices=names, help="with --prune-structured")
+    add("--prune-importance", default="l1filter", choices=names, help="with --prune-structured")
     add("--prune-target", default="params", choices=["channels", "params", "flops"])
     add("--calib-samples", type=int, default=512)
     add("--calib-batch-size", type=int, default=64)

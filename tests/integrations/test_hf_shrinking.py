@@ -9,9 +9,9 @@ from torch import nn
 from transformers import Trainer
 
 from tests.integrations.hf_cases import Sentences, arguments, classifier
-from torchprune_bayes.integrations._importances import MagnitudeImportance
 from torchprune_bayes.integrations.hf import ShrinkingCallback
 from torchprune_bayes.structured import load_shrunk
+from torchprune_bayes.structured.importances.magnitude import L1FilterImportance
 
 EXAMPLE = {"input_ids": torch.arange(3, 9).unsqueeze(0)}
 HEAD = ["classifier", "pre_classifier"]
@@ -19,7 +19,7 @@ HEAD = ["classifier", "pre_classifier"]
 
 def shrinking(at: int) -> ShrinkingCallback:
     return ShrinkingCallback(
-        lambda model: MagnitudeImportance(),
+        lambda model: L1FilterImportance(),
         EXAMPLE,
         at=at,
         sparsity=0.3,

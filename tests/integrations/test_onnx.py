@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchprune_bayes.integrations._importances import MagnitudeImportance
 from torchprune_bayes.structured import shrink
+from torchprune_bayes.structured.importances.magnitude import L1FilterImportance
 
 
 def test_a_shrunk_model_exports_to_onnx(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_a_shrunk_model_exports_to_onnx(tmp_path: Path) -> None:
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5)
     ).eval()
     example = torch.randn(1, 3, 6, 6)
-    shrink(model, example, MagnitudeImportance(), sparsity=0.5, target="channels")
+    shrink(model, example, L1FilterImportance(), sparsity=0.5, target="channels")
     path = str(tmp_path / "model.onnx")
     torch.onnx.export(model, (example,), path, dynamo=True)
     loaded = onnx.load(path)

@@ -112,7 +112,7 @@ def explicit_gate_gradients(
     }
     loss = loss_fn(model(x, gates, where), y)
     found = torch.autograd.grad(loss, list(gates.values()))
-    return dict(zip(gates, found, strict=True)), float(loss)
+    return dict(zip(gates, found, strict=True)), float(loss.detach())
 
 
 def sample_gradients(

@@ -66,10 +66,8 @@ def test_the_line_is_that_of_removing_one_by_one(units, sparsity, data):
     groups = groups_of(*units)
     costs = chain_costs(groups)
     few = st.integers(-2, 2).map(float)
-    scores = {
-        group.name: torch.tensor(data.draw(st.lists(few, min_size=group.units, max_size=group.units)))
-        for group in groups
-    }  # fmt: skip
+    rows = [data.draw(st.lists(few, min_size=count, max_size=count)) for count in units]
+    scores = {group.name: torch.tensor(row) for group, row in zip(groups, rows, strict=True)}
     line = line_up(groups, scores)
     least = costs.parameters(line.left(len(line.group)))
     if least > (1 - sparsity) * costs.parameters({}):
@@ -138,7 +136,7 @@ def test_what_is_left_is_a_multiple(units, round_to, min_keep):
         assert left >= min_keep
         assert line.left(blocks - 1)[group.name] - left <= round_to
     last = line.left(len(line.group))["g0"]
-    assert last - round_to < min_keep or last == units or last == round_to
+    assert last - round_to < min_keep or last in (units, round_to)
 
 
 def test_blocks_are_ranked_by_their_mean():

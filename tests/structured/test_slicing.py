@@ -229,7 +229,7 @@ class _Special(nn.Parameter):
 
 def test_groups_of_another_model_are_refused():
     model, groups = chain()
-    with pytest.raises(ArgumentError, match="a tensor `0.weight` with dimension 0"):
+    with pytest.raises(ArgumentError, match=r"a tensor `0\.weight` with dimension 0"):
         plan_of(nn.Tanh(), groups, {"0": torch.tensor([1])})
     model[2] = nn.Linear(2, 2)
     with pytest.raises(ArgumentError, match=r"positions in \[0, 2\) for `2.weight`"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,12 @@ from torch.nn.utils import parametrizations, prune
 from tests.contracts.state import unchanged
 from tests.references.masked_twin import masked_twin, random_kept
 from tests.structured.models import SMALL, build, images, timm_model, torchvision_model, unsettled
-from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
+from torchprune_bayes.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    MissingExtraError,
+    ParameterError,
+)
 from torchprune_bayes.structured import _host_tracing
 from torchprune_bayes.structured.groups import AttributeRule, UnitGroup
 from torchprune_bayes.structured.slicing import apply_plan, plan_of
@@ -185,6 +192,13 @@ def test_a_failing_forward_pass_leaves_no_trace():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_gradients_may_be_off():
+    for mode in (torch.no_grad, torch.inference_mode):
+        model, inputs = build("vgg"), images()
+        with mode():
+            assert len(find_groups(model, inputs)) == 3
+
+
 def test_inputs_come_in_any_form():
     model = Reused()
     inputs = torch.zeros(1, 3)
@@ -284,3 +298,32 @@ def test_numbers_that_timm_keeps_for_the_head_follow():
     assert model.num_features == model.fc.in_features == 100
     model.reset_classifier(3)
     assert model(images(1, 64)).shape == (1, 3)
+
+
+def test_without_torch_pruning_tracing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    model = build("vgg")
+    with (
+        unchanged(model),
+        pytest.raises(MissingExtraError, match=r"torchprune_bayes\[torch-pruning"),
+    ):
+        find_groups(model, images())
+
+
+WITHOUT_HOST = """
+import sys
+import torchprune_bayes.structured as structured
+assert "torch_pruning" not in sys.modules
+sys.modules["torch_pruning"] = None
+import timm, torch
+class Random(structured.UnitImportance):
+    def score(self, group, model):
+        return torch.rand(group.units)
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+report = structured.shrink(model, torch.zeros(1, 3, 32, 32), Random(), sparsity=0.1)
+assert report.parameters.sparsity >= 0.1
+"""
+
+
+def test_served_families_need_no_torch_pruning():
+    subprocess.run([sys.executable, "-c", WITHOUT_HOST], check=True)

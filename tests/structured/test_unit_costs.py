@@ -128,5 +128,5 @@ def test_tied_parameters_count_once():
 
 def test_groups_of_another_model_are_refused():
     slices = (UnitSlice("body.weight", 0, torch.arange(2)[:, None], "producer"),)
-    with pytest.raises(ArgumentError, match="a tensor `body.weight` in the model"):
+    with pytest.raises(ArgumentError, match=r"a tensor `body\.weight` in the model"):
         UnitCosts.measure(nn.Linear(2, 2), [UnitGroup("body", "hidden", 2, slices)])

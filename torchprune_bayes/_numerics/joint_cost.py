@@ -95,7 +95,9 @@ def _root(gradients: Tensor) -> Tensor:
 
 
 def _by_entries(columns: Tensor, own: Tensor, factor: Tensor) -> Tensor:
-    whitened = torch.linalg.solve_triangular(factor.expand(len(columns), -1, -1), columns, upper=False)
+    whitened = torch.linalg.solve_triangular(
+        factor.expand(len(columns), -1, -1), columns, upper=False
+    )
     rest = -(whitened.mT @ whitened)
     rest.diagonal(dim1=-2, dim2=-1).add_(1.0)
     solved = torch.cholesky_solve(own.unsqueeze(-1), safe_cholesky(rest))

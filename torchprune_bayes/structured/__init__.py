@@ -36,17 +36,25 @@ from torchprune_bayes.structured.unit_costs import UnitCosts
 __all__ = [
     "Amount",
     "AttributeRule",
+    "BMRSImportance",
     "GroupChange",
     "Kept",
+    "L1FilterImportance",
+    "LaplaceEvidenceImportance",
+    "OPDImportance",
+    "RandomImportance",
+    "SNAPitImportance",
     "ShrinkPlan",
     "ShrinkReport",
     "UnitCosts",
     "UnitGroup",
     "UnitImportance",
     "UnitSlice",
+    "WoodFisherImportance",
     "apply_plan",
     "find_groups",
     "groups_after",
+    "halving_path",
     "load_shrunk",
     "plan_of",
     "save_shrunk",
@@ -58,8 +66,31 @@ __all__ = [
 
 if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
+    from torchprune_bayes.structured.importances import (
+        BMRSImportance,
+        L1FilterImportance,
+        LaplaceEvidenceImportance,
+        OPDImportance,
+        RandomImportance,
+        SNAPitImportance,
+        WoodFisherImportance,
+        halving_path,
+    )
 
-_NEEDS_HOST = {"UnitImportance": "torchprune_bayes.structured.importance"}
+_IMPORTANCES = (
+    "BMRSImportance",
+    "L1FilterImportance",
+    "LaplaceEvidenceImportance",
+    "OPDImportance",
+    "RandomImportance",
+    "SNAPitImportance",
+    "WoodFisherImportance",
+    "halving_path",
+)
+_NEEDS_HOST = {
+    "UnitImportance": "torchprune_bayes.structured.importance",
+    **dict.fromkeys(_IMPORTANCES, "torchprune_bayes.structured.importances"),
+}
 """Names whose modules load torch-pruning, which saving and loading do not need."""
 
 

@@ -97,7 +97,8 @@ def trace(
         ArgumentError: If the model gives no tensor that depends on a parameter.
     """
     graph_class = _dependency_graph()
-    twin = sharing_copy(model)
+    with torch.inference_mode(False):
+        twin = sharing_copy(model)
     outputs: list[Tensor] = []
 
     def differentiable(output: Any) -> list[Tensor]:
@@ -112,6 +113,7 @@ def trace(
     device = next((parameter.device for parameter in twin.parameters()), None)
     with (
         IsolatedRandomness(0, device),
+        torch.inference_mode(False),
         torch.enable_grad(),
         warnings.catch_warnings(),
         _counted_calls(twin) as calls,

@@ -27,7 +27,7 @@ class Amount:
         return 1.0 - self.after / self.before if self.before else 0.0
 
     def __str__(self) -> str:
-        return f"{self.before:,} -> {self.after:,} ({-self.sparsity:+.1%})"
+        return f"{self.before:,} -> {self.after:,} ({0.0 - self.sparsity:+.1%})"
 
 
 @dataclass(frozen=True)

@@ -56,11 +56,11 @@ def shrink(
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; ``None``
             for a model of a served family, without FLOPs and verification.
         importance: An importance of this library, or one of torch-pruning's.
-        sparsity: Fraction of the whole, in [0, 1), that is to be gone. What cannot be removed, such
-            as the classifier, counts as well.
-        target: What the sparsity counts: ``"params"``, ``"flops"``, or ``"channels"``, that is,
-            units. ``"evidence"`` takes no sparsity and removes all units that score below
-            ``importance.threshold``.
+        sparsity: Fraction of the whole, in [0, 1), that is to be gone.
+        target: What the sparsity counts: ``"params"`` or ``"flops"`` of the whole model, with the
+            classifier and all else that cannot be removed, or ``"channels"``, that is, units of
+            all groups that are not ignored. ``"evidence"`` takes no sparsity and removes all units
+            that score below ``importance.threshold``.
         steps: In how many equal steps, each with new scores, or the sparsities after each step.
         scope: ``"global"`` compares scores between groups; with ``"layer"`` all groups lose the
             same fraction of their units.
@@ -108,11 +108,7 @@ def shrink(
     check_count("min_keep", min_keep)
     check_count("round_to", round_to)
     scorer = as_unit_importance(importance, example_inputs, forward_fn)
-    if target == "evidence" and (scorer.threshold is None or scope != "global"):
-        raise ArgumentError(
-            "Expected an importance with a threshold and the global scope for "
-            f"target='evidence', got threshold={scorer.threshold} and scope={scope!r}."
-        )
+    _check_threshold(scorer, target, scope)
     if verify and example_inputs is None:
         raise ArgumentError("Expected `example_inputs` to verify with, got None.")
     if groups is None:
@@ -149,6 +145,14 @@ def _shrinkable(model: nn.Module) -> nn.Module:
             )
     check_plain(inner)
     return inner
+
+
+def _check_threshold(importance: UnitImportance, target: str, scope: str) -> None:
+    if target == "evidence" and (importance.threshold is None or scope != "global"):
+        raise ArgumentError(
+            "Expected an importance with a threshold and the global scope for "
+            f"target='evidence', got threshold={importance.threshold} and scope={scope!r}."
+        )
 
 
 def _targets(

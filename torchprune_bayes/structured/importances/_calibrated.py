@@ -106,7 +106,9 @@ def pieces_of(group: UnitGroup, *roles: str) -> list[UnitSlice]:
     return [piece for piece in group.slices if piece.role in roles]
 
 
-def space_of(model: nn.Module, pieces: Sequence[UnitSlice]) -> tuple[ParameterSpace, dict[str, str]]:
+def space_of(
+    model: nn.Module, pieces: Sequence[UnitSlice]
+) -> tuple[ParameterSpace, dict[str, str]]:
     """Return the parameters that pieces lie in, frozen ones too, and their names by any name.
 
     Args:

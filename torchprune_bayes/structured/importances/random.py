@@ -12,7 +12,7 @@ from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.importance import UnitImportance
 
 
-class RandomUnitImportance(UnitImportance):
+class RandomImportance(UnitImportance):
     """Uniform scores, which depend on the seed, the group's name and its size alone.
 
     The global random generators are neither used nor moved.
@@ -26,8 +26,8 @@ class RandomUnitImportance(UnitImportance):
 
     Example:
         >>> group = UnitGroup("fc1", "hidden", 3, ())
-        >>> first = RandomUnitImportance(seed=1).score(group, nn.Identity())
-        >>> torch.equal(first, RandomUnitImportance(seed=1).score(group, nn.Identity()))
+        >>> first = RandomImportance(seed=1).score(group, nn.Identity())
+        >>> torch.equal(first, RandomImportance(seed=1).score(group, nn.Identity()))
         True
     """
 

@@ -140,16 +140,17 @@ def _by_hooks(calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str
         for batch in calibration.batches():
             with torch.enable_grad():
                 loss = calibration.loss(None, batch)
+                if not loss.requires_grad:  # no reader was called
+                    continue
                 found = torch.autograd.grad(loss, [*gates.values()], materialize_grads=True)
             for name, gradient in zip(gates, found, strict=True):
                 total[name] += gradient.double() * (batch_size(batch) / calibration.num_samples)
-    for group in groups:
-        for piece in pieces_of(group, "consumer"):
-            if piece.name not in called:
-                raise ParameterError(
-                    f"Expected the layer of `{piece.name}` to be called on a tensor, got no such "
-                    "call, so that no gate can stand there: use gate='consumer'."
-                )
+    readers = [piece.name for group in groups for piece in pieces_of(group, "consumer")]
+    if idle := [name for name in readers if name not in called]:
+        raise ParameterError(
+            f"Expected the layer of `{idle[0]}` to be called on a tensor, got no such call, so "
+            "that no gate can stand there: use gate='consumer'."
+        )
     return total
 
 

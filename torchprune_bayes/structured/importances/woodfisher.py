@@ -187,9 +187,7 @@ class Pairs(NamedTuple):
         return Pairs(self.entries.to(device), self.units.to(device))
 
 
-def _owned(
-    group: UnitGroup, names: Mapping[str, str], shapes: Mapping[str, torch.Size]
-) -> Pairs:
+def _owned(group: UnitGroup, names: Mapping[str, str], shapes: Mapping[str, torch.Size]) -> Pairs:
     """Positions in the vector of all tensors; an entry in a unit's row and column counts once."""
     offsets, end = {}, 0
     for name, shape in shapes.items():

@@ -1,0 +1,76 @@
+"""Costs of many weights at once against formed inverses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.references.fisher import damped_fisher, joint_update
+from tests.references.node_sensitivity import joint_obs_cost
+from torchprune_bayes._numerics.joint_cost import joint_costs, own_costs
+
+INDICES = torch.arange(24).reshape(4, 6)
+VALID = torch.ones(4, 6, dtype=torch.bool)
+VALID[2, 3:] = False
+
+
+def block(samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(samples, 24, dtype=torch.float64, generator=generator)
+    return gradients, torch.randn(24, dtype=torch.float64, generator=generator)
+
+
+def pruned(unit: int) -> Tensor:
+    mask = torch.zeros(24, dtype=torch.bool)
+    mask[INDICES[unit][VALID[unit]]] = True
+    return mask
+
+
+@pytest.mark.parametrize("samples", [3, 9, 40])
+def test_all_forms_are_those_of_formed_inverses(samples):
+    # Fewer gradients than a unit has entries, more than that, and more than the block has.
+    gradients, weights = block(samples)
+    found = joint_costs(gradients, 0.1, weights, INDICES, VALID)
+    fisher = damped_fisher(gradients, 0.1)
+    expected = [joint_obs_cost(fisher, weights, pruned(unit)) for unit in range(4)]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-9, atol=0.0)
+
+
+@given(st.integers(1, 30), st.floats(1e-4, 10.0), st.integers(0, 50))
+def test_the_cost_is_the_quadratic_at_the_best_answer(samples, damping, seed):
+    gradients, weights = block(samples, seed)
+    found = joint_costs(gradients, damping, weights, INDICES, VALID)
+    fisher = damped_fisher(gradients, damping)
+    for unit in range(4):
+        move = joint_update(gradients, damping, weights, ~pruned(unit), step=0.0)
+        assert float(found[unit]) == pytest.approx(float(0.5 * move @ fisher @ move), rel=1e-6)
+
+
+@pytest.mark.parametrize("samples", [3, 40])
+def test_units_in_small_pieces_cost_the_same(samples):
+    gradients, weights = block(samples)
+    whole = joint_costs(gradients, 0.1, weights, INDICES, VALID)
+    pieces = joint_costs(gradients, 0.1, weights, INDICES, VALID, memory_bytes=1.0)
+    torch.testing.assert_close(pieces, whole)
+
+
+def test_no_units_cost_nothing():
+    gradients, weights = block(3)
+    none = torch.zeros(0, 1, dtype=torch.long)
+    assert joint_costs(gradients, 0.1, weights, none, none.bool()).shape == (0,)
+
+
+def test_own_costs_add_up_over_parts_of_the_gradients():
+    gradients, weights = block(7)
+    entries = INDICES[VALID]
+    units = torch.arange(4)[:, None].expand(4, 6)[VALID]
+    whole = own_costs(gradients, weights, entries, units, 4)
+    parts = sum(own_costs(rows, weights, entries, units, 4) for rows in gradients.split(3))
+    torch.testing.assert_close(parts, whole)
+    for unit in range(4):
+        own = pruned(unit)
+        expected = 0.5 * (gradients[:, own] @ weights[own]).square().sum()
+        torch.testing.assert_close(whole[unit], expected)
