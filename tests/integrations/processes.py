@@ -1,7 +1,12 @@
-"""Running a function in two processes that talk through gloo."""
+"""Running functions in other processes, two of which may talk through gloo.
+
+They are forked from a server that has never differentiated anything, because autograd does not work
+in the fork of a process that has used it, as one that ran other tests has.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -13,15 +18,18 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 PROCESSES = 2
+fresh = multiprocessing.get_context("forkserver")
+# What is imported late, at the first gradient, takes seconds in every process otherwise.
+_IMPORTED = ["torch._dynamo", "torch.distributed.tensor", "accelerate", "transformers"]
+fresh.set_forkserver_preload([*_IMPORTED, "torchprune_bayes"])
 
 
 def in_two_processes(function: Callable[..., Any], *args: Any) -> None:
     """Run ``function(*args)`` in two processes; fails if it fails in one, or if there is one."""
-    with warnings.catch_warnings():
-        # Newer Pythons warn about forking, which is how a function of a test can be run.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        debug_launcher(_checked, (function, args), num_processes=PROCESSES)
-    _forget()
+    process = fresh.Process(target=_launch, args=(function, args))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"{function.__name__} failed in another process"
 
 
 def accelerator(**options: Any) -> Accelerator:
@@ -41,13 +49,21 @@ def load_all(path: Path) -> list[Any]:
     return [torch.load(path.with_suffix(f".{rank}")) for rank in range(PROCESSES)]
 
 
+def _launch(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with warnings.catch_warnings():
+        # Newer Pythons warn about forking, which is how a function of a test can be run.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        debug_launcher(_checked, (function, args), num_processes=PROCESSES)
+
+
 def _checked(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    _forget()
+    forget_accelerator()
     assert os.environ["WORLD_SIZE"] == str(PROCESSES)
     function(*args)
 
 
-def _forget() -> None:
+def forget_accelerator() -> None:
+    """Undo what accelerate remembers of earlier accelerators of this process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.integrations.processes import PROCESSES, in_two_processes, load_all, save_from
+from tests.integrations.processes import (
+    PROCESSES,
+    forget_accelerator,
+    in_two_processes,
+    load_all,
+    save_from,
+)
 from tests.integrations.scripts import recipe
 
 QUICK = ["--cpu", "--epochs", "1", "--calibration-samples", "24", "--batch-size", "64"]
@@ -31,6 +37,7 @@ def test_the_recipe_runs_in_two_processes(tmp_path: Path) -> None:
 
 
 def test_the_recipe_runs_alone(tmp_path: Path) -> None:
+    forget_accelerator()  # of tests before this one
     with recipe("accelerate", "prune_digits") as module:
         found = module.main(
             [*QUICK, "--accumulate", "2", "--mixed-precision", "bf16", "--output", str(tmp_path)]

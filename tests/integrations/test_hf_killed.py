@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
@@ -11,11 +10,11 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from tests.integrations.hf_cases import Sentences, arguments, classifier
+from tests.integrations.processes import fresh
 from torchprune_bayes import cubic
 from torchprune_bayes.integrations.hf import PruningCallback, last_whole_checkpoint
 
 KILLS = 5
-processes = multiprocessing.get_context("fork")
 
 
 class Report(TrainerCallback):
@@ -42,13 +41,13 @@ def train(folder: Path, progress: Any) -> Trainer:
 
 
 def test_a_killed_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    progress = processes.Value("i", 0)
+    progress = fresh.Value("i", 0)
     whole = train(tmp_path / "whole", progress)
     assert last_whole_checkpoint(tmp_path / "whole") == str(tmp_path / "whole" / "checkpoint-32")
     progress.value = 0
     for _ in range(KILLS):
         wanted = progress.value + random.randrange(1, 4)
-        process = processes.Process(target=train, args=(tmp_path / "killed", progress))
+        process = fresh.Process(target=train, args=(tmp_path / "killed", progress))
         process.start()
         while progress.value < wanted and process.is_alive():
             time.sleep(1e-3)

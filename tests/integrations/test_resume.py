@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tests.integrations.processes import fresh
 from torchprune_bayes import Calibration, EmpiricalFisher, GradualPruner, cubic
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.integrations._checkpoints import (
@@ -32,7 +32,6 @@ from torchprune_bayes.integrations.resume import (
 
 KILLS = 20
 STEPS = 200
-processes = multiprocessing.get_context("fork")
 
 
 def data(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -84,7 +83,7 @@ def kill_often(target: Callable[..., Any], args: tuple[Any, ...], progress: Any,
     """Start ``target`` again and again and kill it within its next ``every`` steps."""
     kills = 0
     while kills < KILLS:
-        process = processes.Process(target=target, args=args)
+        process = fresh.Process(target=target, args=args)
         process.start()
         wait_for(progress, progress.value + random.randrange(1, every), process)
         time.sleep(random.random() * 0.004)  # so that it is hit anywhere in a step, saving included
@@ -101,7 +100,7 @@ def kill_often(target: Callable[..., Any], args: tuple[Any, ...], progress: Any,
 def test_killed_and_started_again_ends_in_the_same_masks_and_weights(
     tmp_path: Path, mode: str
 ) -> None:
-    counter = processes.Value("i", 0)
+    counter = fresh.Value("i", 0)
     whole = train(tmp_path / "whole.pt", counter, mode)
     counter.value = 0
     path = tmp_path / "killed.pt"
@@ -149,7 +148,7 @@ def checkpointed(folder: Path, memory_mb: float = 1024.0) -> CheckpointedCalibra
 
 
 def test_a_killed_collection_of_gradients_goes_on(tmp_path: Path) -> None:
-    counter = processes.Value("i", 0)
+    counter = fresh.Value("i", 0)
     plain = Calibration(
         checkpointed(tmp_path).model, [data(s) for s in range(8)], cross_entropy, mini_batch=2
     )
@@ -198,7 +197,7 @@ def test_refuses_other_parts(tmp_path: Path) -> None:
 
 
 def test_the_file_of_a_pruner_is_checked(tmp_path: Path) -> None:
-    found = train(tmp_path / "last.pt", processes.Value("i", 0), stop=30)
+    found = train(tmp_path / "last.pt", fresh.Value("i", 0), stop=30)
     path = tmp_path / "masks.safetensors"
     save_pruner(found["pruner"], path)
     record, masks = read_pruner(path)

@@ -13,6 +13,10 @@ with one matrix of size ``|P|``, or one of size ``N``, for each unit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
@@ -20,72 +24,87 @@ from torchprune_bayes._numerics.cholesky import safe_cholesky
 from torchprune_bayes._numerics.fisher_blocks import gram
 
 
-def joint_costs(
-    gradients: Tensor,
-    damping: float,
-    weights: Tensor,
-    indices: Tensor,
-    valid: Tensor,
-    memory_bytes: float = 2.0**28,
-) -> Tensor:
-    """Cost of removing each unit alone, with the exact answer of all other entries of the block.
+class JointCosts:
+    """Costs of removing units, each alone, with the best answer of all other entries of a block.
 
     Args:
         gradients: ``[N, B]``.
         damping: ``λ > 0``.
         weights: ``[B]``.
-        indices: ``[units, m]``, the entries of each unit, each entry once, padded at will.
-        valid: Boolean ``[units, m]``, ``False`` for padding.
         memory_bytes: Room for the matrices of the units that are dealt with at one time.
 
-    Returns:
-        ``[units]`` float64.
-
-    Cost: ``N²B`` once, ``N²m + n³/3`` for each unit with ``n = min(N, m)``.
+    Cost: ``N²B`` for the block, ``N²m + n³/3`` for each unit of ``m`` entries, ``n = min(N, m)``.
 
     Example:
-        >>> g, w = torch.tensor([[1.0, 0.0]]), torch.tensor([2.0, 3.0])
+        >>> block = JointCosts(torch.tensor([[1.0, 0.0]]), 1.0, torch.tensor([2.0, 3.0]))
         >>> both = torch.tensor([[0], [1]])
-        >>> joint_costs(g, 1.0, w, both, torch.ones_like(both, dtype=torch.bool))
+        >>> block.of(both, torch.ones_like(both, dtype=torch.bool))
         tensor([4.0000, 4.5000], dtype=torch.float64)
     """
-    rows, damped = _root(gradients), len(gradients) * damping
-    inner = gram(rows)
-    inner.diagonal().add_(damped)
-    longest, smaller = indices.shape[1], min(indices.shape[1], len(rows))
-    by_entries = longest <= len(rows)
-    factor = safe_cholesky(inner) if by_entries else inner
-    per_unit = 8 * (3 * len(rows) * longest + 3 * smaller**2)
-    chunk = max(int(memory_bytes / per_unit), 1)
-    costs = []
-    for index, real in zip(indices.split(chunk), valid.split(chunk), strict=True):
-        own = weights[index].double() * real  # [units, m]
-        columns = rows[:, index].transpose(0, 1).double() * real.unsqueeze(1)  # [units, N, m]
-        form = _by_entries if by_entries else _by_samples
-        costs.append(0.5 * damping * form(columns, own, factor))
-    return torch.cat(costs) if costs else weights.new_zeros(0, dtype=torch.float64)
+
+    def __init__(
+        self, gradients: Tensor, damping: float, weights: Tensor, memory_bytes: float = 2.0**28
+    ) -> None:
+        self.damping, self.weights, self.memory_bytes = damping, weights, memory_bytes
+        self._rows = _root(gradients)
+        self._inner = gram(self._rows)
+        self._inner.diagonal().add_(len(gradients) * damping)
+
+    def of(self, indices: Tensor, valid: Tensor) -> Tensor:
+        """Cost of each unit.
+
+        Args:
+            indices: ``[units, m]``, the entries of each unit, each entry once, padded at will.
+            valid: Boolean ``[units, m]``, ``False`` for padding.
+
+        Returns:
+            ``[units]`` float64.
+        """
+        longest, count = indices.shape[1], len(self._rows)
+        per_unit = 8 * 3 * (count * longest + min(longest, count) ** 2)
+        chunk = max(int(self.memory_bytes / max(per_unit, 1)), 1)
+        costs = [self.weights.new_zeros(0, dtype=torch.float64)]
+        for index, real in zip(indices.split(chunk), valid.split(chunk), strict=True):
+            own = self.weights[index].double() * real  # [units, m]
+            columns = self._rows[:, index].transpose(0, 1).double() * real.unsqueeze(1)
+            if longest <= count:
+                rise = _by_entries(columns, own, self._factor)
+            else:
+                rise = _by_samples(columns, own, self._inner)
+            costs.append(0.5 * self.damping * rise)
+        return torch.cat(costs)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return safe_cholesky(self._inner)
 
 
-def own_costs(
-    gradients: Tensor, weights: Tensor, entries: Tensor, units: Tensor, count: int
-) -> Tensor:
-    """``½ Σ_n (g_nP · w_P)²``, what removing each unit costs if nothing else moves.
-
-    Without damping and not divided by the number of gradients, so that parts of them add up.
+def sums_of_units(values: Tensor, owned: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Sum over all that each unit owns of a tensor, an entry in its row and its column once.
 
     Args:
-        gradients: ``[N, B]``.
-        weights: ``[B]``.
-        entries: ``[pairs]``, positions in the block.
-        units: ``[pairs]``, the unit that owns each of them.
-        count: Number of units.
+        values: ``[k, *shape]``, ``k`` tensors of one shape.
+        owned: Pairs of a dimension of ``shape`` and the positions ``[units, entries]`` along it;
+            those along one dimension have nothing in common.
 
     Returns:
-        ``[count]`` float64.
+        ``[k, units]`` float64.
+
+    Example:
+        >>> one = torch.tensor([[0]])
+        >>> sums_of_units(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), [(0, one), (1, one)])
+        tensor([[6.]], dtype=torch.float64)
     """
-    changes = gradients.new_zeros(len(gradients), count, dtype=torch.float64)
-    changes.index_add_(1, units, (gradients[:, entries] * weights[entries]).double())
-    return 0.5 * changes.square().sum(0)
+    total = values.new_zeros(len(values), len(owned[0][1]), dtype=torch.float64)
+    for dim, positions in owned:
+        lines = values.movedim(dim + 1, 1).unsqueeze(-1).flatten(2).sum(2, dtype=torch.float64)
+        total += lines[:, positions].sum(2)
+    for (dim, rows), (other, columns) in combinations(owned, 2):
+        if dim != other:  # where they cross, both have counted
+            plane = values.movedim((dim + 1, other + 1), (1, 2)).unsqueeze(-1).flatten(3)
+            crossing = plane.sum(3, dtype=torch.float64)
+            total -= crossing[:, rows[:, :, None], columns[:, None, :]].sum((2, 3))
+    return total
 
 
 def _root(gradients: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--sparsities",
         nargs="+",
         type=float,
-        default=[0.5, 0.7, 0.8, 0.9, 0.95, 0.98],
+        default=[0.5, 0.8, 0.9, 0.95, 0.98],
         metavar="S",
         help="fractions of the weights to prune, between 0 and 1",
     )

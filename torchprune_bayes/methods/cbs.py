@@ -54,6 +54,8 @@ class CBS(FirstOrderPruning):
         max_iterations: Iterations at most; each swaps up to ``swap_range`` pairs.
         gradient_step: Share ``η`` of the first-order term in the update, or ``"auto"``, a line
             search on held-out loss; with several steps this descends while it prunes.
+        stages: Parts of a step, as of :class:`~torchprune_bayes.WoodFisher`, each with a search of
+            its own.
         options: As of :class:`~torchprune_bayes.WoodFisher`: ``calibration``, ``curvature``,
             ``block_size``, ``damping``, ``update``, ``update_scale``, ``steps``, ``path``,
             ``scope``, ``pattern``, and so on. In an N:M pattern entries are swapped within their
@@ -98,9 +100,10 @@ class CBS(FirstOrderPruning):
         max_no_match: int = 3,
         max_iterations: int = 100,
         gradient_step: float | str = 0.0,
+        stages: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(amount, gradient_step=gradient_step, stages=1, **options)
+        super().__init__(amount, gradient_step=gradient_step, stages=stages, **options)
         self._screens = True
         check_choice("initial", initial, INITIALS)
         check_choice("objective", objective, OBJECTIVES)

@@ -249,16 +249,18 @@ def test_works_in_the_pruners_of_the_host(everywhere):
     tp = pytest.importorskip("torch_pruning")
     model, inputs = build("resnet"), images(8)
     calibration = Calibration(model, [(inputs, torch.arange(8) % 5)], cross_entropy)
+    importance = SNAPitImportance(calibration)
     pruner = tp.pruner.BasePruner(
         model,
         (inputs[:1],),
-        importance=SNAPitImportance(calibration),
+        importance=importance,
         pruning_ratio=0.5,
         iterative_steps=2,
         global_pruning=everywhere,
     )
     pruner.step()
     pruner.step()
+    assert importance._draws == 2, "one measurement for each step"
     assert model(inputs).shape == (8, 5), "the classifier keeps its outputs"
     widths = [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
     assert sum(widths) < sum(
@@ -285,6 +287,20 @@ def test_in_the_host_scores_follow_the_weights_and_are_taken_once_for_all_groups
         if a is not None:
             assert torch.equal(a, b)
             assert not torch.allclose(a, c)
+
+
+def test_a_group_without_a_gate_is_left_whole():
+    model, inputs = build("vgg"), images(4)
+    calibration = Calibration(model, [(inputs, torch.arange(4))], cross_entropy)
+    reads = UnitSlice("9.weight", 1, torch.arange(10)[:, None], "consumer")
+    makes = UnitSlice("9.weight", 0, torch.arange(5)[:, None], "producer")
+    silent = UnitGroup("7", "hidden", 10, (reads,))
+    output = UnitGroup("9", "hidden", 5, (makes,))
+    importance = SNAPitImportance(calibration, "producer")
+    importance.prepare(model, [silent, output])
+    assert importance.score(silent, model) is None
+    assert importance.score(output, model) is None, "nothing reads the outputs of the model"
+    assert importance._draws == 1
 
 
 def test_bad_input():

@@ -41,7 +41,7 @@ class CalibratedImportance(UnitImportance):
             raise ArgumentTypeError(f"Expected a Calibration, got {type(calibration).__name__}.")
         self.calibration = calibration
         self._draws = 0
-        self._scores: dict[str, Tensor] = {}
+        self._scores: dict[str, Tensor | None] = {}
         self._seen: list[tuple[weakref.ref[nn.Parameter], int]] = []
 
     @abstractmethod
@@ -68,7 +68,8 @@ class CalibratedImportance(UnitImportance):
                 "Expected the model of the calibration, without wrappers, got another one."
             )
         inner = [group for group in groups if pieces_of(group, "consumer")]
-        self._scores = self.measure(self.calibration.fresh(self._draws), inner) if inner else {}
+        found = self.measure(self.calibration.fresh(self._draws), inner) if inner else {}
+        self._scores = {group.name: found.get(group.name) for group in groups}
         self._draws += 1
         self._seen = [(weakref.ref(p), p._version) for p in model.parameters()]
 
@@ -95,7 +96,7 @@ class CalibratedImportance(UnitImportance):
     def _is_stale(self, group: UnitGroup) -> bool:
         """Whether these units were not scored, or weights that are still there have moved."""
         held = self._scores.get(group.name)
-        if held is None or len(held) != group.units:
+        if group.name not in self._scores or (held is not None and len(held) != group.units):
             return True
         present = ((reference(), version) for reference, version in self._seen)
         return any(p is not None and p._version != version for p, version in present)

@@ -86,7 +86,9 @@ class SNAPitImportance(CalibratedImportance):
         self, calibration: Calibration, groups: Sequence[UnitGroup]
     ) -> dict[str, Tensor]:
         """``Σ w ∂L/∂w`` over what carries the gate, by group."""
-        gated = {group.name: self._gated(group) for group in groups}
+        gated = {group.name: self._gated(group) for group in groups if self._gated(group)}
+        if not gated:
+            return {}
         space, names = space_of(calibration.model, [p for held in gated.values() for p in held])
         gradient = calibration.with_space(space).mean_gradient()
         values = space.values()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_fraction, check_positive
-from torchprune_bayes._numerics.joint_cost import joint_costs, own_costs
+from torchprune_bayes._numerics.joint_cost import JointCosts, sums_of_units
 from torchprune_bayes._numerics.obs import joint_directions
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher
@@ -84,32 +84,25 @@ class WoodFisherImportance(CalibratedImportance):
         pieces = [piece for group in groups for piece in group.slices if piece.role in _ROLES]
         space, names = space_of(calibration.model, pieces)
         calibration = calibration.with_space(space)
+        if self.block_size == "unit":
+            return self._alone(calibration, groups, names)
         shapes = {tensor.name: tensor.leaf.shape for tensor in space}
         owned = {group.name: _owned(group, names, shapes) for group in groups}
-        units = {group.name: group.units for group in groups}
-        if self.block_size == "unit":
-            return self._alone(calibration, owned, units)
         fisher = EmpiricalFisher(block_size=self.block_size).fit(calibration)
         fisher.damping = fisher.mean_square() if self.damping == "auto" else float(self.damping)
         fisher.damping = max(fisher.damping, torch.finfo(torch.float64).tiny)
         self._fisher = fisher
         weights = fisher.live.gather(space.values()).to(calibration.device)
         room = calibration.memory_mb * 2**20 / 4
-        costs = {name: weights.new_zeros(n, dtype=torch.float64) for name, n in units.items()}
+        costs = {
+            group.name: weights.new_zeros(group.units, dtype=torch.float64) for group in groups
+        }
         for start, gradients in _single_blocks(fisher):
-            stop = start + gradients.shape[1]
+            own = weights[start : start + gradients.shape[1]]
+            block = JointCosts(gradients, fisher.damping, own, room)
             for name, pairs in owned.items():
-                inside, index, valid = pairs.between(start, stop).padded()
-                if len(inside):
-                    found = joint_costs(
-                        gradients,
-                        fisher.damping,
-                        weights[start:stop],
-                        index.to(weights.device),
-                        valid.to(weights.device),
-                        room,
-                    )
-                    costs[name].index_add_(0, inside.to(weights.device), found)
+                units, index, valid = pairs.between(start, start + len(own)).padded(own.device)
+                costs[name].index_add_(0, units, block.of(index, valid))
         return costs
 
     def update(
@@ -123,71 +116,75 @@ class WoodFisherImportance(CalibratedImportance):
             kept: The units that stay.
         """
         fisher, self._fisher = self._fisher, None
-        if fisher is None or fisher.calibration is None or self.update_scale == 0:
+        calibration = None if fisher is None else fisher.calibration
+        if fisher is None or calibration is None or self.update_scale == 0:
             return None
-        values = fisher.calibration.space.values()
+        values = calibration.space.values()
         plan = plan_of(model, groups, kept)
         whole = {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
         stays = {name: plan.expand(name, plan.cut(name, mask)) for name, mask in whole.items()}
-        weights = fisher.live.gather(values).to(fisher.calibration.device).double()
+        weights = fisher.live.gather(values).to(calibration.device).double()
         keep = fisher.live.gather(stays).to(weights.device)
         move = _compensation(fisher, weights, keep)
         scales = _SCALES if isinstance(self.update_scale, str) else (float(self.update_scale),)
         choices = [fisher.live.scatter((weights + scale * move) * keep) for scale in scales]
         if len(choices) == 1:
             return choices[0]
-        return min(choices, key=lambda w: fisher.calibration.held_out_loss(w).value)  # type: ignore[union-attr]
+        return min(choices, key=lambda choice: calibration.held_out_loss(choice).value)
 
     def _alone(
-        self, calibration: Calibration, owned: Mapping[str, Pairs], units: Mapping[str, int]
+        self,
+        calibration: Calibration,
+        groups: Sequence[UnitGroup],
+        names: Mapping[str, str],
     ) -> dict[str, Tensor]:
-        """``½ w_gᵀF_gg w_g`` with two passes' worth of sums, a few gradients at a time."""
-        weights = torch.cat([value.flatten() for value in calibration.space.values().values()])
-        weights = weights.to(calibration.device, calibration.dtype)
-        held = {name: pairs.to(calibration.device) for name, pairs in owned.items()}
-        costs = {name: weights.new_zeros(n, dtype=torch.float64) for name, n in units.items()}
+        """``½ w_gᵀF_gg w_g = ½ (1/N) Σ_n (g_n·w_g)² + ½ λ|w_g|²``, a few gradients at a time."""
+        weights = {
+            name: value.to(calibration.device, calibration.dtype)
+            for name, value in calibration.space.values().items()
+        }
+        places = [_places(group, names) for group in groups]
+        changes = [
+            torch.zeros(group.units, dtype=torch.float64, device=calibration.device)
+            for group in groups
+        ]
         squares = 0.0
         for rows in calibration.gradients():
-            squares += float(rows.square().sum(dtype=torch.float64))
-            for name, (entries, unit) in held.items():
-                few = max(int(calibration.memory_mb * 2**20 / 4 / (24 * len(entries))), 1)
-                for part in rows.split(few):
-                    costs[name] += own_costs(part, weights, entries, unit, units[name])
-        count = calibration.num_gradients
-        damping = squares / (count * len(weights)) if self.damping == "auto" else self.damping
-        for name, (entries, unit) in held.items():
-            costs[name] /= count
-            own = 0.5 * float(damping) * weights[entries].double().square()
-            costs[name].index_add_(0, unit, own)
-        return costs
+            squares += float(torch.linalg.vector_norm(rows)) ** 2
+            products = _products(rows, weights)
+            for index, place in enumerate(places):
+                changes[index] += _sums(products, place).square().sum(0)
+        count, entries = calibration.num_gradients, sum(w.numel() for w in weights.values())
+        damping = squares / (count * entries) if self.damping == "auto" else float(self.damping)
+        norms = {name: value.square().unsqueeze(0) for name, value in weights.items()}
+        return {
+            group.name: 0.5 * (change / count + damping * _sums(norms, place)[0])
+            for group, change, place in zip(groups, changes, places, strict=True)
+        }
 
 
-class Pairs(NamedTuple):
+class _Pairs(NamedTuple):
     """Which unit owns which position of a vector, sorted by position, no pair twice."""
 
     entries: Tensor
     units: Tensor
 
-    def between(self, start: int, stop: int) -> Pairs:
+    def between(self, start: int, stop: int) -> _Pairs:
         """The pairs with a position in a range, counted from its start."""
         low, high = torch.searchsorted(self.entries, torch.tensor([start, stop])).tolist()
-        return Pairs(self.entries[low:high] - start, self.units[low:high])
+        return _Pairs(self.entries[low:high] - start, self.units[low:high])
 
-    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+    def padded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The units, and the positions of each with what of them is real, ``[units, longest]``."""
         inside, counts = self.units.unique(return_counts=True)
         longest = int(counts.max()) if len(counts) else 0
         valid = torch.arange(longest) < counts[:, None]
         index = torch.zeros(valid.shape, dtype=torch.long)
         index[valid] = self.entries[self.units.argsort(stable=True)]
-        return inside, index, valid
-
-    def to(self, device: torch.device) -> Pairs:
-        """The same pairs elsewhere."""
-        return Pairs(self.entries.to(device), self.units.to(device))
+        return inside.to(device), index.to(device), valid.to(device)
 
 
-def _owned(group: UnitGroup, names: Mapping[str, str], shapes: Mapping[str, torch.Size]) -> Pairs:
+def _owned(group: UnitGroup, names: Mapping[str, str], shapes: Mapping[str, torch.Size]) -> _Pairs:
     """Positions in the vector of all tensors; an entry in a unit's row and column counts once."""
     offsets, end = {}, 0
     for name, shape in shapes.items():
@@ -201,7 +198,7 @@ def _owned(group: UnitGroup, names: Mapping[str, str], shapes: Mapping[str, torc
             parts.append(lines.reshape(group.units, -1))
     entries = torch.cat(parts, dim=1)
     keys = (entries * group.units + torch.arange(group.units)[:, None]).unique()
-    return Pairs(keys // group.units, keys % group.units)
+    return _Pairs(keys // group.units, keys % group.units)
 
 
 def _single_blocks(fisher: EmpiricalFisher) -> Iterator[tuple[int, Tensor]]:
@@ -221,3 +218,29 @@ def _compensation(fisher: EmpiricalFisher, weights: Tensor, keep: Tensor) -> Ten
             found = joint_directions(gradients, fisher.damping, own, stays, inner)
             move[where] = found.compensation.flatten()
     return move
+
+
+def _places(group: UnitGroup, names: Mapping[str, str]) -> dict[str, list[tuple[int, Tensor]]]:
+    """Dimensions and positions that the units own, by the name of the parameter."""
+    places: dict[str, list[tuple[int, Tensor]]] = {}
+    for piece in group.slices:
+        if piece.name in names:
+            places.setdefault(names[piece.name], []).append((piece.dim, piece.positions))
+    return places
+
+
+def _products(rows: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``g ⊙ w`` by the name of the parameter, ``[rows, *shape]``; writes over the gradients."""
+    parts = rows.split([value.numel() for value in weights.values()], dim=1)
+    return {
+        name: part.unflatten(1, value.shape).mul_(value)
+        for (name, value), part in zip(weights.items(), parts, strict=True)
+    }
+
+
+def _sums(values: Mapping[str, Tensor], places: Mapping[str, list[tuple[int, Tensor]]]) -> Tensor:
+    found = (
+        sums_of_units(values[name], [(dim, p.to(values[name].device)) for dim, p in place])
+        for name, place in places.items()
+    )
+    return torch.stack([*found]).sum(0)
