@@ -209,7 +209,7 @@ def main() -> None:
     table = ResultsTable()
     for network in arguments.networks:
         arguments.network = network
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             closed = None
             torch.manual_seed(seed)
             start_from = build(network).to(arguments.device)
@@ -230,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--networks", nargs="+", choices=list(PAPER), default=list(PAPER))
     parser.add_argument("--criteria", nargs="+", choices=[*CRITERIA, *MATCHED])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--pretrain", type=int, default=6, help="epochs without gates")
     parser.add_argument("--epochs", type=int, default=3, help="epochs with gates that may close")
     parser.add_argument("--finetune", type=int, default=10, help="epochs of the shrunk network")

@@ -14,8 +14,6 @@ from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.types import Masks, Scores
 
-_LONGEST_WALK = 8
-
 
 @dataclass(frozen=True)
 class Step:
@@ -62,20 +60,33 @@ class Candidate:
         return {"sparsity": 1.0 - kept / total} | {name: getattr(self, name) for name in numbers}
 
 
+def walk_from(start: float, factor: float, bounds: tuple[float, float]) -> list[float]:
+    """Dampings from ``start`` on, each ``factor`` times the one before, as far as the bounds.
+
+    Example:
+        >>> walk_from(2.0, 3.0, (1.0, 20.0))
+        [2.0, 6.0, 18.0]
+    """
+    lowest, highest = bounds
+    walk = [min(max(start, lowest), highest)]
+    while lowest <= walk[-1] * factor <= highest:
+        walk.append(walk[-1] * factor)
+    return walk
+
+
 def walked(
     candidates_at: Callable[[float], Iterator[Candidate]],
-    damping: float,
-    factor: float,
+    dampings: list[float],
     calibration: Calibration,
 ) -> Candidate:
-    """The best candidate on a walk from ``damping`` by ``factor``, ended by the first rise."""
-    best = _measured(best_of(candidates_at(damping), calibration), calibration)
-    for power in range(1, _LONGEST_WALK + 1):
-        found = best_of(candidates_at(damping * factor**power), calibration)
-        found = _measured(found, calibration)
-        if _loss(found) >= _loss(best):
+    """The best candidate on a walk along ``dampings``, ended by the first rise of the loss."""
+    best: Candidate | None = None
+    for damping in dampings:
+        found = _measured(best_of(candidates_at(damping), calibration), calibration)
+        if best is not None and _loss(found) >= _loss(best):
             break
         best = found
+    assert best is not None  # there is a damping at least
     return best
 
 

@@ -22,7 +22,7 @@ from torchprune_bayes._numerics.obs import Directions, joint_directions, single_
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.curvature import EmpiricalFisher
-from torchprune_bayes.methods._candidates import Candidate, Stage, Step, best_of, walked
+from torchprune_bayes.methods._candidates import Candidate, Stage, Step, best_of, walk_from, walked
 from torchprune_bayes.methods._curvature_holder import CurvatureHolder
 from torchprune_bayes.methods._grouped_fisher import GroupedFisher
 from torchprune_bayes.methods._obs_checks import (
@@ -201,12 +201,15 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         far more damping than the network as a whole, and a grid at every step would cost more.
         """
         (cut,) = self._partitions(step, reports)
-        last = reports[-1]["damping"] / reports[-1]["mean_square"] * _unit(step)
-        factor = _DAMPING_FACTOR if len(reports) % 2 else 1.0 / _DAMPING_FACTOR
+        unit = _unit(step)
+        walk = walk_from(
+            reports[-1]["damping"] / reports[-1]["mean_square"] * unit,
+            _DAMPING_FACTOR if len(reports) % 2 else 1.0 / _DAMPING_FACTOR,
+            (unit * _DAMPINGS[0], unit * _DAMPINGS[-1]),
+        )
         return walked(
             lambda damping: self._candidates(cut, target, damping, self.stages, self.select),
-            last,
-            factor,
+            walk,
             self.required_calibration,
         )
 

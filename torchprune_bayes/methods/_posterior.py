@@ -2,13 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
-from torchprune_bayes.errors import AlignmentError
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
 from torchprune_bayes.laplace import Posterior
+from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.params import ParameterSpace, prunable_parameters
 
 _TOLERANCE = 1e-3  # of the largest weight: a posterior in half precision still fits
+
+
+class PosteriorPruning(PruningMethod):
+    """Base class of the methods that work with a calibration, or with a posterior and its model.
+
+    Args:
+        amount: Fraction or number of the live entries to prune.
+        calibration: Data, model and loss.
+        posterior: A posterior at the model's weights, fitted already.
+        model: The model of ``posterior``, in the place of a calibration.
+        scope: ``"global"`` or ``"layer"``.
+
+    Raises:
+        AlignmentError: If the posterior is of none of the model's tensors.
+        ArgumentTypeError: If there is a model without a posterior.
+    """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int],
+        *,
+        calibration: Calibration | None,
+        posterior: Posterior | None,
+        model: nn.Module | None,
+        scope: str,
+    ) -> None:
+        super().__init__(amount, calibration=calibration, scope=scope)
+        if model is not None and posterior is None:
+            raise ArgumentTypeError("Expected `posterior=` with `model=`, got none.")
+        self.posterior = posterior
+        self._own_space: ParameterSpace | None = None
+        if model is not None and posterior is not None:
+            self._own_space = space_of_posterior(model, posterior)
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The calibration's parameters, or the model's that are in the posterior."""
+        return super().space if self._own_space is None else self._own_space
+
+    def release(self) -> None:
+        """Let go of model, data and posterior."""
+        super().release()
+        self.posterior = self._own_space = None
+
+    def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:
+        if self._own_space is None:
+            return super()._space_of(module, name)
+        self._own_space = self._own_space.restricted(module, name)
+        return self._own_space
 
 
 def space_of_posterior(model: nn.Module, posterior: Posterior) -> ParameterSpace:

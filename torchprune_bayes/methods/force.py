@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.methods._sensitivity import absolute, masked, sensitivities
 from torchprune_bayes.methods._stepwise import StepwisePruning
 from torchprune_bayes.methods.registry import register
@@ -51,23 +51,9 @@ class FORCE(StepwisePruning):
     regrows = True
 
     def __init__(
-        self,
-        amount: float | int | Mapping[str, int],
-        *,
-        calibration: Calibration | None = None,
-        steps: int = 60,
-        path: str = "geometric",
-        scope: str = "global",
-        min_keep_per_tensor: int = 0,
+        self, amount: float | int | Mapping[str, int], *, steps: int = 60, **options: Any
     ) -> None:
-        super().__init__(
-            amount,
-            calibration=calibration,
-            scope=scope,
-            steps=steps,
-            path=path,
-            min_keep_per_tensor=min_keep_per_tensor,
-        )
+        super().__init__(amount, steps=steps, **options)
 
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
         """``|w ∂L/∂w̄|``, with the gradient at what is left."""

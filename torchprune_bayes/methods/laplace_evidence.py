@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.laplace import Posterior, PriorStructure, fit_posterior
 from torchprune_bayes.laplace.fitting import CURVATURES, KINDS
-from torchprune_bayes.methods._posterior import check_fitted_to, space_of_posterior
+from torchprune_bayes.methods._posterior import PosteriorPruning, check_fitted_to
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision, Scores
@@ -25,7 +23,7 @@ from torchprune_bayes.types import Decision, Scores
     title="weights whose removal raises the evidence of a Laplace posterior",
     paper="arXiv:2406.01345, doi:10.1016/j.neuroimage.2011.03.062",
 )
-class LaplaceEvidence(PruningMethod):
+class LaplaceEvidence(PosteriorPruning):
     """Prune each weight whose removal raises the evidence, and no more.
 
     Bayesian model reduction asks for the evidence of the model whose prior holds a weight at zero
@@ -85,23 +83,19 @@ class LaplaceEvidence(PruningMethod):
         num_data: int | None = None,
         scope: str = "global",
     ) -> None:
-        super().__init__(0.0 if amount is None else amount, calibration=calibration, scope=scope)
+        super().__init__(
+            0.0 if amount is None else amount,
+            calibration=calibration,
+            posterior=posterior,
+            model=model,
+            scope=scope,
+        )
         check_choice("curvature", curvature, CURVATURES)
         check_choice("kind", kind, KINDS)
-        if model is not None and posterior is None:
-            raise ArgumentTypeError("Expected `posterior=` with `model=`, got none.")
         self.prior = PriorStructure.of(prior)
-        self.posterior, self.tau = posterior, tau
+        self.tau = tau
         self._fit = {"curvature": curvature, "kind": kind, "num_data": num_data}
         self._stops_itself = amount is None
-        self._own_space = None
-        if model is not None and posterior is not None:
-            self._own_space = space_of_posterior(model, posterior)
-
-    @property
-    def space(self) -> ParameterSpace:
-        """The calibration's parameters, or the model's that are in the posterior."""
-        return super().space if self._own_space is None else self._own_space
 
     def decide(self, space: ParameterSpace) -> Decision:
         """Prune where the evidence rises, or rank by how much it does.
@@ -127,17 +121,6 @@ class LaplaceEvidence(PruningMethod):
         gone = {name: masks[name] & ~kept[name] for name in masks}
         change = -sum(float(scores[name][removed].sum()) for name, removed in gone.items())
         return Decision(kept, scores=scores, info={"delta_f": change})
-
-    def release(self) -> None:
-        """Let go of model, data and posterior."""
-        super().release()
-        self.posterior = self._own_space = None
-
-    def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:
-        if self._own_space is None:
-            return super()._space_of(module, name)
-        self._own_space = self._own_space.restricted(module, name)
-        return self._own_space
 
 
 def delta_f_of(posterior: Posterior, space: ParameterSpace) -> Scores:

@@ -10,21 +10,19 @@ from torch import nn
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.laplace.fitting import LaplaceOptions, fit_posterior
 from torchprune_bayes.laplace.posterior import MODES, Posterior
 from torchprune_bayes.laplace.priors import PriorStructure
 from torchprune_bayes.methods._pattern import Pattern
-from torchprune_bayes.methods._posterior import check_fitted_to, space_of_posterior
+from torchprune_bayes.methods._posterior import PosteriorPruning, check_fitted_to
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision, Masks, Scores
 
 
 @register("opd", title="optimal posterior damage", paper="arXiv:2402.15978")
-class OPD(PruningMethod):
+class OPD(PosteriorPruning):
     """Prune the weights with the smallest ``P_ii θ_i²``, ``P`` the posterior precision.
 
     `SpaM (Dhahri et al., 2024) <https://arxiv.org/abs/2402.15978>`_: setting weight ``i`` to zero
@@ -95,21 +93,17 @@ class OPD(PruningMethod):
         self.pattern = None if pattern is None else Pattern.parse(pattern)
         if self.pattern is not None:
             amount = self.pattern.amount(amount)
-        super().__init__(amount, calibration=calibration, scope=scope)  # type: ignore[arg-type]
+        super().__init__(
+            amount,  # type: ignore[arg-type]
+            calibration=calibration,
+            posterior=posterior,
+            model=model,
+            scope=scope,
+        )
         check_choice("mode", mode, MODES)
         self.prior = PriorStructure.of(prior)
-        self.posterior, self.mode, self.smoothed = posterior, mode, smoothed
+        self.mode, self.smoothed = mode, smoothed
         self._fit = LaplaceOptions(curvature=curvature, kind=kind, num_data=num_data)
-        if model is not None and posterior is None:
-            raise ArgumentTypeError("Expected `posterior=` with `model=`, got none.")
-        self._own_space = None
-        if model is not None and posterior is not None:
-            self._own_space = space_of_posterior(model, posterior)
-
-    @property
-    def space(self) -> ParameterSpace:
-        """The calibration's parameters, or the model's that are in the posterior."""
-        return super().space if self._own_space is None else self._own_space
 
     def decide(self, space: ParameterSpace) -> Decision:
         """Rank the live entries of ``space``.
@@ -137,11 +131,6 @@ class OPD(PruningMethod):
         }
         return Decision(kept, scores=scores, info=info)
 
-    def release(self) -> None:
-        """Let go of model, data and posterior."""
-        super().release()
-        self.posterior = self._own_space = None
-
     def _kept(self, space: ParameterSpace, scores: Scores, masks: Masks) -> Masks:
         if self.pattern is None:
             return Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
@@ -153,9 +142,3 @@ class OPD(PruningMethod):
             along, alive = (tensor.movedim(dim, -1) for tensor in (finite, masks[name]))
             ranks[name] = self.pattern.ranks(along, alive).movedim(-1, dim)
         return target.keep(0, ranks, masks)
-
-    def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:
-        if self._own_space is None:
-            return super()._space_of(module, name)
-        self._own_space = self._own_space.restricted(module, name)
-        return self._own_space

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,23 +51,9 @@ class IterativeSNIP(StepwisePruning):
     """
 
     def __init__(
-        self,
-        amount: float | int | Mapping[str, int],
-        *,
-        calibration: Calibration | None = None,
-        steps: int = 60,
-        path: str = "geometric",
-        scope: str = "global",
-        min_keep_per_tensor: int = 0,
+        self, amount: float | int | Mapping[str, int], *, steps: int = 60, **options: Any
     ) -> None:
-        super().__init__(
-            amount,
-            calibration=calibration,
-            scope=scope,
-            steps=steps,
-            path=path,
-            min_keep_per_tensor=min_keep_per_tensor,
-        )
+        super().__init__(amount, steps=steps, **options)
 
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
         """``|w ∂L/∂w|`` of what is left."""

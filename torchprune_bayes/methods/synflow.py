@@ -64,23 +64,9 @@ class SynFlow(StepwisePruning):
     """
 
     def __init__(
-        self,
-        amount: float | int | Mapping[str, int],
-        *,
-        calibration: Calibration | None = None,
-        steps: int = 100,
-        path: str = "geometric",
-        scope: str = "global",
-        min_keep_per_tensor: int = 0,
+        self, amount: float | int | Mapping[str, int], *, steps: int = 100, **options: Any
     ) -> None:
-        super().__init__(
-            amount,
-            calibration=calibration,
-            scope=scope,
-            steps=steps,
-            path=path,
-            min_keep_per_tensor=min_keep_per_tensor,
-        )
+        super().__init__(amount, steps=steps, **options)
 
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
         """``|w| ∂R/∂|w|`` of what is left."""
