@@ -167,6 +167,8 @@ folder = sys.argv[1]
 config = transformers.AutoConfig.from_pretrained(folder)
 model = load_shrunk(transformers.AutoModelForCausalLM.from_config(config).eval(), folder)
 tokens = torch.arange(1, 8)[None]
+torch.set_num_threads(1)
+torch.save(model.state_dict(), folder + "/state.pt")
 torch.save(model(tokens).logits.detach(), folder + "/logits.pt")
 torch.save(model.generate(tokens, max_new_tokens=5, do_sample=False), folder + "/tokens.pt")
 """
@@ -184,7 +186,9 @@ def test_reloads_in_a_fresh_process_next_to_save_pretrained(tmp_path: Path) -> N
     subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], check=True)
     tokens = torch.arange(1, 8)[None]
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), model(tokens).logits)
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(tokens).logits)
+    state = torch.load(tmp_path / "state.pt")
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     expected = model.generate(tokens, max_new_tokens=5, do_sample=False)  # type: ignore[operator]
     assert torch.equal(torch.load(tmp_path / "tokens.pt"), expected)
 
