@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tests.integrations.accelerate_cases import (
+    METHODS,
+    batches,
+    network,
+    options_of,
+    taken_in_turns,
+)
 from tests.integrations.processes import accelerator, in_two_processes, load_all, save_from
 from torchprune_bayes import (
     Calibration,
@@ -26,7 +32,6 @@ from torchprune_bayes import (
     masks_of,
     prunable_parameters,
     prune_global,
-    registered_methods,
 )
 from torchprune_bayes.errors import (
     AlignmentError,
@@ -44,48 +49,6 @@ from torchprune_bayes.integrations.accelerate import (
     step,
 )
 from torchprune_bayes.structured.importances.opd import OPDImportance
-
-Batch = tuple[Tensor, Tensor]
-
-
-def network() -> nn.Sequential:
-    """102 weights, always the same ones."""
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def batches(count: int, size: int = 4) -> list[Batch]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        (
-            torch.randn(size, 6, generator=generator),
-            torch.randint(3, (size,), generator=generator),
-        )
-        for _ in range(count)
-    ]
-
-
-def taken_in_turns(data: list[Batch]) -> list[Batch]:
-    """What one process sees as the union: in each round all there is of the first, then ..."""
-    return [pair for share in (data[0::2], data[1::2]) for pair in share]
-
-
-METHODS = [name for name, entry in registered_methods().items() if entry.needs_calibration]
-OPTIONS: dict[str, dict[str, Any]] = {
-    # A few candidates are enough to see that all of them are judged on the samples of all.
-    "cbs": {"perturbations": 2, "max_iterations": 2, "damping": 1e-3},
-    "cbs-post-update": {"perturbations": 2, "max_iterations": 2, "damping": 1e-3},
-    "force": {"steps": 2},
-    "iterative-snip": {"steps": 2},
-    "synflow": {"steps": 2},
-    "woodtaylor": {"damping": 1e-3},
-}
-
-
-def options_of(method: str) -> dict[str, Any]:
-    """Fast ones, without labels drawn at random, which depend on how samples come in batches."""
-    known = inspect.signature(registered_methods()[method].method).parameters
-    return OPTIONS.get(method, {}) | ({"kind": "ggn"} if "kind" in known else {})
 
 
 def _masks_by_every_method(path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.contracts.state import unchanged
 from tests.references.masked_twin import masked_twin
 from tests.structured.models import SMALL, build, images, timm_model, torchvision_model, unsettled
+from tests.structured.shrink_cases import Fixed, RowNorm, flops, parameters
 from torchprune_bayes.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -22,47 +22,9 @@ from torchprune_bayes.errors import (
     ParameterError,
     TorchPruneBayesError,
 )
-from torchprune_bayes.structured import ShrinkReport, UnitImportance, find_groups, shrink
+from torchprune_bayes.structured import ShrinkReport, find_groups, shrink
 from torchprune_bayes.structured.groups import Kept, UnitGroup, UnitSlice
 from torchprune_bayes.structured.unit_costs import UnitCosts
-
-
-class RowNorm(UnitImportance):
-    """The norm of the first producer's rows, and a record of the calls."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
-        self.calls.append("prepare")
-
-    def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
-        self.calls.append(group.name)
-        piece = group.slices[0]
-        rows = model.get_parameter(piece.name).detach().movedim(piece.dim, 0)
-        return rows[piece.positions.reshape(-1)].reshape(group.units, -1).norm(dim=1)
-
-
-class Fixed(UnitImportance):
-    """Scores that are given."""
-
-    threshold = 0.0
-
-    def __init__(self, scores: dict[str, Tensor | None]) -> None:
-        self.scores = scores
-
-    def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
-        return self.scores.get(group.name)
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def flops(model: nn.Module, inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs)
-    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("target", ["params", "channels", "flops"])
