@@ -14,7 +14,7 @@ from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.methods import CBS, GreedyOBS, PostUpdateCBS, WoodFisher, WoodTaylor
 from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.methods.cbs import INITIALS
-from torchprune_bayes.schedules import one_shot
+from torchprune_bayes.schedules import linear, one_shot
 from torchprune_bayes.training import GradualPruner
 
 METHODS = [WoodFisher, WoodTaylor, GreedyOBS, CBS, PostUpdateCBS]
@@ -264,3 +264,26 @@ def test_biases_have_no_inputs():
     calibration = Calibration(layer, data, cross_entropy, params=[(layer, "bias")])
     with pytest.raises(ParameterError, match="inputs in `bias`"):
         WoodFisher(calibration=calibration, pattern="2:4").decide(calibration.space)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_schedule_prunes_whole_groups(scope):
+    calibration = calibration_of(mixed())
+    schedule = linear(0.5, 0, 3)
+    pruner = GradualPruner(
+        None,
+        WoodFisher,
+        schedule,
+        calibration=calibration,
+        pattern="1x4",
+        scope=scope,
+        **options_of(WoodFisher),
+    )
+    for step in range(1, 4):
+        pruner.step()
+        kept = all_groups(pruner.masks).sum(-1)
+        assert set(kept.tolist()) == {0, 4}
+        groups = [mask.numel() // 4 for mask in masks_of(calibration)]
+        parts = groups if scope == "layer" else [sum(groups)]
+        assert int((kept == 0).sum()) == sum(round(schedule(step) * part) for part in parts)
+    assert pruner.finished

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,20 @@ from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeE
 from torchprune_bayes.methods.base import PruningMethod, check_decision, write_updates
 from torchprune_bayes.methods.host import apply_decision, decide_on, unstructured_method
 from torchprune_bayes.params import ParameterSpace, prunable_parameters
-from torchprune_bayes.schedules import Schedule
+from torchprune_bayes.training._due import (
+    Schedules,
+    due_step,
+    entry_count,
+    pruned_count,
+    schedule_groups,
+    shortfall,
+)
 from torchprune_bayes.training.keep_sparse import check_in_optimizer, keep_sparse, set_zero
 from torchprune_bayes.types import Decision, Masks, ParameterPairs
 
 logger = logging.getLogger("torchprune_bayes")
 
 MODES = ("zeros", "hooks")
-Schedules: TypeAlias = Schedule | Mapping[Any, Schedule]
 
 
 class GradualPruner:
@@ -104,7 +110,7 @@ class GradualPruner:
         self.mode = mode
         self.history: list[dict[str, Any]] = []
         self._space = _space_of(params, calibration)
-        self._groups = _groups_of(schedule, self._space)
+        self._groups = schedule_groups(schedule, self._space)
         self._method: Callable[..., BasePruningMethod] = unstructured_method(method)
         self._options = options
         self._calibration = calibration
@@ -117,6 +123,8 @@ class GradualPruner:
         if isinstance(trial, PruningMethod) and trial.needs_calibration:
             trial.required_calibration  # noqa: B018  # raises if there is none
         self._by_layer = getattr(trial, "scope", "global") == "layer"
+        pattern = getattr(trial, "pattern", None)
+        self._together = pattern.size if pattern is not None and pattern.takes_whole_groups else 1
         if optimizer is not None:
             check_in_optimizer(optimizer, [tensor.leaf for tensor in self._space])
 
@@ -134,7 +142,7 @@ class GradualPruner:
     def sparsity(self) -> float:
         """Share of the entries that are pruned, over all tensors."""
         masks = self.masks.values()
-        return _pruned(masks) / _entries(masks)
+        return pruned_count(masks) / entry_count(masks)
 
     @property
     def finished(self) -> bool:
@@ -147,7 +155,7 @@ class GradualPruner:
     @property
     def due(self) -> bool:
         """Whether the next call of :meth:`step` comes where a schedule says to prune."""
-        return any(_due_step(schedule, self._step + 1) is not None for schedule in self._groups)
+        return any(due_step(schedule, self._step + 1) is not None for schedule in self._groups)
 
     def step(self) -> dict[str, Any] | None:
         """Count a training step; prune if it is due.
@@ -162,12 +170,12 @@ class GradualPruner:
         decisions = self._decisions(now)
         event = None
         if decisions:
-            before = _pruned(self.masks.values())
+            before = pruned_count(self.masks.values())
             self._commit(decisions)
             event = {
                 "step": now,
                 "sparsity": self.sparsity,
-                "pruned": _pruned(self.masks.values()) - before,
+                "pruned": pruned_count(self.masks.values()) - before,
                 "info": [decision.info for decision in decisions],
             }
             self.history.append(event)
@@ -210,7 +218,7 @@ class GradualPruner:
     def _decisions(self, now: int) -> list[Decision]:
         decisions = []
         for schedule, group in self._groups.items():
-            due = _due_step(schedule, now)
+            due = due_step(schedule, now)
             if due is None:
                 continue
             space = self._seen(group)
@@ -231,8 +239,8 @@ class GradualPruner:
     def _missing(self, space: ParameterSpace, sparsity: float) -> int | dict[str, int]:
         masks = space.masks()
         if not self._by_layer:
-            return _shortfall(masks.values(), sparsity)
-        counts = {name: _shortfall([mask], sparsity) for name, mask in masks.items()}
+            return shortfall(masks.values(), sparsity, self._together)
+        counts = {name: shortfall([mask], sparsity, self._together) for name, mask in masks.items()}
         return counts if any(counts.values()) else 0
 
     def _commit(self, decisions: list[Decision]) -> None:
@@ -284,28 +292,6 @@ def _space_of(
     return calibration.space
 
 
-def _groups_of(schedule: Schedules, space: ParameterSpace) -> dict[Schedule, ParameterSpace]:
-    if isinstance(schedule, Schedule):
-        return {schedule: space}
-    if not isinstance(schedule, Mapping) or not all(
-        isinstance(value, Schedule) for value in schedule.values()
-    ):
-        raise ArgumentTypeError(
-            f"Expected a Schedule or a mapping from tensors to them, got {schedule!r}."
-        )
-    names: dict[Any, str] = dict(zip(space.pairs(), space.names, strict=True))
-    given = {names.get(key, key): value for key, value in schedule.items()}
-    if set(given) != set(space.names):
-        wrong = sorted(map(str, set(given) ^ set(space.names)))
-        raise ArgumentError(
-            f"Expected one schedule for each tensor, got a difference in {', '.join(wrong)}."
-        )
-    members: dict[Schedule, list[str]] = {}
-    for name in space.names:
-        members.setdefault(given[name], []).append(name)
-    return {kind: space.subset(group) for kind, group in members.items()}
-
-
 def _check_options(options: Mapping[str, Any]) -> None:
     for name, reason in (("amount", "the schedule gives it"), ("curvature", "it is fitted anew")):
         if name in options:
@@ -325,21 +311,3 @@ def _check_state(state: Mapping[str, Any], space: ParameterSpace) -> None:
                 f"Expected a mask of shape {tuple(tensor.leaf.shape)} for `{tensor.name}`, "
                 f"got {tuple(shape)}."
             )
-
-
-def _due_step(schedule: Schedule, now: int) -> int | None:
-    candidates = (now, 0) if now == 1 else (now,)
-    return next((step for step in candidates if schedule.is_due(step)), None)
-
-
-def _entries(masks: Iterable[Tensor]) -> int:
-    return sum(mask.numel() for mask in masks)
-
-
-def _pruned(masks: Iterable[Tensor]) -> int:
-    return sum(int((~mask).sum()) for mask in masks)
-
-
-def _shortfall(masks: Iterable[Tensor], sparsity: float) -> int:
-    masks = list(masks)
-    return max(round(sparsity * _entries(masks)) - _pruned(masks), 0)
