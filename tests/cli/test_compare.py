@@ -170,7 +170,7 @@ def test_wrong_usage_is_told_before_anything_is_done(tmp_path, capsys, words, me
 def test_without_matplotlib_the_extra_is_named_before_anything_is_done(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("torchprune_bayes.cli._extras.find_spec", lambda package: None)
+    monkeypatch.setattr("torchprune_bayes._extras.find_spec", lambda package: None)
     assert compare("--output", tmp_path / "results") == 2
     err = capsys.readouterr().err
     assert "matplotlib" in err
@@ -179,20 +179,23 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_done(
 
 def test_by_default_all_methods_run_and_woodtaylor_in_several_steps_too():
     found = variants(None, None)
-    assert [v.method for v in found if "steps" not in v.options] == [
+    assert [v.method for v in found if "," not in v.label] == [
         name for name, entry in registered_methods().items() if not entry.is_structured
     ]
-    several = [(v.method, v.options) for v in found if "steps" in v.options]
-    assert several == [("woodtaylor", {"steps": 10})]
+    several = [(v.label, v.options) for v in found if "," in v.label]
+    assert several == [("woodtaylor, 8 steps", {"steps": 8})]
 
 
 def test_slow_methods_are_limited_and_the_table_says_so(tmp_path, capsys):
     (limited,) = variants(["hessian-diagonal"], None)
-    assert limited.options == {"probes": 64}
+    assert limited.options == {"probes": 32}
     words = ["--methods", "hessian-diagonal", "--sparsities", 0.5, "--no-plot"]
     assert compare(*words, "--output", tmp_path, *SMALL) == 0
-    assert "hessian-diagonal with probes=64" in capsys.readouterr().out
-    assert json.loads((tmp_path / "compare.json").read_text())[1]["options"] == "probes=64"
+    assert [v.options for v in variants(["force", "snip-it", "woodfisher"], None)] == [
+        {"steps": 20}, {}, {},
+    ]  # fmt: skip
+    assert "hessian-diagonal with probes=32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "compare.json").read_text())[1]["options"] == "probes=32"
 
 
 def test_steps_are_for_every_method_that_takes_them():

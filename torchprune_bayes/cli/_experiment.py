@@ -19,11 +19,11 @@ from torchprune_bayes.methods import find_method, prune_global, registered_metho
 from torchprune_bayes.params import prunable_parameters
 from torchprune_bayes.reports import evaluate
 
-STRONGEST, STEPS = "woodtaylor", 10
+STRONGEST, STEPS = "woodtaylor", 8
 """The method that is run in several steps too, and in how many."""
 
-LIMITS = {"probes": 64, "perturbations": 10}
-"""Options that keep the comparison short, for the methods that have them."""
+LIMITS = {"probes": 32, "perturbations": 10, "steps": 20}
+"""Largest values of options, to keep the comparison short; defaults beyond them are cut."""
 
 DENSE = "dense"
 """What the network is called before pruning."""
@@ -36,6 +36,7 @@ class Variant:
     label: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
+    is_limited: bool = False
 
     @property
     def needs_calibration(self) -> bool:
@@ -53,25 +54,31 @@ def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
 
     Args:
         names: Registered methods; ``None`` for all that prune single weights.
-        steps: Steps for every method that takes ``steps``; ``None`` for 10 by the strongest alone.
+        steps: Steps for every method that takes ``steps``; ``None`` for the
+            methods' own, and 8 by the strongest.
 
     Raises:
         ArgumentError: If a method does not exist.
 
     Example:
         >>> [variant.label for variant in variants(["magnitude", "woodtaylor"], None)]
-        ['magnitude', 'woodtaylor', 'woodtaylor, 10 steps']
+        ['magnitude', 'woodtaylor', 'woodtaylor, 8 steps']
     """
     found = []
     everything = [key for key, entry in registered_methods().items() if not entry.is_structured]
     for name in everything if names is None else dict.fromkeys(names):
         known = options_of(find_method(name).method)
-        options = {key: limit for key, limit in LIMITS.items() if key in known}
-        found.append(Variant(name, name, options))
+        options = {key: limit for key, limit in LIMITS.items() if _exceeds(known, key, limit)}
+        found.append(Variant(name, name, options, bool(options)))
         several = (STEPS if name == STRONGEST else 1) if steps is None else steps
         if "steps" in known and several > 1:
-            found.append(Variant(f"{name}, {several} steps", name, options | {"steps": several}))
+            options |= {"steps": several}
+            found.append(Variant(f"{name}, {several} steps", name, options, len(options) > 1))
     return found
+
+
+def _exceeds(known: dict[str, Any], key: str, limit: int) -> bool:
+    return key in known and (known[key] is None or known[key] > limit)
 
 
 @dataclass(frozen=True)

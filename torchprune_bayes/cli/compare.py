@@ -10,17 +10,16 @@ from time import perf_counter
 from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_count, check_fraction
+from torchprune_bayes._extras import require
 from torchprune_bayes.cli._blocks import in_blocks
 from torchprune_bayes.cli._experiment import (
     DENSE,
-    LIMITS,
     STEPS,
     STRONGEST,
     Trial,
     Variant,
     variants,
 )
-from torchprune_bayes.cli._extras import require
 from torchprune_bayes.cli._help import add_command
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
 from torchprune_bayes.cli.digits import load_digits, one_thread, trained_network
@@ -160,7 +159,7 @@ def _caption(arguments: argparse.Namespace, compared: list[Variant]) -> str:
         "chosen on validation images.",
         "Updates of the surviving weights, gradient steps for woodtaylor, are part of a method.",
     ]
-    limits = [variant for variant in compared if set(variant.options) & set(LIMITS)]
+    limits = [variant for variant in compared if variant.is_limited]
     if limits:
         shown = ", ".join(f"{variant.label} with {variant.shown_options}" for variant in limits)
         lines.append(f"Not at its defaults, to save time: {shown}.")
