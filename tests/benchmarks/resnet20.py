@@ -33,7 +33,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "woodfisher, whole network": ("woodfisher", {"num_samples": 400}, {"block_size": "full"}),
     "woodfisher, 8 steps": ("woodfisher", {"num_samples": 3200, "mini_batch": 16}, STEPS),
     "woodtaylor, 8 steps": ("woodtaylor", {"num_samples": 3200, "mini_batch": 16}, STEPS),
-    "cbs": ("cbs", {"num_samples": 1000}, {"block_size": "tensor"}),
+    "cbs, layers": ("cbs", {"num_samples": 1000}, {"block_size": "tensor"}),
+    "cbs, blocks of 1000": ("cbs", {"num_samples": 1000}, {"block_size": 1000}),
 }
 
 
@@ -91,7 +92,9 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.7, 0.8, 0.9, 0.95, 0.98])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--num-samples", type=int, help="instead of each row's own number")
+    parser.add_argument("--memory-mb", type=float, default=8192, help="1000 gradients take 1.1 GB")
     parser.add_argument("--output", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     x, y = load_cifar10(arguments.data, "train", arguments.train_images)
@@ -103,7 +106,10 @@ def main() -> None:
         name, sampling, options = ROWS[row]
         if sampling and arguments.num_samples:
             sampling = sampling | {"num_samples": arguments.num_samples}
-        for seed in range(arguments.seeds if sampling else 1):
+        if sampling:
+            sampling = sampling | {"memory_mb": arguments.memory_mb}
+        first, count = arguments.first_seed, arguments.seeds if sampling else 1
+        for seed in range(first, first + count):
             curvature: EmpiricalFisher | None = None
             for sparsity in arguments.sparsities:
                 model = copy.deepcopy(dense)
@@ -121,7 +127,9 @@ def main() -> None:
                 prune_global(params, name, amount=sparsity, **extra)
                 seconds = time.process_time() - start
                 found = accuracy(model, test_x, test_y)
-                print(f"{row} {sparsity:.2f} seed {seed}: {found:.2f} in {seconds:.0f} s")
+                print(
+                    f"{row} {sparsity:.2f} seed {seed}: {found:.2f} in {seconds:.0f} s", flush=True
+                )
                 table.add(row=row, sparsity=sparsity, seed=seed, accuracy=found, seconds=seconds)
     print(table.summarise(["row", "sparsity"], ["accuracy", "seconds"]).to_text())
     table.to_json(arguments.output / "resnet20.json")
