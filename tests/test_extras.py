@@ -1,6 +1,6 @@
 import pytest
 
-from torchprune_bayes.cli._extras import optional, require
+from torchprune_bayes._extras import optional, require
 from torchprune_bayes.errors import MissingExtraError
 
 

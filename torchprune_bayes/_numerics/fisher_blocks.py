@@ -76,12 +76,18 @@ class InverseFisher(ABC):
         """Diagonal of ``F⁻¹``, ``[blocks, B]``."""
 
     @abstractmethod
+    def solve_columns(self, columns: Tensor) -> Tensor:
+        """``F⁻¹ V`` for float64 columns ``[blocks, B, k]``."""
+
     def solve(self, vectors: Tensor) -> Tensor:
         """``F⁻¹ v`` for vectors ``[blocks, B]`` or columns ``[blocks, B, k]``."""
+        if vectors.ndim == 3:
+            return self.solve_columns(vectors.double())
+        return self.solve_columns(vectors.double().unsqueeze(-1)).squeeze(-1)
 
-    @abstractmethod
     def columns(self, indices: Tensor) -> Tensor:
         """Columns ``F⁻¹[:, i]`` for indices ``[blocks, k]``, as ``[blocks, B, k]``."""
+        return self.solve_columns(_unit_columns(self.gradients, indices))
 
     def _clamped(self, diagonal: Tensor) -> Tensor:
         # F⁻¹_ii >= 1/F_ii, with equality for a diagonal F: guards against cancellation.
@@ -89,7 +95,15 @@ class InverseFisher(ABC):
         return diagonal.maximum(1.0 / (self.damping + squares)).clamp_max(1.0 / self.damping)
 
 
-class SampleSpaceInverse(InverseFisher):
+class WoodburyInverse(InverseFisher):
+    """A form of ``F⁻¹ = (I − XᵀX)/λ``, for ``N < B``."""
+
+    @abstractmethod
+    def whitened(self, gradients: Tensor) -> Tensor:
+        """``X`` for some columns of the gradients, in their dtype."""
+
+
+class SampleSpaceInverse(WoodburyInverse):
     """Woodbury form. Cost per block: N²B + N³/3 to build, N B per solve, N²B for the diagonal."""
 
     def __init__(self, gradients: Tensor, damping: float, inner: Tensor | None = None) -> None:
@@ -111,19 +125,13 @@ class SampleSpaceInverse(InverseFisher):
         ]
         return self._clamped((1.0 - torch.cat(sums, dim=-1)) / self.damping)
 
-    def solve(self, vectors: Tensor) -> Tensor:
-        """``(v − Gᵀ S⁻¹ G v)/λ``."""
-        columns = vectors.double() if vectors.ndim == 3 else vectors.double().unsqueeze(-1)
+    def solve_columns(self, columns: Tensor) -> Tensor:
+        """``(V − Gᵀ S⁻¹ G V)/λ``."""
         inner = torch.cholesky_solve(times(self.gradients, columns), self.factor)
-        solved = (columns - times(self.gradients.mT, inner)) / self.damping
-        return solved if vectors.ndim == 3 else solved.squeeze(-1)
-
-    def columns(self, indices: Tensor) -> Tensor:
-        """Columns of ``F⁻¹`` by solving for unit vectors."""
-        return self.solve(_unit_columns(self.gradients, indices))
+        return (columns - times(self.gradients.mT, inner)) / self.damping
 
 
-class SpectralInverse(InverseFisher):
+class SpectralInverse(WoodburyInverse):
     """The sample-space form by the eigenvalues of ``GGᵀ = UΛUᵀ``, which serve every damping.
 
     Cost per block: ``N B`` for the diagonal and for a solve, once ``U`` and ``UᵀG`` are known.
@@ -139,17 +147,16 @@ class SpectralInverse(InverseFisher):
         sums = times(self.spectrum.squares.mT, self.shares.unsqueeze(-1)).squeeze(-1)
         return self._clamped((1.0 - sums) / self.damping)
 
-    def solve(self, vectors: Tensor) -> Tensor:
-        """``(v − GᵀU(Λ + Nλ)⁻¹UᵀG v)/λ``."""
-        columns = vectors.double() if vectors.ndim == 3 else vectors.double().unsqueeze(-1)
+    def whitened(self, gradients: Tensor) -> Tensor:
+        """``(Λ + Nλ)^(−½)Uᵀ G`` for some columns of the gradients, in their dtype."""
+        rotated = self.spectrum.vectors.mT.to(gradients.dtype) @ gradients
+        return self.shares.sqrt().unsqueeze(-1).to(gradients.dtype) * rotated
+
+    def solve_columns(self, columns: Tensor) -> Tensor:
+        """``(V − GᵀU(Λ + Nλ)⁻¹UᵀG V)/λ``."""
         rotated = self.spectrum.vectors.mT @ times(self.gradients, columns)
         inner = self.spectrum.vectors @ (self.shares.unsqueeze(-1) * rotated)
-        solved = (columns - times(self.gradients.mT, inner)) / self.damping
-        return solved if vectors.ndim == 3 else solved.squeeze(-1)
-
-    def columns(self, indices: Tensor) -> Tensor:
-        """Columns of ``F⁻¹`` by solving for unit vectors."""
-        return self.solve(_unit_columns(self.gradients, indices))
+        return (columns - times(self.gradients.mT, inner)) / self.damping
 
 
 class Spectrum:
@@ -197,15 +204,9 @@ class PrimalInverse(InverseFisher):
         )
         return self._clamped(inverse.square().sum(-2))
 
-    def solve(self, vectors: Tensor) -> Tensor:
+    def solve_columns(self, columns: Tensor) -> Tensor:
         """Two triangular solves."""
-        columns = vectors.double() if vectors.ndim == 3 else vectors.double().unsqueeze(-1)
-        solved = torch.cholesky_solve(columns, self.factor)
-        return solved if vectors.ndim == 3 else solved.squeeze(-1)
-
-    def columns(self, indices: Tensor) -> Tensor:
-        """Columns of ``F⁻¹`` by solving for unit vectors."""
-        return self.solve(_unit_columns(self.gradients, indices))
+        return torch.cholesky_solve(columns, self.factor)
 
 
 def invert(gradients: Tensor, damping: float, inner: Tensor | None = None) -> InverseFisher:

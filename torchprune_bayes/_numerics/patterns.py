@@ -12,7 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.fisher_blocks import InverseFisher, SampleSpaceInverse
+from torchprune_bayes._numerics.fisher_blocks import InverseFisher, WoodburyInverse
 from torchprune_bayes.errors import ArgumentError
 
 _GROUPS = 64  # taken together
@@ -36,7 +36,7 @@ def group_inverses(inverse: InverseFisher, size: int) -> Tensor:
     entries = inverse.shape[-1]
     if entries % size:
         raise ArgumentError(f"Expected blocks of a multiple of {size} entries, got {entries}.")
-    part_of = _in_sample_space if isinstance(inverse, SampleSpaceInverse) else _by_columns
+    part_of = _in_sample_space if isinstance(inverse, WoodburyInverse) else _by_columns
     starts = range(0, entries, _GROUPS * size)
     return torch.cat(
         [part_of(inverse, start, min(start + _GROUPS * size, entries), size) for start in starts],
@@ -45,10 +45,10 @@ def group_inverses(inverse: InverseFisher, size: int) -> Tensor:
 
 
 def _in_sample_space(inverse: InverseFisher, start: int, stop: int, size: int) -> Tensor:
-    # H = (I − XᵀX)/λ with X = L⁻¹G, so a group needs its own columns of X alone.
-    assert isinstance(inverse, SampleSpaceInverse)
+    # H = (I − XᵀX)/λ, so a group needs its own columns of X alone.
+    assert isinstance(inverse, WoodburyInverse)
     columns = inverse.gradients[..., start:stop].double()
-    whitened = torch.linalg.solve_triangular(inverse.factor, columns, upper=False)
+    whitened = inverse.whitened(columns)
     groups = whitened.unflatten(-1, (-1, size)).movedim(-3, -2)  # [blocks, groups, N, M]
     eye = torch.eye(size, dtype=torch.float64, device=columns.device)
     return (eye - groups.mT @ groups) / inverse.damping

@@ -58,10 +58,12 @@ class Engine:
 
         Mini-batches of pieces that cannot be joined (padded to different lengths) go one by one.
         """
-        for batch in _of_whole_mini_batches(pieces, mini_batch) if self.vectorized else []:
+        whole = _of_whole_mini_batches(pieces, mini_batch) if self.vectorized else []
+        for batch in whole:
             rows = map_tensors(batch, lambda tensor: tensor.unflatten(0, (-1, mini_batch)))
             yield functional.row_gradients(leaves, constants, rows)
-            pieces = []
+        if whole:
+            return
         for group in grouped(pieces, repeat(mini_batch)):
             found = functional.mean_gradients(leaves, constants, group)
             yield {name: gradient.unsqueeze(0) for name, gradient in found.items()}

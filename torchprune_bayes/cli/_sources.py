@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors
 from torch import nn
 
-from torchprune_bayes.cli._extras import optional
+from torchprune_bayes._extras import optional
 from torchprune_bayes.cli.digits import CalibrationDigits, load_digits
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from torchprune_bayes.cli._extras import optional
+from torchprune_bayes._extras import optional
 
 _SPLIT = (1000, 300, 497)  # training, validation, test images
 _SPLIT_SEED = 0

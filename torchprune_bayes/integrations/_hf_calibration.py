@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from torchprune_bayes._checks import check_count
+from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.integrations._extras import optional
 from torchprune_bayes.types import ParameterPairs
 
 _LABELS = ("label", "label_ids", "labels")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from torchprune_bayes._checks import check_fraction, check_positive
-from torchprune_bayes.integrations._extras import optional
+from torchprune_bayes._extras import optional
 
 with optional("transformers", "hf"):
     from transformers import Trainer

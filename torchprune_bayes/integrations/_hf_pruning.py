@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_bayes._checks import check_choice
+from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import (
@@ -20,17 +21,17 @@ from torchprune_bayes.integrations._checkpoints import (
     save_pruner,
     state_from,
 )
-from torchprune_bayes.integrations._extras import optional
 from torchprune_bayes.integrations._hf_metrics import CalibrationMetrics
 from torchprune_bayes.integrations._hf_resume import (
     RECORD,
     checkpoint_folder,
     follow_best,
+    forget_best,
     masks_on_record,
     resume_folders,
     warn_of,
 )
-from torchprune_bayes.integrations._ranks import refuse_sharded, step_together
+from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded, step_together
 from torchprune_bayes.methods.host import unstructured_method
 from torchprune_bayes.params import prunable_parameters, unwrap
 from torchprune_bayes.schedules import Schedule
@@ -149,7 +150,7 @@ class PruningCallback(TrainerCallback):
             raise ParameterError("Expected no DeepSpeed, whose optimizer keeps weights of its own.")
         refuse_sharded(model)
         earlier = self._masks_held_in(model)
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        self._optimizer = plain_optimizer(optimizer)
         self.pruner = self._new_pruner(unwrap(model), args, state)
         if state.global_step:
             self.pruner.load_state_dict(self._resumed(args, state))
@@ -238,7 +239,7 @@ class PruningCallback(TrainerCallback):
         if event is not None:
             self._record = record_of(self.pruner)
             if self.forget_best:
-                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+                forget_best(state)
         state.stateful_callbacks[RECORD] = self._record
 
     def _resumed(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:

@@ -29,6 +29,11 @@ def checkpoint_folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
+def forget_best(state: Any) -> None:
+    """Let no checkpoint from before the weights were cut count as the best one."""
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+
 def resume_folders(args: Any, state: Any) -> list[Path]:
     """Where the checkpoint that is resumed may be; a callback is not told."""
     folders = [checkpoint_folder(args, state)]

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from torchprune_bayes._checks import check_count
+from torchprune_bayes._extras import optional
 from torchprune_bayes.errors import ParameterError
-from torchprune_bayes.integrations._extras import optional
-from torchprune_bayes.integrations._hf_resume import checkpoint_folder
-from torchprune_bayes.integrations._ranks import refuse_sharded, several
+from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
+from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded, several
 from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
 
 with optional("transformers", "hf"):
@@ -113,7 +113,7 @@ class ShrinkingCallback(TrainerCallback):
             model,
             self._example_inputs,
             self._importance(model),
-            optimizer=getattr(optimizer, "optimizer", optimizer),  # accelerate's wrapper
+            optimizer=plain_optimizer(optimizer),
             **self._options,
         )
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        forget_best(state)

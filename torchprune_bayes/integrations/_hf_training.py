@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from torchprune_bayes._checks import check_count
+from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.integrations._extras import optional
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, resume_folders
-from torchprune_bayes.integrations._ranks import refuse_sharded
+from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded
 from torchprune_bayes.params import prunable_parameters, unwrap
 from torchprune_bayes.training import GateTraining, SpaM
 from torchprune_bayes.types import ParameterPairs
@@ -99,8 +99,8 @@ class SpaMCallback(_Kept):
         refuse_sharded(model)
         inner = unwrap(model)
         calibration = self._calibration(inner, self._params(inner))
-        plain = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
-        self.training = SpaM(plain, calibration, **self._options)
+        inner = plain_optimizer(optimizer)
+        self.training = SpaM(inner, calibration, **self._options)
         self._take_up(args, state)
 
     def on_epoch_end(

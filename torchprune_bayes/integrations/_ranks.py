@@ -40,6 +40,11 @@ def world_size() -> int:
     return dist.get_world_size() if several() else 1
 
 
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer itself, out of accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def refuse_sharded(model: nn.Module) -> None:
     """Refuse a model whose weights are spread over processes (FSDP, ZeRO-3, tensor parallel).
 

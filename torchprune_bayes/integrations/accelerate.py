@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 
+from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.curvature._sample_sums import SampleSums
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import fingerprint
-from torchprune_bayes.integrations._extras import optional
 from torchprune_bayes.integrations._ranks import (
     everywhere,
+    plain_optimizer,
     refuse_sharded,
     same_everywhere,
     share_buffers,
@@ -165,7 +166,7 @@ def step(
         ParameterError: If weights are sharded.
     """
     _check(accelerator, pruner.space.model)
-    return step_together(pruner, getattr(optimizer, "optimizer", optimizer))
+    return step_together(pruner, plain_optimizer(optimizer))
 
 
 def shrink_together(
@@ -200,8 +201,8 @@ def shrink_together(
     _check(accelerator, model)
     share_buffers(model)
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    plain = getattr(optimizer, "optimizer", optimizer)
-    report = together(lambda: shrink(bare, example_inputs, importance, optimizer=plain, **options))
+    inner = plain_optimizer(optimizer)
+    report = together(lambda: shrink(bare, example_inputs, importance, optimizer=inner, **options))
     state = {name: parameter.data for name, parameter in bare.named_parameters()}
     if not same_everywhere(tuple((name, tuple(value.shape)) for name, value in state.items())):
         raise AlignmentError("Expected the same cut in all processes, got different ones.")
@@ -210,7 +211,7 @@ def shrink_together(
     # It would save and load what was prepared before as well.
     accelerator._models = [held for held in accelerator._models if unwrap(held) is not bare]
     accelerator._optimizers = [held for held in accelerator._optimizers if held is not optimizer]
-    model, optimizer = accelerator.prepare(bare, plain)
+    model, optimizer = accelerator.prepare(bare, inner)
     return model, optimizer, report
 
 

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentError
-from torchprune_bayes.integrations._extras import optional
 from torchprune_bayes.integrations._importances import importance_of, importances_by_name
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured.saving import MANIFEST_FILE, load_shrunk, save_shrunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,11 @@ class Step:
     fisher: EmpiricalFisher
     weights: dict[str, Tensor]
     masks: Masks
+
+    @cached_property
+    def damping_unit(self) -> float:
+        """Mean squared gradient; kept, because a streamed Fisher takes a pass for it."""
+        return self.fisher.mean_square() or 1.0
 
 
 @dataclass(frozen=True)

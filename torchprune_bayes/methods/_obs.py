@@ -123,7 +123,7 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
             weights, masks = best.weights, best.masks
             reports.append(best.report())
             if self.steps > 1 and self.damping == "auto":
-                reports[-1]["mean_square"] = _unit(step)
+                reports[-1]["mean_square"] = step.damping_unit
             logger.info("%s step %d: %s", type(self).__name__, index + 1, reports[-1])
         moved = self.update != "none" or any(report["gradient_step"] for report in reports)
         info = {"steps": reports, "gradients": step.fisher.count, "engine": self._engine()}
@@ -201,7 +201,7 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         far more damping than the network as a whole, and a grid at every step would cost more.
         """
         (cut,) = self._partitions(step, reports)
-        unit = _unit(step)
+        unit = step.damping_unit
         walk = walk_from(
             reports[-1]["damping"] / reports[-1]["mean_square"] * unit,
             _DAMPING_FACTOR if len(reports) % 2 else 1.0 / _DAMPING_FACTOR,
@@ -237,7 +237,7 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
             return [float(self.damping)]
         if step.calibration is None:
             return [step.fisher.damping]
-        return [_unit(step) * factor for factor in _DAMPINGS]
+        return [step.damping_unit * factor for factor in _DAMPINGS]
 
     def _candidates(
         self, step: Step, target: Target, damping: float, stages: int, select: Select
@@ -265,7 +265,7 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
     ) -> Scores:
         flat, alive = fisher.live.gather(weights), fisher.live.gather(masks)
         parts = []
-        for where, inverse in self._inverses(fisher):
+        for where, inverse in fisher.inverses():
             w, a = (v[where].unflatten(0, inverse.shape) for v in (flat, alive))
             found = self.scores(inverse, w.double(), a)
             parts.append(found.to(self._score_dtype or flat.dtype).flatten())
@@ -274,13 +274,6 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
             return scores
         costs = {name: cost**self.flops_power for name, cost in target.costs.items()}
         return {name: score / costs[name] for name, score in scores.items()}
-
-    def _inverses(self, fisher: EmpiricalFisher) -> Iterator[tuple[slice, InverseFisher]]:
-        if self.pattern is None:
-            yield from fisher.inverses()
-            return
-        for where, gradients in fisher.sweep():  # in forms that know groups
-            yield where, invert(gradients, fisher.damping, fisher.inner(where, gradients))
 
     def _directions(
         self, fisher: EmpiricalFisher, damping: float, flat: Tensor, keep: Tensor
@@ -306,10 +299,6 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
 
     def _engine(self) -> str | None:
         return None if self.calibration is None else self.calibration.engine
-
-
-def _unit(step: Step) -> float:
-    return step.fisher.mean_square() or 1.0
 
 
 def _smallest(stage: Stage, target: Target, scores: Scores) -> Masks:

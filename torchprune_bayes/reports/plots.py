@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchprune_bayes._checks import check_choice
-from torchprune_bayes.errors import ArgumentError, MissingExtraError
+from torchprune_bayes._extras import optional
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.reports.tables import ResultsTable
 
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -17,11 +18,11 @@ _GREY, _INK = "#767676", "#333333"
 _CHARACTER = 0.0185  # of a tick label with its share of the gap, as a fraction of the data's width
 # Twelve hues, neighbours apart in lightness too. Eleven markers, so that the pairs of colour and
 # marker repeat only after 132 series.
-_COLOURS = (
+COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC3D8F", "#E69F00", "#4B3B9B",
     "#56B4E9", "#8C1C13", "#8FB339", "#B07AA1", "#7A5230", "#111111",
 )  # fmt: skip
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h")
 
 
 def plot_accuracy_against_sparsity(
@@ -67,14 +68,11 @@ def plot_accuracy_against_sparsity(
         ...     plot_accuracy_against_sparsity(table, f"{folder}/accuracy.svg").name
         'accuracy.svg'
     """
-    path = Path(path)
-    check_choice("path.suffix", path.suffix.lower(), _SUFFIXES)
+    path = checked_path(path)
     lines, dense = _lines(table, x, y, series)
-    figure = _figure()
-    axes = figure.add_subplot()
-    _style(axes, x, y, title)
+    figure, axes = new_figure(x, y, title)
     _set_sparsity_ticks(axes, sorted({point.sparsity for line in lines.values() for point in line}))
-    styles = zip(lines.items(), cycle(_COLOURS), cycle(_MARKERS), strict=False)
+    styles = zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False)
     handles = {name: _draw_line(axes, line, *style) for (name, line), *style in styles}
     # Ordered by the last value, the legend reads like the right edge of the figure.
     order = sorted(lines, key=lambda name: -lines[name][-1].mean)
@@ -82,9 +80,16 @@ def plot_accuracy_against_sparsity(
     if dense is not None:
         reference = axes.axhline(dense, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
         entries.insert(0, (reference, "dense"))
-    _draw_legend(axes, entries)
-    figure.savefig(path, dpi=200, bbox_inches="tight", facecolor="white")
+    draw_legend(axes, entries)
+    save_figure(figure, path)
     return path
+
+
+def checked_path(path: str | PathLike[str]) -> Path:
+    """Refuse suffixes of formats that figures are not written in."""
+    found = Path(path)
+    check_choice("path.suffix", found.suffix.lower(), _SUFFIXES)
+    return found
 
 
 class _Point(NamedTuple):
@@ -114,21 +119,14 @@ def _lines(
     )
 
 
-def _figure() -> Any:
-    try:
+def new_figure(x: str, y: str, title: str | None) -> tuple[Any, Any]:
+    """An empty figure whose axes are labelled with two columns, and the axes."""
+    with optional("matplotlib", "plots"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "Expected matplotlib to be installed for plots, got an ImportError; "
-            'run `pip install "torchprune_bayes[plots]"`.'
-        ) from error
     figure = Figure(figsize=(7.0, 4.4))
     FigureCanvasAgg(figure)  # attaches itself; pyplot and its global state stay out of it
-    return figure
-
-
-def _style(axes: Any, x: str, y: str, title: str | None) -> None:
+    axes = figure.add_subplot()
     axes.set_xlabel(_words(x), color=_INK, labelpad=8)
     axes.set_ylabel(_words(y), color=_INK, labelpad=8)
     if title:
@@ -140,6 +138,12 @@ def _style(axes: Any, x: str, y: str, title: str | None) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#B0B0B0")
+    return figure, axes
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure with its legend."""
+    figure.savefig(path, dpi=200, bbox_inches="tight", facecolor="white")
 
 
 def _words(column: str) -> str:
@@ -190,7 +194,8 @@ def _draw_line(axes: Any, line: list[_Point], colour: str, marker: str) -> Any:
     return handle
 
 
-def _draw_legend(axes: Any, entries: list[tuple[Any, str]]) -> None:
+def draw_legend(axes: Any, entries: list[tuple[Any, str]]) -> None:
+    """Name handles to the right of the axes, from top to bottom."""
     handles, names = zip(*entries, strict=True)
     axes.legend(
         handles,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration._randomness import IsolatedRandomness
-from torchprune_bayes.errors import ArgumentError, MissingExtraError, ParameterError
+from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.structured._forward import ForwardFunction, run, tensors_in
 
 
@@ -131,13 +132,8 @@ def trace(
 
 
 def _dependency_graph() -> Any:
-    try:
+    with optional("torch-pruning", "torch-pruning"):
         from torch_pruning import DependencyGraph
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Expected torch-pruning to be installed for tracing a model, got {error}; "
-            'run `pip install "torchprune_bayes[torch-pruning]"`.'
-        ) from error
     return DependencyGraph
 
 
