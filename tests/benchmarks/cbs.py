@@ -29,14 +29,13 @@ from torchprune_bayes import Calibration, prune_global
 ONE_SHOT: dict[str, dict[str, Any]] = {
     "CBS-S": {"method": "cbs", "update": "none", "damping": 1e-2},
     "CBS-S+U": {"method": "cbs"},
+    "CBS-S+U, paper": {"method": "cbs", "damping": 1e-3, "block_size": "full"},
     "CBS post-update": {"method": "cbs-post-update", "damping": 1e-3},
 }
 _MULTI_STEP: dict[str, Any] = {
     "method": "cbs",
-    "damping": 1e-3,
     "gradient_step": "auto",
     "initial": "woodfisher",
-    "update_scale": 1.0,
     "block_size": "full",
 }
 # What the search adds to the steps is the difference of the two.
@@ -82,7 +81,7 @@ def _cell(
 ) -> str:
     found = []
     started = time.perf_counter()
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         pruned = copy.deepcopy(model)
         if name in MULTI_STEP:
             rows = {"num_samples": 32 * arguments.step_gradients, "mini_batch": 32}
@@ -92,6 +91,7 @@ def _cell(
         calibration = _calibration(pruned, data, seed, **rows)
         prune_global(None, amount=sparsity, calibration=calibration, **options)
         found.append(accuracy(pruned, *data[2:]))
+        print(f"# {name}, {sparsity}, seed {seed}: {found[-1]:.2f}", flush=True)
     seconds = (time.perf_counter() - started) / arguments.seeds
     spread = statistics.stdev(found) if len(found) > 1 else 0.0
     return f"{statistics.mean(found):.2f} ({spread:.2f}) {seconds:.0f} s"
@@ -119,9 +119,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder of the public data sets")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(PUBLISHED))
     parser.add_argument("--samples", type=int, default=1000, help="gradients in one shot")
-    parser.add_argument("--steps", type=int, default=24, help="of the multi-step columns")
+    parser.add_argument("--steps", type=int, default=32, help="of the multi-step columns")
     parser.add_argument("--step-gradients", type=int, default=500, help="gradients of a step")
     parser.add_argument("--columns", nargs="+", choices=[*ONE_SHOT, *MULTI_STEP])
     parser.add_argument("--race", type=int, default=5, help="literal iterations; 0 skips the race")

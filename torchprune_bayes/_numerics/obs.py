@@ -72,13 +72,18 @@ def joint_directions(
     return joint_directions_in_primal(gradients, damping, weights, keep)
 
 
+def whole_gram_helps(gradients: Tensor, keep: Tensor) -> bool:
+    """Whether the joint update is cheaper with ``GGᵀ`` at hand: ``G_PG_Pᵀ`` is then taken off."""
+    return gradients.shape[-2] <= int(keep.sum(-1).max()) and 2 * int(keep.sum()) > keep.numel()
+
+
 def joint_directions_in_sample_space(
     gradients: Tensor, damping: float, weights: Tensor, keep: Tensor, inner: Tensor | None = None
 ) -> Directions:
     """``δ_K = G_Kᵀ(NλI + G_K G_Kᵀ)⁻¹R``: ridge regression with one unknown per sample."""
     right = _right_hand_side(gradients, weights, keep)
     kept, indices = _compact(gradients, keep)
-    if inner is None or 2 * int(keep.sum()) <= keep.numel():
+    if inner is None or not whole_gram_helps(gradients, keep):
         damped = gram(kept)
     else:  # GGᵀ = G_K G_Kᵀ + G_P G_Pᵀ, and P is the smaller part
         damped = inner - gram(_compact(gradients, ~keep)[0])

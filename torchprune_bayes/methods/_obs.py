@@ -18,7 +18,12 @@ from torch import Tensor
 
 from torchprune_bayes._checks import check_choice, check_fraction, check_positive
 from torchprune_bayes._numerics.fisher_blocks import InverseFisher, invert
-from torchprune_bayes._numerics.obs import Directions, joint_directions, single_directions
+from torchprune_bayes._numerics.obs import (
+    Directions,
+    joint_directions,
+    single_directions,
+    whole_gram_helps,
+)
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.curvature import EmpiricalFisher
@@ -284,7 +289,8 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         for where, gradients in fisher.sweep():
             shape = gradients.shape[::2]
             w, k = flat[where].unflatten(0, shape), keep[where].unflatten(0, shape)
-            inner = fisher.inner(where, gradients)
+            needed = self.update == "single" or whole_gram_helps(gradients, k)
+            inner = fisher.inner(where, gradients) if needed else None
             if self.update == "single":
                 found = single_directions(invert(gradients, damping, inner), w, k)
             else:
