@@ -310,13 +310,15 @@ class Calibration:
             return self._functional.loss(weights or {}, constants, batch)
 
     def held_out_loss(self, weights: Mapping[str, Tensor] | None = None) -> MeanLoss:
-        """Mean loss over up to 2000 samples that follow the calibration samples in the data.
+        """Mean loss over samples that follow the calibration samples in the data.
 
+        These are up to 2000, or up to as many as there are gradients if these are more.
         Where the data ends with the calibration samples, these are used and ``in_sample`` says so.
         The samples are drawn once and kept, up to an eighth of the memory budget.
         """
         if self._held_out is None:
-            wanted, room = min(self.num_samples, _HELD_OUT_SAMPLES), self.memory_mb * 2**20 / 8
+            wanted = min(self.num_samples, max(_HELD_OUT_SAMPLES, self.num_gradients))
+            room = self.memory_mb * 2**20 / 8
             drawn = self._stream.following(self.num_samples, wanted, _EVALUATION_BATCH, room)
             self._held_out = [map_tensors(batch, self._functional.move_input) for batch in drawn]
         in_sample = not self._held_out
