@@ -72,8 +72,9 @@ def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
         found.append(Variant(name, name, options, bool(options)))
         several = (STEPS if name == STRONGEST else 1) if steps is None else steps
         if "steps" in known and several > 1:
-            options |= {"steps": several}
-            found.append(Variant(f"{name}, {several} steps", name, options, len(options) > 1))
+            stepwise = options | {"steps": several}
+            limited = bool(options.keys() - {"steps"})
+            found.append(Variant(f"{name}, {several} steps", name, stepwise, limited))
     return found
 
 
