@@ -1,4 +1,7 @@
-"""Prune 98 % of a digit classifier before it is trained, and another one while it is trained."""
+"""Prune 98 % of a digit classifier before it is trained, and another one while it is trained.
+
+Ends in about ten seconds: accuracy of the dense network and of both pruned ones.
+"""
 
 import torch
 from sklearn.datasets import load_digits
@@ -45,7 +48,14 @@ def zeros_in(model: nn.Module) -> int:
     return sum(int((module.weight == 0).sum()) for module, _ in prunable_parameters(model))
 
 
-# Before training, with PyTorch's own function.
+dense = fresh_model()
+optimizer = torch.optim.Adam(dense.parameters(), lr=2e-3)
+for _ in range(EPOCHS):
+    train_epoch(dense, optimizer)
+print(f"dense: {accuracy(dense):.3f}")
+
+# Before training, with PyTorch's own function. The masks stay on the modules, so that no gradient
+# reaches a pruned weight; `keep_sparse` also keeps the optimizer's decay and moments from them.
 before = fresh_model()
 params = prunable_parameters(before)
 calibration = Calibration(before, loader, loss_fn, params=params, num_samples=1000)
@@ -54,9 +64,11 @@ optimizer = torch.optim.Adam(before.parameters(), lr=2e-3)
 keep_sparse(optimizer, before)
 for _ in range(EPOCHS):
     train_epoch(before, optimizer)
-print(f"SNIP-it before training: {accuracy(before):.3f} with {zeros_in(before)} zeros")
+share = zeros_in(before) / sum(module.weight.numel() for module, _ in params)
+print(f"SNIP-it before training: {accuracy(before):.3f}, {share:.1%} of the weights are zero")
 
-# While training: one ranking at each event of the schedule, the first after DELAY + FREQUENCY.
+# While training: the schedule has seven events, the first after DELAY + FREQUENCY epochs, and
+# `steps=0` makes each of them one ranking. Zeros stay zero because the pruner has the optimizer.
 during = fresh_model()
 optimizer = torch.optim.Adam(during.parameters(), lr=2e-3)
 pruner = GradualPruner(
@@ -70,7 +82,7 @@ pruner = GradualPruner(
 for _ in range(EPOCHS):
     train_epoch(during, optimizer)
     pruner.step()
-print(f"SNIP-it during training: {accuracy(during):.3f} with {zeros_in(during)} zeros")
+print(f"SNIP-it during training: {accuracy(during):.3f}, by {len(pruner.history)} rankings")
 
 total = sum(module.weight.numel() for module, _ in params)
 assert zeros_in(before) == zeros_in(during) == round(SPARSITY * total)

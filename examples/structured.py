@@ -1,4 +1,8 @@
-"""Shrink a small convolutional network before it is trained, by the elasticity of its loss."""
+"""Shrink a small convolutional network before it is trained, by the elasticity of its loss.
+
+Ends in about ten seconds: accuracy of the whole network, of one with a fifth of its channels and
+hidden units chosen by SNAP-it, and of one with as many of them chosen at random.
+"""
 
 import torch
 from sklearn.datasets import load_digits
@@ -58,24 +62,27 @@ train(dense)
 print(f"dense: {accuracy(dense):.3f}")
 
 # SNAP-it: seven times, score what is left and shrink to the next sparsity of the paper's path.
+# Before training batch norms have seen no data; with batch_norm="batch" they normalise the scored
+# batches all the same, as they will in training.
 small = fresh_model()
 calibration = Calibration(small, loader, loss_fn, num_samples=1000)
 report = shrink(
     small,
     x[:2],
-    SNAPitImportance(calibration),
+    SNAPitImportance(calibration, batch_norm="batch"),
     sparsity=SPARSITY,
     target="channels",
     steps=halving_path(SPARSITY),
 )
+print(report)  # what is left, per layer
 train(small)
 print(f"SNAP-it: {accuracy(small):.3f} with parameters {report.parameters}")
 
 # As many units at random.
 random = fresh_model()
-shrink(random, x[:2], RandomImportance(), sparsity=SPARSITY, target="channels")
+drawn = shrink(random, x[:2], RandomImportance(), sparsity=SPARSITY, target="channels")
 train(random)
-print(f"at random: {accuracy(random):.3f}")
+print(f"at random: {accuracy(random):.3f} with parameters {drawn.parameters}")
 
 assert report.units.before == 96
 assert report.units.after == 19

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -33,6 +33,36 @@ def gate_gradients(
     loss = loss_fn(functional_call(model, gated, (x,)), y)
     found = torch.autograd.grad(loss, list(leaves.values()))
     return dict(zip(leaves, found, strict=True))
+
+
+def summed_over_training_batches(
+    model: nn.Module,
+    loss_fn: Loss,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    weights: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """``w ∂L/∂w`` of the mean loss, each batch as a training loop runs it, dropout apart.
+
+    The model and its running statistics change.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+    model.zero_grad()
+    samples = sum(len(y) for _, y in batches)
+    for x, y in batches:
+        (loss_fn(model(x), y) * len(y) / samples).backward()
+    return {name: weight * _gradient(model, name) for name, weight in weights.items()}
+
+
+def _gradient(model: nn.Module, name: str) -> Tensor:
+    gradient = model.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
 
 
 def ones_like(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,14 +7,91 @@ weights; the model keeps its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration, batch_size
 from torchprune_bayes.curvature._leaves import leaves_of
-from torchprune_bayes.types import Masks, Scores
+from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.methods._stepwise import StepwisePruning
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Decision, Masks, Scores
+
+BATCH_NORMS = ("running", "batch")
+
+
+class SensitivityPruning(StepwisePruning):
+    """Base class of the stepwise methods that take gradients of the loss.
+
+    Args:
+        amount: Fraction or number of the live entries to prune.
+        batch_norm: What batch norms normalise by, see :func:`normalising_by`.
+        options: Arguments of :class:`StepwisePruning`.
+    """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int],
+        *,
+        batch_norm: str = "running",
+        **options: Any,
+    ) -> None:
+        super().__init__(amount, **options)
+        check_choice("batch_norm", batch_norm, BATCH_NORMS)
+        self.batch_norm = batch_norm
+
+    def decide(self, space: ParameterSpace) -> Decision:
+        """Choose masks step by step; the model is not changed.
+
+        Args:
+            space: The calibration's parameters.
+
+        Raises:
+            CalibrationError: If the data gave no usable gradients.
+            ParameterError: If batch norms that are synchronised cannot normalise by the batch.
+        """
+        with normalising_by(self.batch_norm, self.required_calibration.model):
+            return super().decide(space)
+
+
+@contextmanager
+def normalising_by(batch_norm: str, model: nn.Module) -> Iterator[None]:
+    """Let the passes of a calibration normalise by running statistics or by those of the batch.
+
+    Passes run in evaluation mode on copies of the buffers. With ``"batch"`` every batch norm is
+    put into training mode as it is called, and nothing else is, dropout for one; its statistics
+    move on the copies. A batch of one sample, which has no variance, keeps the running ones.
+
+    Args:
+        batch_norm: ``"running"`` or ``"batch"``.
+        model: The calibration's model.
+
+    Raises:
+        ParameterError: If a batch norm would wait for other processes.
+    """
+    with ExitStack() as stack:
+        for name, module in model.named_modules() if batch_norm == "batch" else ():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise ParameterError(
+                    "Expected batch norms of one process for batch_norm='batch', got SyncBatchNorm "
+                    f"at `{name}`."
+                )
+            if isinstance(module, _BatchNorm):
+                hook = module.register_forward_pre_hook(_train_on_several, with_kwargs=True)
+                stack.callback(hook.remove)
+        yield
+
+
+def _train_on_several(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    # Every pass of a calibration puts the modes back that it found.
+    inputs: Tensor = args[0] if args else kwargs["input"]
+    module.training = len(inputs) > 1
 
 
 def masked(weights: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:

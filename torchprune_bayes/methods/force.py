@@ -7,14 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from torchprune_bayes.methods._sensitivity import absolute, masked, sensitivities
-from torchprune_bayes.methods._stepwise import StepwisePruning
+from torchprune_bayes.methods._sensitivity import (
+    SensitivityPruning,
+    absolute,
+    masked,
+    sensitivities,
+)
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.types import Masks, Scores
 
 
 @register("force", title="sensitivity after pruning, with regrowth", paper="arXiv:2006.09081")
-class FORCE(StepwisePruning):
+class FORCE(SensitivityPruning):
     """Keep the weights that matter to the pruned network: the largest ``|w ∂L/∂w̄|`` at ``w̄ = m⊙w``.
 
     `FORCE (de Jorge et al., 2020) <https://arxiv.org/abs/2006.09081>`_ maximises the sensitivity
@@ -30,6 +34,8 @@ class FORCE(StepwisePruning):
         path: ``"geometric"``, the paper's; ``"linear"`` or ``"cubic"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        batch_norm: ``"running"`` or ``"batch"``, what batch norms normalise by while scoring; see
+            :class:`~torchprune_bayes.methods.SNIPit`.
 
     Raises:
         ArgumentError: If an option has an impossible value.

@@ -13,17 +13,17 @@ from torchprune_bayes._checks import check_positive
 from torchprune_bayes.calibration import Calibration, batch_size
 from torchprune_bayes.curvature._leaves import leaves_of
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.methods._sensitivity import masked
-from torchprune_bayes.methods._stepwise import StepwisePruning
+from torchprune_bayes.methods._sensitivity import SensitivityPruning, masked
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.types import Masks, Scores
 
 _BATCH = 64
+_LARGEST_BATCH = 512  # that of gradients: with statistics of batches, H and g must have the same
 _TEMPERATURE = 200.0  # of the paper's experiments
 
 
 @register("grasp", title="preserved flow of the gradient", paper="arXiv:2002.07376")
-class GraSP(StepwisePruning):
+class GraSP(SensitivityPruning):
     """Prune the weights with the smallest ``w ⊙ Hg``, those whose removal helps the gradient most.
 
     `GraSP (Wang, Zhang and Grosse, 2020) <https://arxiv.org/abs/2002.07376>`_: removing a weight,
@@ -40,6 +40,8 @@ class GraSP(StepwisePruning):
         steps: One, as in the paper, or more, with ``ρ^{t/T}`` kept after step ``t``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        batch_norm: ``"running"``, or ``"batch"``, as in the published code: what batch norms
+            normalise by while scoring; see :class:`~torchprune_bayes.methods.SNIPit`.
 
     Raises:
         ArgumentError: If a temperature is given for a model that computes its own loss, or an
@@ -47,7 +49,8 @@ class GraSP(StepwisePruning):
         ArgumentTypeError: If there is no calibration.
 
     Cost per step: two gradients of all samples and a Hessian-vector product, about five times a
-    gradient in all; activations of 64 samples, with the graph of their gradient.
+    gradient in all; activations of 64 samples (of a batch of up to 512 with
+    ``batch_norm="batch"``), with the graph of their gradient.
 
     Example:
         >>> import torch
@@ -73,6 +76,7 @@ class GraSP(StepwisePruning):
         steps: int = 1,
         scope: str = "global",
         min_keep_per_tensor: int = 0,
+        batch_norm: str = "running",
     ) -> None:
         super().__init__(
             amount,
@@ -80,6 +84,7 @@ class GraSP(StepwisePruning):
             scope=scope,
             steps=steps,
             min_keep_per_tensor=min_keep_per_tensor,
+            batch_norm=batch_norm,
         )
         if temperature != "auto":
             check_positive("temperature", temperature)
@@ -89,7 +94,8 @@ class GraSP(StepwisePruning):
         """``w ⊙ Hg`` of what is left."""
         calibration = _tempered(self.required_calibration.fresh(step), self.temperature)
         left = masked(weights, masks)
-        product = _hessian_gradient_product(calibration, left, masks)
+        size = _BATCH if self.batch_norm == "running" else _LARGEST_BATCH
+        product = _hessian_gradient_product(calibration, left, masks, size)
         return {name: weight * product[name].to(weight.device) for name, weight in left.items()}
 
 
@@ -113,9 +119,9 @@ def _tempered(calibration: Calibration, temperature: float | str) -> Calibration
 
 
 def _hessian_gradient_product(
-    calibration: Calibration, weights: Mapping[str, Tensor], masks: Masks
+    calibration: Calibration, weights: Mapping[str, Tensor], masks: Masks, size: int
 ) -> dict[str, Tensor]:
-    """``H(m⊙g)`` of the mean loss over all samples, by name."""
+    """``H(m⊙g)`` of the mean loss over all samples, by name, ``size`` samples at a time."""
     direction = {
         name: gradient * masks[name].to(gradient.device)
         for name, gradient in calibration.mean_gradient(weights).items()
@@ -124,7 +130,7 @@ def _hessian_gradient_product(
     total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     # Fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch in calibration.batches(_BATCH):
+        for batch in calibration.batches(size):
             share = batch_size(batch) / calibration.num_samples
             loss = share * calibration.loss(leaves, batch)
             for name, product in _directional_derivative(loss, leaves, direction).items():

@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.methods._sensitivity import absolute, masked, sensitivities
-from torchprune_bayes.methods._stepwise import StepwisePruning
+from torchprune_bayes.methods._sensitivity import (
+    SensitivityPruning,
+    absolute,
+    masked,
+    sensitivities,
+)
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.types import Masks, Scores
 
 
 @register("iterative-snip", title="sensitivity of the loss, in steps", paper="arXiv:2006.09081")
-class IterativeSNIP(StepwisePruning):
+class IterativeSNIP(SensitivityPruning):
     """Prune the weights with the smallest ``|w ∂L/∂w|``, in steps that keep a fixed share.
 
     Iterative SNIP (`de Jorge et al., 2020 <https://arxiv.org/abs/2006.09081>`_, section 5): with a
@@ -30,6 +34,8 @@ class IterativeSNIP(StepwisePruning):
         path: ``"geometric"``, the paper's; ``"linear"`` or ``"cubic"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        batch_norm: ``"running"`` or ``"batch"``, what batch norms normalise by while scoring; see
+            :class:`~torchprune_bayes.methods.SNIPit`.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -81,6 +87,8 @@ class SNIP(IterativeSNIP):
         calibration: Data, model and loss.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        batch_norm: ``"running"`` or ``"batch"``, what batch norms normalise by while scoring; see
+            :class:`~torchprune_bayes.methods.SNIPit`.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -107,6 +115,7 @@ class SNIP(IterativeSNIP):
         calibration: Calibration | None = None,
         scope: str = "global",
         min_keep_per_tensor: int = 0,
+        batch_norm: str = "running",
     ) -> None:
         super().__init__(
             amount,
@@ -114,4 +123,5 @@ class SNIP(IterativeSNIP):
             steps=1,
             scope=scope,
             min_keep_per_tensor=min_keep_per_tensor,
+            batch_norm=batch_norm,
         )

@@ -11,8 +11,14 @@ from torch.nn.functional import nll_loss
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes._numerics.selection import keep_strictly_above
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.methods._sensitivity import absolute, masked, mean_loss, sensitivities
-from torchprune_bayes.methods._stepwise import RankedGroup, StepwisePruning
+from torchprune_bayes.methods._sensitivity import (
+    SensitivityPruning,
+    absolute,
+    masked,
+    mean_loss,
+    sensitivities,
+)
+from torchprune_bayes.methods._stepwise import RankedGroup
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.types import Masks, Scores
 
@@ -20,7 +26,7 @@ _EPSILON = 1e-8  # the published code's, against a loss of zero
 
 
 @register("snip-it", title="elasticity of the loss, in steps", paper="arXiv:2006.00896")
-class SNIPit(StepwisePruning):
+class SNIPit(SensitivityPruning):
     """Prune the weights with the smallest elasticity ``|∂L/∂c · c/L| = |w ∂L/∂w| / |L|``, in steps.
 
     `SNIP-it (Verdenius, Stol and Forré, 2020) <https://arxiv.org/abs/2006.00896>`_: the elasticity
@@ -45,6 +51,11 @@ class SNIPit(StepwisePruning):
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows. At
             high sparsity a global ranking may else empty a layer, and with it the network.
+        batch_norm: What batch norms normalise by while scoring. ``"running"``, as in the published
+            code: their running statistics. Before training these are mean 0 and variance 1, so
+            that nothing is normalised, unless ``torch.optim.swa_utils.update_bn`` has filled them.
+            ``"batch"``: the batch, as in training, with gradients through its statistics. Batches
+            are those of the data, cut at every 512th sample; all else stays in evaluation mode.
         compat: ``"paper"`` takes over the published code's threshold, which prunes an entry more
             and all ties, and its loss, the negative mean logit of the right class; the floor per
             tensor is off.
@@ -81,6 +92,7 @@ class SNIPit(StepwisePruning):
         start: float = 0.5,
         scope: str = "global",
         min_keep_per_tensor: int = 1,
+        batch_norm: str = "running",
         compat: str | None = None,
     ) -> None:
         super().__init__(
@@ -91,6 +103,7 @@ class SNIPit(StepwisePruning):
             path=path,
             start=start,
             min_keep_per_tensor=min_keep_per_tensor,
+            batch_norm=batch_norm,
         )
         check_choice("compat", compat, (None, "paper"))
         self.compat = compat

@@ -143,6 +143,30 @@ def test_in_training_mode_the_scores_are_still_those_of_evaluation():
     assert float(vanished["conv1"].abs().max()) < 1e-4 * float(expected["conv1"].max())
 
 
+@pytest.mark.parametrize("gate", ["consumer", "activation"])
+def test_the_statistics_of_the_batch_are_those_of_training(gate):
+    model = GatedResidual().double()  # before training: no batch norm has seen data
+    x, y = data(6, count=8)
+    groups = find_groups(model.eval(), x[:1])
+    calibration = calibrated(model, x, y)  # two batches of four
+    importance = SNAPitImportance(calibration, gate=gate, batch_norm="batch")
+    twin = copy.deepcopy(model).train()
+    units = {group.name: group.units for group in groups}
+    parts = [
+        explicit_gate_gradients(twin, units, cross_entropy, inputs, labels, "read")
+        for inputs, labels in zip(x.split(4), y.split(4), strict=True)
+    ]
+    with unchanged(model):
+        importance.prepare(model, groups)
+    loss = (parts[0][1] + parts[1][1]) / 2 + 1e-8
+    running = scores_of(model, calibration, groups, gate)
+    for group in groups:
+        wanted = ((parts[0][0][group.name] + parts[1][0][group.name]) / 2).abs() / loss
+        score = importance.score(group, model)
+        torch.testing.assert_close(score.double(), wanted, rtol=1e-9, atol=1e-12)
+        assert not torch.allclose(running[group.name].double(), wanted, rtol=0.1)
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_nothing_changes(gate):
     model, inputs = build("resnet"), images(8)
@@ -308,6 +332,10 @@ def test_bad_input():
     calibration = Calibration(model, [(inputs, torch.arange(4))], cross_entropy)
     with pytest.raises(ArgumentError, match="gate"):
         SNAPitImportance(calibration, gate="input")
+    with pytest.raises(ArgumentError, match="batch_norm"):
+        SNAPitImportance(calibration, batch_norm="train")
+    with pytest.raises(ArgumentError, match="gate='producer'"):
+        SNAPitImportance(calibration, gate="producer", batch_norm="batch")
     with pytest.raises(ArgumentTypeError, match="Calibration"):
         SNAPitImportance(model)
     other = build("vgg", seed=1)

@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration, batch_size
-from torchprune_bayes.errors import ParameterError
-from torchprune_bayes.methods._sensitivity import mean_loss
+from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.methods._sensitivity import BATCH_NORMS, mean_loss, normalising_by
 from torchprune_bayes.schedules import halving
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importances._calibrated import (
@@ -46,9 +46,14 @@ class SNAPitImportance(CalibratedImportance):
             ``Σ w ∂L/∂w + b ∂L/∂b`` over its rows; heads are gated where they are read, because
             their queries and keys are no output. ``"activation"``: on the values that are read, by
             hooks on the readers, which is the same number as ``"consumer"`` by another way.
+        batch_norm: What batch norms normalise by while scoring. ``"running"``, as in the paper:
+            their running statistics, which before training are mean 0 and variance 1, so that
+            nothing is normalised. ``"batch"``: each batch of the data, as in training; gates of
+            producers would come to nothing then and are refused.
 
     Raises:
-        ArgumentError: If ``gate`` is none of these.
+        ArgumentError: If an option is none of these, or producers are gated before norms by the
+            batch.
         ArgumentTypeError: If there is no calibration.
 
     Cost: one gradient of the mean loss and one evaluation of it; one copy of the weights.
@@ -66,10 +71,19 @@ class SNAPitImportance(CalibratedImportance):
         tensor([ True, False,  True])
     """
 
-    def __init__(self, calibration: Calibration, gate: str = "consumer") -> None:
+    def __init__(
+        self, calibration: Calibration, gate: str = "consumer", batch_norm: str = "running"
+    ) -> None:
         super().__init__(calibration)
         check_choice("gate", gate, ("consumer", "producer", "activation"))
+        check_choice("batch_norm", batch_norm, BATCH_NORMS)
+        if gate == "producer" and batch_norm == "batch":
+            raise ArgumentError(
+                "Expected gate='consumer' or 'activation' for batch_norm='batch', which undoes a "
+                "gate before a norm, got gate='producer'."
+            )
         self.gate = gate
+        self.batch_norm = batch_norm
 
     def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
         """The elasticities.
@@ -78,8 +92,9 @@ class SNAPitImportance(CalibratedImportance):
             ParameterError: If a reader is not called with the gate on activations.
         """
         of_gates = _by_hooks if self.gate == "activation" else self._by_weights
-        changes = of_gates(calibration, groups)
-        unit = abs(mean_loss(calibration, {}) + _EPSILON)
+        with normalising_by(self.batch_norm, calibration.model):
+            changes = of_gates(calibration, groups)
+            unit = abs(mean_loss(calibration, {}) + _EPSILON)
         return {name: change.abs() / unit for name, change in changes.items()}
 
     def _by_weights(
