@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from torchprune_bayes.reports import compare_speed
 from torchprune_bayes.structured import L1FilterImportance, UnitCosts, find_groups, shrink
 
 TOKENS = 128
@@ -79,13 +78,6 @@ def forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> Any:
         return model(**inputs)
 
 
-def milliseconds(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
-    """Time of one pass."""
-    begin = time.perf_counter()
-    forward(model, inputs)
-    return 1e3 * (time.perf_counter() - begin)
-
-
 def activation_peak(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """The most bytes that one pass holds at one time, by the allocations it makes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
@@ -107,19 +99,17 @@ def measure(name: str, dense: nn.Module, small: nn.Module, batch: int, repetitio
     """One row."""
     inputs = inputs_for(name, batch)
     both = (dense, small)
-    for model in both:
-        forward(model, inputs)
-    times = [[milliseconds(model, inputs) for model in both] for _ in range(repetitions)]
-    ratios = sorted(before / after for before, after in times)
-    slow, fast = (median(column) for column in zip(*times, strict=True))
+    speed = compare_speed(dense, small, inputs, pairs=repetitions)
     costs = [UnitCosts.measure(model, find_groups(model, inputs), inputs) for model in both]
     sizes = [cost.parameters({}) / 1e6 for cost in costs]
     flops = [cost.flops({}) / 1e9 for cost in costs]
     held = [sum(p.nbytes for p in model.parameters()) / 2**20 for model in both]
     peaks = [activation_peak(model, inputs) / 2**20 for model in both]
     return (
-        f"| {name} | {batch} | {_pair(sizes, 1)} | {_pair(flops, 1)} | {slow:.0f} → {fast:.0f} "
-        f"| **{median(ratios):.2f}** ({ratios[0]:.2f}–{ratios[-1]:.2f}) | {_pair(held, 0)} "
+        f"| {name} | {batch} | {_pair(sizes, 1)} | {_pair(flops, 1)} "
+        f"| {speed.milliseconds_before:.0f} → {speed.milliseconds_after:.0f} "
+        f"| **{speed.speedup:.2f}** "
+        f"({speed.speedup_low:.2f}–{speed.speedup_high:.2f}) | {_pair(held, 0)} "
         f"| {_pair(peaks, 1)} |"
     )
 

@@ -129,13 +129,18 @@ def built(family: str) -> tuple[nn.Module, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build().eval()
-        for module in model.modules():  # norms that do more than nothing
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias)
-                module.running_mean.normal_()  # type: ignore[union-attr]
-                module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+        scatter_norms(model)
     return model, inputs()
+
+
+def scatter_norms(model: nn.Module) -> None:
+    """Batch norms that do more than nothing: the last of a ResNet's blocks start with weight 0."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
 
 
 @torch.no_grad()

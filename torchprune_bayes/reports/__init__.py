@@ -7,16 +7,19 @@ Measure
     :func:`accuracy`, :func:`negative_log_likelihood`, :func:`expected_calibration_error`,
     :func:`brier_score` and, for language models, :func:`perplexity`, work on tensors.
 
-    :func:`compression_curve`, :func:`rank_correlations` and :func:`sweep_p1` look at the gates of
-    a model: how far they can be closed, by which ranking, and where the evidence stops.
+    :func:`compression_curve`, :func:`stopping_points`, :func:`sweep_p1` and
+    :func:`rank_correlations` look at a trained model with gates: how far they can be closed, by
+    which ranking, where the evidence stops, and what real shrinking leaves of parameters, FLOPs
+    and latency. :func:`compare_speed` times any model against what is left of it.
 
 Collect
     :class:`ResultsTable` holds one row per run, averages over seeds and writes text, Markdown,
     LaTeX, CSV and JSON.
 
 Draw
-    :func:`plot_accuracy_against_sparsity` compares methods in one figure; needs matplotlib,
-    ``pip install "torchprune_bayes[plots]"``.
+    :func:`plot_accuracy_against_sparsity` compares methods in one figure, and
+    :func:`plot_accuracy_against_compression` rankings of units, with their stopping points; both
+    need matplotlib, ``pip install "torchprune_bayes[plots]"``.
 
 Example:
     >>> from dataclasses import asdict
@@ -36,9 +39,10 @@ Example:
 
 from torchprune_bayes.reports.compression import (
     compression_curve,
-    rank_correlations,
+    stopping_points,
     sweep_p1,
 )
+from torchprune_bayes.reports.compression_plot import plot_accuracy_against_compression
 from torchprune_bayes.reports.evaluation import collect_sums, evaluate
 from torchprune_bayes.reports.metrics import (
     ClassificationMetrics,
@@ -50,21 +54,27 @@ from torchprune_bayes.reports.metrics import (
     perplexity,
 )
 from torchprune_bayes.reports.plots import plot_accuracy_against_sparsity
+from torchprune_bayes.reports.rank_correlation import rank_correlations
+from torchprune_bayes.reports.speed import Speed, compare_speed
 from torchprune_bayes.reports.tables import ResultsTable
 
 __all__ = [
     "ClassificationMetrics",
     "MetricSums",
     "ResultsTable",
+    "Speed",
     "accuracy",
     "brier_score",
     "collect_sums",
+    "compare_speed",
     "compression_curve",
     "evaluate",
     "expected_calibration_error",
     "negative_log_likelihood",
     "perplexity",
+    "plot_accuracy_against_compression",
     "plot_accuracy_against_sparsity",
     "rank_correlations",
+    "stopping_points",
     "sweep_p1",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.gates import (
     DEFAULT_TAU,
     BMRSUniform,
@@ -18,35 +17,49 @@ from torchprune_bayes.gates import (
     find_criterion,
     gates_of,
 )
+from torchprune_bayes.reports._criteria import named
+from torchprune_bayes.reports._trials import Finetune, Measure, Trial
 from torchprune_bayes.reports.tables import ResultsTable
 
 
 def compression_curve(
     model: nn.Module,
-    measure: Callable[[nn.Module], float],
+    measure: Measure,
     criterion: Criterion | str = "bmrs-n",
     *,
     levels: int = 11,
-    finetune: Callable[[nn.Module], object] | None = None,
+    beyond: bool = True,
+    finetune: Finetune | None = None,
     keep: int = 1,
+    example_inputs: Any = None,
+    pairs: int = 0,
 ) -> ResultsTable:
     """Close more and more gates of copies of a trained model, the most redundant first.
 
     This is the post-training mode of arXiv:2406.01345, section 5.2: gates of all sites are ranked
-    together, and the criterion marks the level at which it would stop by itself. Rankings that have
-    no zero of their own are compared at that level, by giving them its ``closed``.
+    together, and one row marks where the criterion would stop by itself: for BMRS where the change
+    of the log evidence falls below ``-tau``, which is zero with ``tau = 0``. Rankings that have no
+    zero of their own are compared at that level, by giving them its ``closed``.
 
     Args:
         model: A trained model with gates; it stays as it is.
         measure: Gives the metric of a model, such as its accuracy.
         criterion: A criterion or its name.
         levels: Number of levels, from no gate closed to all but ``keep``.
+        beyond: Whether the levels go on behind the stopping point, or end there.
         finetune: Trains a copy for a little while after its gates were closed.
         keep: Gates that stay open at each site.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments. With it
+            the gates of each copy are folded and what is closed is cut out for real, before the
+            fine-tuning; without, copies keep their gates, and nothing is said of sizes.
+        pairs: Passes to time each shrunk copy with, beside the whole model without gates; 0 does
+            not time.
 
     Returns:
-        A row for each level and one for the stopping point: ``closed`` (fraction of all gates),
-        ``metric``, ``margin`` (the smallest among the gates that were closed for it; negative
+        A row for each level and one for the stopping point: ``level`` (from 0 to 1), ``closed``
+        (fraction of all gates); with ``example_inputs`` also ``parameters`` and ``flops``
+        (fractions of the whole model that are gone), with ``pairs`` ``speedup`` (before/after);
+        ``metric``; ``margin`` (the smallest among the gates that were closed for it; negative
         where the criterion says no) and ``stop`` (1 at the stopping point, else 0).
 
     Raises:
@@ -60,99 +73,111 @@ def compression_curve(
         >>> gates = attach_gates(model)
         >>> with torch.no_grad():
         ...     _ = gates["2:in"].mu.copy_(torch.tensor([0.0, -1.0, -20.0]))
-        >>> table = compression_curve(model, lambda m: float(gates_of(m).closed), "mean", levels=2)
-        >>> [(row["metric"], row["stop"]) for row in table]
-        [(0.0, 0), (1.0, 1), (2.0, 0)]
+        >>> def left(m: nn.Module) -> int:
+        ...     return sum(p.numel() for p in m.parameters())
+        >>> table = compression_curve(
+        ...     model, left, "mean", levels=2, example_inputs=torch.zeros(1, 2)
+        ... )
+        >>> [(row["metric"], round(row["parameters"], 3), row["stop"]) for row in table]
+        [(17.0, 0.0, 0), (12.0, 0.294, 1), (7.0, 0.588, 0)]
     """
     check_count("levels", levels, minimum=2)
-    found = find_criterion(criterion)
+    check_count("pairs", pairs, minimum=0)
     gates = gates_of(model)
-    margins, masks = gates.margins(found), gates.masks
-    most = sum(max(int(mask.sum()) - keep, 0) for mask in masks.values())
-    counts = [(round(most * level / (levels - 1)), 0) for level in range(levels)]
-    chosen = choose_closed(margins, masks, keep=keep)
-    counts.append((sum(int(dead.sum()) for dead in chosen.values()), 1))
+    margins, masks = gates.margins(find_criterion(criterion)), gates.masks
+    stop = _total(choose_closed(margins, masks, keep=keep))
+    last = sum(max(int(mask.sum()) - keep, 0) for mask in masks.values()) if beyond else stop
+    counts = [(round(last * level / (levels - 1)), 0) for level in range(levels)]
+    trial = Trial(model, measure, finetune, example_inputs, pairs)
     table = ResultsTable()
-    for count, stop in sorted(counts):
+    for count, stops in sorted([*counts, (stop, 1)]):
         dead = choose_closed(margins, masks, amount=count, beyond=True, keep=keep)
-        twin = copy.deepcopy(model)
-        twins = gates_of(twin)
-        for name, gone in dead.items():
-            twins[name].close(gone)
-        if finetune is not None:
-            finetune(twin)
         closed = torch.cat([margins[name][gone] for name, gone in dead.items()])
         margin = {"margin": float(closed.min())} if count else {}
-        closed_share = twins.closed / twins.units
-        table.add(closed=closed_share, metric=float(measure(twin)), **margin, stop=stop)
+        table.add(level=count / (last or 1), **trial.run(dead), **margin, stop=stops)
     return table
 
 
-def rank_correlations(model: nn.Module, criteria: Iterable[Criterion | str]) -> ResultsTable:
-    """Spearman's rank correlation of criteria over the gates of a model, ties averaged.
+def stopping_points(
+    model: nn.Module,
+    criteria: Iterable[Criterion | str] | Mapping[str, Criterion | str],
+    measure: Measure | None = None,
+    *,
+    finetune: Finetune | None = None,
+    keep: int = 1,
+    example_inputs: Any = None,
+    pairs: int = 0,
+) -> ResultsTable:
+    """Close what each of several criteria says, in copies of one trained model.
 
     Args:
-        model: A trained model with gates.
-        criteria: At least two criteria or their names.
+        model: A trained model with gates; it stays as it is.
+        criteria: Criteria or their names; a mapping gives them the names of the rows.
+        measure: Gives the metric of a model, such as its accuracy.
+        finetune: See :func:`compression_curve`.
+        keep: See :func:`compression_curve`.
+        example_inputs: See :func:`compression_curve`.
+        pairs: See :func:`compression_curve`.
 
     Returns:
-        A row for each pair: ``first``, ``second`` and ``correlation``; NaN where a criterion
-        gives all gates the same margin.
+        A row for each: ``criterion``, ``closed``, and the columns of :func:`compression_curve`
+        for which there is an argument.
 
     Raises:
-        ArgumentError: If there are no gates, fewer than two criteria, or one is unknown.
+        ArgumentError: If the model has no gates or a criterion is unknown.
 
-    Cost: one sort of all margins for each criterion.
+    Cost: a copy of the model, a measurement and a fine-tuning for each criterion.
 
     Example:
         >>> from torchprune_bayes.gates import attach_gates
-        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
         >>> gates = attach_gates(model)
         >>> with torch.no_grad():
-        ...     _ = gates["2:in"].log_sigma.copy_(torch.tensor([-5.0, 0.0, 3.0]))
-        >>> print(rank_correlations(model, ["snr", "bmrs-n"]))
-        first  second  correlation
-        -----  ------  -----------
-        snr    bmrs-n          1.0
+        ...     _ = gates["2:in"].mu.copy_(torch.tensor([0.0, -5.0, -19.0, -20.0]))
+        ...     _ = gates["2:in"].log_sigma.copy_(torch.tensor([-5.0, 1.0, 1.0, -5.0]))
+        >>> print(stopping_points(model, ["bmrs-n", "bmrs-u8", "snr"]))
+        criterion  closed
+        ---------  ------
+        bmrs-n       0.50
+        bmrs-u8      0.75
+        snr          0.50
     """
+    check_count("pairs", pairs, minimum=0)
     gates = gates_of(model)
-    ranks: dict[str, Tensor] = {}
-    for criterion in criteria:
-        margins = torch.cat([value.cpu() for value in gates.margins(criterion).values()])
-        ranks[criterion if isinstance(criterion, str) else repr(criterion)] = _ranks(margins)
-    if len(ranks) < 2:
-        raise ArgumentError(f"Expected at least two different criteria, got {len(ranks)}.")
-    correlations = torch.corrcoef(torch.stack(list(ranks.values())))
-    table, names = ResultsTable(), list(ranks)
-    for i, first in enumerate(names):
-        for j in range(i + 1, len(names)):
-            found = round(float(correlations[i, j]), 12)
-            table.add(first=first, second=names[j], correlation=found)
-    return table
+    trial = Trial(model, measure, finetune, example_inputs, pairs)
+    chosen = {
+        name: choose_closed(gates.margins(criterion), gates.masks, keep=keep)
+        for name, criterion in named(criteria).items()
+    }
+    return ResultsTable({"criterion": name, **trial.run(dead)} for name, dead in chosen.items())
 
 
 def sweep_p1(
     model: nn.Module,
     bits: Iterable[float] = (16, 12, 8, 6, 4, 2),
+    measure: Measure | None = None,
     *,
     p2: float | None = None,
     tau: float = DEFAULT_TAU,
+    **options: Any,
 ) -> ResultsTable:
-    """Count what BMRS_U would close at several cut-offs (arXiv:2406.01345, figure 4).
+    """Close what BMRS_U says at several cut-offs (arXiv:2406.01345, figure 4).
 
     Args:
         model: A trained model with gates; it stays as it is.
         bits: Values of ``p1``; fewer bits close more.
+        measure: Gives the metric of a model, such as its accuracy.
         p2: See :class:`~torchprune_bayes.gates.BMRSUniform`.
         tau: See :class:`~torchprune_bayes.gates.BMRSUniform`.
+        options: Further arguments of :func:`stopping_points`.
 
     Returns:
-        A row for each: ``p1`` and ``closed``, the fraction of all gates.
+        A row for each: ``p1`` and the columns of :func:`stopping_points`.
 
     Raises:
         ArgumentError: If there are no gates or a value of ``p1`` is impossible.
 
-    Cost: a few evaluations of log Φ for each gate and cut-off.
+    Cost: that of :func:`stopping_points`.
 
     Example:
         >>> from torchprune_bayes.gates import attach_gates
@@ -163,17 +188,10 @@ def sweep_p1(
         >>> [row["closed"] for row in sweep_p1(model, [8, 4])]
         [0.0, 0.5]
     """
-    gates = gates_of(model)
-    table = ResultsTable()
-    for p1 in bits:
-        margins = gates.margins(BMRSUniform(float(p1), p2, tau))
-        closed = sum(int((value >= 0).sum()) for value in margins.values())
-        table.add(p1=float(p1), closed=closed / gates.units)
-    return table
+    swept = {f"{p1:g}": BMRSUniform(float(p1), p2, tau) for p1 in bits}
+    rows = stopping_points(model, swept, measure, **options)
+    return ResultsTable({"p1": float(row.pop("criterion")), **row} for row in rows)
 
 
-def _ranks(values: Tensor) -> Tensor:
-    # Entries that tie share the mean of the places that they take up.
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[inverse]
+def _total(dead: Mapping[str, Tensor]) -> int:
+    return sum(int(gone.sum()) for gone in dead.values())

@@ -115,7 +115,8 @@ class GateTraining:
         """Prune if it is due, and keep a copy of the model if it is the best of this phase.
 
         Args:
-            metric: What is better the larger it is, measured on the model as it is now.
+            metric: What is better the larger it is, measured on the model as it is now; with
+                several processes the same on all of them, or they would restore different models.
 
         Returns:
             What was added to :attr:`history`.

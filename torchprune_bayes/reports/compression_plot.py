@@ -1,0 +1,133 @@
+"""Accuracy against compression, with the points at which criteria stop by themselves."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.reports.plots import (
+    COLOURS,
+    MARKERS,
+    checked_path,
+    draw_legend,
+    new_figure,
+    save_figure,
+)
+from torchprune_bayes.reports.tables import ResultsTable
+
+_STAR = {
+    "linestyle": "none",
+    "marker": "*",
+    "markersize": 15.0,
+    "markeredgecolor": "#333333",
+    "markeredgewidth": 0.9,
+}
+
+
+def plot_accuracy_against_compression(
+    table: ResultsTable,
+    path: str | PathLike[str],
+    *,
+    x: str = "parameters",
+    y: str = "metric",
+    series: str = "criterion",
+    title: str | None = None,
+) -> Path:
+    """Draw one line per ranking, and a star where the evidence stops, with a tick below it.
+
+    The rows are those of :func:`~torchprune_bayes.reports.compression_curve` of one or more runs,
+    with a column that names the ranking. Runs are averaged level by level, with a band of one
+    standard deviation; stars are averages of stopping points, with bars of one standard deviation.
+    A ranking without rows of ``stop`` 1 has no star.
+
+    Args:
+        table: Rows with the columns ``level``, ``stop`` and the three below.
+        path: File to write, ending in ``.png``, ``.svg`` or ``.pdf``.
+        x: Column of fractions that are gone: ``"parameters"``, ``"flops"`` or ``"closed"``.
+        y: Column of numbers to draw.
+        series: Column that names the lines.
+        title: Heading, if any.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ArgumentError: If the suffix is another, a column is missing or there is no level to draw.
+        MissingExtraError: If matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> from torchprune_bayes.reports import ResultsTable
+        >>> table = ResultsTable()
+        >>> for level, gone, stop in [(0.0, 0.0, 0), (0.5, 0.6, 0), (0.6, 0.7, 1), (1.0, 0.9, 0)]:
+        ...     table.add(criterion="BMRS_N", level=level, parameters=gone, metric=1 - gone**9,
+        ...         stop=stop)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_accuracy_against_compression(table, f"{folder}/curve.svg").name
+        'curve.svg'
+    """
+    path = checked_path(path)
+    lines = _points(table, 0, [series, "level"], x, y)
+    stops = _points(table, 1, [series], x, y)
+    if not lines:
+        raise ArgumentError("Expected a row of `stop` 0 to draw, got none.")
+    figure, axes = new_figure(f"{x} removed", y, title)
+    entries = []
+    styles = zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False)
+    for (name, line), colour, marker in styles:
+        entries.append((_draw_line(axes, sorted(line), colour, marker), name))
+        for stop in stops.get(name, []):
+            _draw_stop(axes, stop, colour)
+    if stops:
+        (star,) = axes.plot([], [], color="#AAAAAA", **_STAR)
+        entries.append((star, "stopping point"))
+    draw_legend(axes, entries)
+    save_figure(figure, path)
+    return path
+
+
+class _Point(NamedTuple):
+    x: float
+    y: float
+    x_std: float  # NaN for a single run
+    y_std: float
+
+
+def _points(
+    table: ResultsTable, stop: int, by: list[str], x: str, y: str
+) -> dict[str, list[_Point]]:
+    rows = list(table)
+    if any("stop" not in row for row in rows):
+        raise ArgumentError("Expected a column 'stop' in every row, got a row without.")
+    points: dict[str, list[_Point]] = {}
+    chosen = ResultsTable(row for row in rows if row["stop"] == stop)
+    for row in chosen.summarise(by=by, values=[x, y]):
+        numbers = (float(row[f"{name}_{part}"]) for part in ("mean", "std") for name in (x, y))
+        points.setdefault(str(row[by[0]]), []).append(_Point(*numbers))
+    return points
+
+
+def _draw_line(axes: Any, line: list[_Point], colour: str, marker: str) -> Any:
+    places = [point.x for point in line]
+    low, high = ([point.y + sign * point.y_std for point in line] for sign in (-1, 1))
+    axes.fill_between(places, low, high, color=colour, alpha=0.14, linewidth=0)
+    style = {"markersize": 5.0, "markeredgecolor": "white", "markeredgewidth": 0.8}
+    (handle,) = axes.plot(
+        places,
+        [point.y for point in line],
+        color=colour,
+        linewidth=1.6,
+        marker=marker,
+        **style,
+    )
+    return handle
+
+
+def _draw_stop(axes: Any, stop: _Point, colour: str) -> None:
+    # Above all lines, and a tick at the foot of the axes, where stars that coincide are told apart.
+    axes.errorbar(stop.x, stop.y, stop.y_std, stop.x_std, color=colour, linewidth=1.2, zorder=4)
+    axes.axvline(stop.x, ymax=0.05, color=colour, linewidth=1.6, zorder=4)
+    axes.plot(stop.x, stop.y, color=colour, zorder=5, **_STAR)
