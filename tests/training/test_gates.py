@@ -97,7 +97,9 @@ def test_when_gates_close():
     with torch.no_grad():
         gates["2:in"].mu[:2] = -20.0
     assert training.end_epoch()["pruned"] == 0
-    assert training.end_epoch() == {"epoch": 2, "closed": 2, "pruned": 2, "metric": None}
+    assert training.end_epoch() == {
+        "epoch": 2, "step": 0, "closed": 2, "pruned": 2, "metric": None,
+    }  # fmt: skip
     with torch.no_grad():
         gates["4:in"].mu[0] = -20.0
     assert training.begin_finetuning() == 1
@@ -113,6 +115,16 @@ def test_pruning_only_before_finetuning_and_with_a_cap():
     training = GateTraining(model, kl="mean", criterion="mean", prune_every=None, amount=3)
     assert training.end_epoch()["pruned"] == 0
     assert training.begin_finetuning() == 3
+
+
+def test_the_cap_is_not_spent_twice_at_the_same_step():
+    model, gates = gated()
+    with torch.no_grad():
+        gates["2:in"].mu.fill_(-20.0)
+    training = GateTraining(model, kl="mean", criterion="mean", prune_every=1, amount=2)
+    assert training.end_epoch()["pruned"] == 2
+    assert training.begin_finetuning() == 0
+    assert gates.closed == 2
 
 
 def test_the_best_of_each_phase():

@@ -126,17 +126,28 @@ class GateTraining:
             self._best = (float(metric), _copied(self.gates.model))
         due = self.prune_every is not None and epoch % self.prune_every == 0
         pruned = self._prune() if due and not self.finetuning else 0
-        event = {"epoch": epoch, "closed": self.gates.closed, "pruned": pruned, "metric": metric}
+        event = {
+            "epoch": epoch,
+            "step": self._step,
+            "closed": self.gates.closed,
+            "pruned": pruned,
+            "metric": metric,
+        }
         self.history.append(event)
         return event
 
     def begin_finetuning(self) -> int:
         """Prune for the last time; from here on the masks stay and the best starts anew.
 
+        With a cap ``amount`` that is each pruning's own, a pruning at the end of the epoch before
+        was the last one: a second without a step in between would close as many again.
+
         Returns:
             How many gates this pruning has closed.
         """
-        pruned = self._prune()
+        last = self.history[-1] if self.history else {"pruned": 0}
+        capped = self._options["amount"] is not None and last["pruned"]
+        pruned = 0 if capped and last["step"] == self._step else self._prune()
         self.finetuning = True
         self._best = None
         return pruned
