@@ -9,8 +9,6 @@ folder (WikiText-2, tiny Shakespeare), --model a trained model:
 
 from __future__ import annotations
 
-import math
-
 from offline_text import blocks_of, language_texts, train_tokenizer
 from recipe import parser, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
@@ -47,11 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     train, evaluation = (
         blocks_of(text, tokenizer, args.block_size)[: args.max_samples] for text in texts
     )
-    found = run(args, model, train, evaluation, causal=True)
-    tokenizer.save_pretrained(args.output / "model")
-    found["perplexity"] = math.exp(found["eval_nll"])
-    print(f"perplexity {found['perplexity']:.2f} at sparsity {found['eval_sparsity']:.3f}")
-    return found
+    return run(args, model, train, evaluation, causal=True, tokenizer=tokenizer)
 
 
 if __name__ == "__main__":

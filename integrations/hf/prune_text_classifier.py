@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for part in parts
     )
     collator = DataCollatorWithPadding(tokenizer)
-    found = run(args, model, train, evaluation, exclude=HEAD, collator=collator)
-    tokenizer.save_pretrained(args.output / "model")
-    return found
+    return run(args, model, train, evaluation, exclude=HEAD, collator=collator, tokenizer=tokenizer)
 
 
 def _small_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def run(
     exclude: Sequence[str] = (),
     collator: Any = None,
     causal: bool = False,
+    tokenizer: Any = None,
 ) -> dict[str, float]:
     """Train, prune, evaluate, save; returns and writes the metrics."""
     calibration = calibrate_on(
@@ -100,10 +102,19 @@ def run(
         resume_from_checkpoint=last_whole_checkpoint(args.output) if args.resume else None
     )
     found = {key: value for key, value in trainer.evaluate().items() if "per_second" not in key}
+    if causal:
+        found["eval_perplexity"] = math.exp(found["eval_nll"])
     trainer.save_model(str(args.output / "model"))
     if trainer.is_world_process_zero():
+        if tokenizer is not None:
+            tokenizer.save_pretrained(args.output / "model")
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        text = json.dumps({"settings": settings, "metrics": found}, indent=2)
+        content = {
+            "settings": settings,
+            "processes": trainer.accelerator.num_processes,
+            "metrics": found,
+        }
+        text = json.dumps(content, indent=2)
         (args.output / "results.json").write_text(text + "\n", encoding="utf-8")
         print({key: round(value, 4) for key, value in found.items()})
     return found
@@ -129,6 +140,8 @@ def _settings(args: argparse.Namespace) -> TrainingArguments:
         save_total_limit=2,
         logging_steps=0.1,
         batch_eval_metrics=True,
+        # Otherwise the loss of models that average over samples is multiplied by the processes.
+        average_tokens_across_devices=False,
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=False,

@@ -30,6 +30,8 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     add("--train-split", default="train")
     add("--val-split", default="validation")
     add("--class-map", default="")
+    add("--input-key", help="column of the images in a Hugging Face data set")
+    add("--target-key", help="column of the classes")
     add("--model", default="test_resnet", help="any name of timm.list_models()")
     add("--pretrained", action="store_true")
     add("--initial-checkpoint", default="")

@@ -28,8 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from torchprune_bayes import Calibration, GradualPruner, prunable_parameters
 from torchprune_bayes import schedules as laws
-from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.integrations.resume import load_training, save_training
+from torchprune_bayes.integrations.resume import ResumableShrink, load_training, save_training
 from torchprune_bayes.integrations.timm import (
     calibrate,
     classifier_names,
@@ -38,7 +37,6 @@ from torchprune_bayes.integrations.timm import (
     save_pruned,
 )
 from torchprune_bayes.reports import evaluate
-from torchprune_bayes.structured import shrink
 
 logger = logging.getLogger("prune")
 
@@ -47,10 +45,6 @@ class Run:
     """One experiment: model, data, optimizer, pruner."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        if args.resume and args.prune_structured:
-            raise ArgumentError(
-                "Expected no --resume with --prune-structured, which changes sizes."
-            )
         self.args = args
         name = args.experiment or f"{args.model}-{self._method_name()}-{args.prune_amount}"
         self.folder = args.output / name
@@ -77,6 +71,8 @@ class Run:
         self.scaler = NativeScaler(device=args.device) if args.amp_dtype == "float16" else None
         self.ema = self._average() if args.model_ema else None
         self.pruner = None if args.prune_structured else self._new_pruner()
+        averages = () if self.ema is None else (self.ema.module,)
+        self.shrinking = ResumableShrink(self.model, optimizer=self.optimizer, ema=averages)
 
     def _method_name(self) -> str:
         args = self.args
@@ -94,6 +90,8 @@ class Run:
             split=split,
             is_training=training,
             class_map=args.class_map,
+            input_key=args.input_key,
+            target_key=args.target_key,
             batch_size=args.batch_size,
             seed=args.seed,
         )
@@ -155,15 +153,12 @@ class Run:
     def shrink(self) -> None:
         """Remove channels or heads, together with the optimizer's state and the average."""
         example = torch.randn(1, *self.config["input_size"], device=self.args.device)
-        report = shrink(
-            self.model,
+        report = self.shrinking.shrink(
             example,
             importance_of(self.args.prune_importance, self.calibration()),
             sparsity=self.args.prune_amount,
             target=self.args.prune_target,
             ignored=[] if self.args.prune_classifier else classifier_names(self.model),
-            optimizer=self.optimizer,
-            ema=() if self.ema is None else (self.ema.module,),
         )
         logger.info("%s", report)
 
@@ -218,12 +213,13 @@ class Run:
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         (self.folder / "args.yaml").write_text(yaml.safe_dump(plain))
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        parts |= {"shrinking": self.shrinking} if self.args.prune_structured else {}
         parts |= {"pruner": self.pruner} if self.pruner is not None else {}
         parts |= {"ema": self.ema} if self.ema is not None else {}
         last = self.folder / "last.pt"
         begin = load_training(last, **parts) if self.args.resume else 0
         self.scheduler.step(begin)
-        metrics = self.validate()
+        metrics = {} if begin < self.args.epochs else self.validate()
         for epoch in range(begin, self.args.epochs):
             if self.args.prune_structured and epoch == int(self.args.prune_begin):
                 self.shrink()

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
 
 from tests.integrations.processes import fresh
 from torchprune_bayes import Calibration, EmpiricalFisher, GradualPruner, cubic
@@ -26,9 +27,11 @@ from torchprune_bayes.integrations._checkpoints import (
 )
 from torchprune_bayes.integrations.resume import (
     CheckpointedCalibration,
+    ResumableShrink,
     load_training,
     save_training,
 )
+from torchprune_bayes.structured import L1FilterImportance
 
 KILLS = 20
 STEPS = 200
@@ -183,6 +186,44 @@ def test_other_weights_masks_and_draws_are_other_gradients(tmp_path: Path) -> No
 def test_refuses_labels_drawn_along_the_way(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="true"):
         CheckpointedCalibration(tmp_path, nn.Linear(2, 2), [], cross_entropy, fisher="true")
+
+
+def shrinkable() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    average = AveragedModel(model)
+    shrinking = ResumableShrink(model, optimizer=optimizer, ema=[average])
+    return {"model": model, "optimizer": optimizer, "average": average, "shrinking": shrinking}
+
+
+def train_and_shrink(found: dict[str, Any], begin: int, stop: int) -> None:
+    for step in range(begin, stop):
+        if step in (3, 6):  # each cuts half of what is left
+            importance = L1FilterImportance()
+            found["shrinking"].shrink(data(0)[0], importance, sparsity=0.5, target="channels")
+        inputs, labels = data(step)
+        found["optimizer"].zero_grad()
+        cross_entropy(found["model"](inputs), labels).backward()
+        found["optimizer"].step()
+        found["average"].update_parameters(found["model"])
+
+
+@pytest.mark.parametrize("saved_at", [2, 3, 5, 8])
+def test_a_shrunk_training_goes_on_bit_for_bit(tmp_path: Path, saved_at: int) -> None:
+    whole = shrinkable()
+    train_and_shrink(whole, 0, saved_at)
+    save_training(tmp_path / "last.pt", step=saved_at, **whole)
+    train_and_shrink(whole, saved_at, 10)
+    again = shrinkable()
+    train_and_shrink(again, load_training(tmp_path / "last.pt", **again), 10)
+    assert again["model"][0].out_features < 6
+    for part in ("model", "average"):
+        for name, value in whole[part].state_dict().items():
+            assert torch.equal(again[part].state_dict()[name], value)
+    assert again["shrinking"].state_dict()["plans"][1]["shapes"]["0.weight"][0] < 12
+    with pytest.raises(ArgumentError, match="still whole"):
+        again["shrinking"].load_state_dict(whole["shrinking"].state_dict())
 
 
 def test_a_fresh_start_is_step_zero(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import json
+import os
+import signal
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
+from tests.integrations.processes import fresh
 from tests.integrations.scripts import recipe
 from torchprune_bayes import GradualPruner, constant, prunable_parameters
 from torchprune_bayes.errors import AlignmentError, ArgumentError
@@ -186,9 +191,43 @@ def test_the_script_shrinks(digits: Path, tmp_path: Path, model: str, importance
     assert loaded(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
-def test_the_script_refuses_to_resume_what_changes_sizes(digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="--resume"):
-        prune("--prune-structured", "--resume", output=tmp_path, data=digits)
+def _shrink(output: Path, data: Path, killed_at: int | None = None) -> None:
+    """Train four epochs of two updates, cut after the first; die before an update if asked."""
+    torch.set_num_threads(1)
+    more = ["--model", "test_resnet", "--prune-structured", "--prune-importance", "snapit"]
+    more += ["--prune-amount", "0.4", "--prune-begin", "1", "--epochs", "4", "--model-ema"]
+    more += ["--resume", "--output", str(output), "--experiment", "run"]
+    with recipe("timm", "prune_timm") as module:
+        update, updates = module.Run._update, itertools.count()
+
+        def fatal(*args: Any) -> Any:
+            if next(updates) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return update(*args)
+
+        module.Run._update = fatal
+        module.main([*QUICK, *more, "--data-dir", str(data)])
+
+
+def test_a_killed_script_that_shrinks_goes_on_bit_for_bit(digits: Path, tmp_path: Path) -> None:
+    _shrink(tmp_path / "whole", digits)
+    folder = tmp_path / "killed"
+    for epochs in (1, 2):  # killed in the next one: what is resumed is whole, then cut
+        process = fresh.Process(target=_shrink, args=(folder, digits, 3))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert torch.load(folder / "run" / "last.pt")["step"] == epochs
+    _shrink(folder, digits)
+    whole, again = (load_pruned(tmp_path / kind / "run") for kind in ("whole", "killed"))
+    found = again.state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(found[name], value)
+    metrics = [
+        json.loads((f / "run" / "architecture.json").read_text())
+        for f in (folder, tmp_path / "whole")
+    ]
+    assert metrics[0] == metrics[1]
 
 
 def test_importances_are_found_by_name(digits: Path) -> None:

@@ -6,4 +6,8 @@
     Calibration data shared out over processes, and the same masks in all of them.
 ``timm``
     Calibration from timm's loaders, averaged weights, checkpoints.
+``resume``
+    Checkpoints of training, pruning, shrinking and long calibration in a loop of your own.
+``semi_structured``
+    Linear layers pruned 2:4, packed for the sparse products of GPUs.
 """

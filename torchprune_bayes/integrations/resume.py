@@ -19,19 +19,28 @@ import copy
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.calibration._batches import Batch, samples_in
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._checkpoints import fingerprint
+from torchprune_bayes.structured import (
+    ShrinkPlan,
+    ShrinkReport,
+    apply_plan,
+    shrink,
+    slice_ema,
+    slice_optimizer,
+)
 from torchprune_bayes.training import GradualPruner
 
 
@@ -78,8 +87,8 @@ def load_training(path: str | Path, **parts: Stateful) -> int:
 
     Args:
         path: The file; it is read with ``weights_only``, so it can run no code.
-        parts: What was saved, made anew: pruners may have changed the names in a model, so they
-            are restored before the others.
+        parts: What was saved, made anew: pruners may have changed the names in a model, and
+            :class:`ResumableShrink` its sizes, so they are restored before the others.
 
     Returns:
         Updates that are done; 0, with nothing changed, if there is no such file.
@@ -94,13 +103,105 @@ def load_training(path: str | Path, **parts: Stateful) -> int:
         raise ArgumentError(
             f"Expected the parts {sorted(content['parts'])} of the checkpoint, got {sorted(parts)}."
         )
-    for name in sorted(parts, key=lambda name: not isinstance(parts[name], GradualPruner)):
+    first = (GradualPruner, ResumableShrink)
+    for name in sorted(parts, key=lambda name: not isinstance(parts[name], first)):
         parts[name].load_state_dict(content["parts"][name])
     random.setstate(content["random"])
     torch.set_rng_state(content["torch"])
     if content["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(content["cuda"])
     return int(content["step"])
+
+
+class ResumableShrink:
+    """Shrinks a model in training, and cuts a fresh one in the same way when training is resumed.
+
+    A part of :func:`save_training` and :func:`load_training`: its state says what was cut, so that
+    model, optimizer and averages built whole get the sizes of the checkpoint before they are
+    loaded.
+
+    Args:
+        model: The model, built as at the start of the training.
+        optimizer: The optimizer that trains it.
+        ema: Averaged copies of the model.
+
+    Example:
+        >>> from torch import nn
+        >>> from torchprune_bayes.structured import L1FilterImportance
+        >>> def make():
+        ...     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        ...     return model, ResumableShrink(model)
+        >>> model, shrinking = make()
+        >>> example = torch.zeros(1, 4)
+        >>> _ = shrinking.shrink(example, L1FilterImportance(), sparsity=0.5, target="channels")
+        >>> again, fresh = make()
+        >>> fresh.load_state_dict(shrinking.state_dict())
+        >>> again
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Optimizer | None = None,
+        ema: Sequence[nn.Module] = (),
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._ema = list(ema)
+        self._plans: list[ShrinkPlan] = []
+
+    def shrink(self, example_inputs: Any, importance: Any, **options: Any) -> ShrinkReport:
+        """Call :func:`~torchprune_bayes.structured.shrink`, whose arguments it takes.
+
+        Optimizer and averages are those it was made with.
+        """
+        report = shrink(
+            self._model,
+            example_inputs,
+            importance,
+            optimizer=self._optimizer,
+            ema=self._ema,
+            **options,
+        )
+        self._plans.append(report.plan)
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was cut, as tensors and plain values."""
+        return {
+            "plans": [
+                {
+                    "kept": {name: dict(kept) for name, kept in plan.kept.items()},
+                    "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
+                    "attributes": {name: dict(v) for name, v in plan.attributes.items()},
+                }
+                for plan in self._plans
+            ]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Cut model, optimizer and averages as it was done before :meth:`state_dict` was taken.
+
+        Raises:
+            ArgumentError: If something was cut here already, or the cuts do not fit the model.
+        """
+        if self._plans:
+            raise ArgumentError("Expected a model that is still whole, got one that was shrunk.")
+        for saved in state["plans"]:
+            shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
+            plan = ShrinkPlan(saved["kept"], shapes, saved["attributes"])
+            change = apply_plan(self._model, plan)
+            if self._optimizer is not None:
+                slice_optimizer(self._optimizer, plan, change.parameters)
+            for average in self._ema:
+                slice_ema(average, plan)
+            self._plans.append(plan)
 
 
 class CheckpointedCalibration(Calibration):
