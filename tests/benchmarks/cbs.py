@@ -31,6 +31,18 @@ ONE_SHOT: dict[str, dict[str, Any]] = {
     "CBS-S+U": {"method": "cbs"},
     "CBS-S+U, paper": {"method": "cbs", "damping": 1e-3, "block_size": "full"},
     "CBS post-update": {"method": "cbs-post-update", "damping": 1e-3},
+    "post-update from WoodFisher": {
+        "method": "cbs-post-update",
+        "initial": "woodfisher",
+        "stages": 4,
+        "max_iterations": 20,
+    },
+    "WoodFisher, 8 stages": {
+        "method": "woodfisher",
+        "damping": 1e-3,
+        "block_size": "full",
+        "stages": 8,
+    },
 }
 _MULTI_STEP: dict[str, Any] = {
     "method": "cbs",
