@@ -1,12 +1,13 @@
 """LeNet on MNIST: SpaM and OPD beside models trained as usual and other criteria.
 
     python -m tests.benchmarks.lenet_spam --data ../shared/data
-    python -m tests.benchmarks.lenet_spam --train-images 10000 --epochs 30 --seeds 1 --tune 3
+    python -m tests.benchmarks.lenet_spam --train-images 20000 --epochs 40 --tune-images 5000
 
 Trained with SGD, momentum 0.9 and a cosine from learning rate 0.1, batches of 128; the prior is
 updated every five epochs from a random subset of the data. ``map`` is the same training with the
 prior precision held at one. Pruned copies are measured at once and after fine-tuning with masks at
-a tenth of the learning rate; structured ones are shrunk for good. Accuracy and expected
+a tenth of the learning rate, on ``--tune-images`` other random images in every epoch; structured
+ones are shrunk for good. Accuracy and expected
 calibration error in percent, NLL in nats; mean and sample standard deviation over seeds.
 """
 
@@ -17,6 +18,7 @@ import copy
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from torchprune_bayes.training import SpaM
 Data = tuple[Tensor, Tensor]
 PRIORS = ["map", "unitwise", "diag"]
 CRITERIA = ["opd", "magnitude", "snip", "grasp", "random"]
-_LR, _BATCH = 0.1, 128
+_BATCH = 128
 
 
 def main() -> None:
@@ -66,7 +68,8 @@ def add_model(
 ) -> None:
     """Train one model and add a row for each way of pruning it."""
     torch.manual_seed(seed)
-    model = lenet().to(train[0].device)
+    # On a CPU the fastest layout for so few channels.
+    model = lenet().to(memory_format=torch.channels_last).to(train[0].device)
     start = time.process_time()
     posterior = train_model(model, prior, train, arguments)
     row: dict[str, Any] = {
@@ -106,7 +109,7 @@ def _add_stages(
     table.add(**row, **kind, stage="one-shot", **found)
     report = f"{row['prior']:9} {criterion:9} {sparsity:.2f}: {found['accuracy']:.2f}"
     if arguments.tune:
-        fine_tune(model, train, arguments.tune)
+        fine_tune(model, train, arguments)
         found = measured(model, test)
         table.add(**row, **kind, stage="tuned", **found)
         report += f", tuned {found['accuracy']:.2f}"
@@ -117,11 +120,11 @@ def lenet() -> nn.Sequential:
     """LeNet with 6, 16 and 120 channels and a hidden layer of 84."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(6, 16, 3),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(16, 120, 5),
         nn.ReLU(),
         nn.Flatten(),
@@ -133,7 +136,7 @@ def lenet() -> nn.Sequential:
 
 def train_model(model: nn.Module, prior: str, train: Data, arguments: Any) -> Posterior:
     """Train with that prior structure on weights and biases; returns the posterior."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=_LR, momentum=0.9)
+    optimizer = _optimizer(model, arguments.optimizer, 1.0)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.epochs, eta_min=1e-6)
     spam = SpaM(
         optimizer,
@@ -183,16 +186,16 @@ def prune_weights(
     return pruned
 
 
-def fine_tune(model: nn.Module, train: Data, epochs: int) -> None:
+def fine_tune(model: nn.Module, train: Data, arguments: Any) -> None:
     """Train what is left at a tenth of the learning rate; pruned weights stay zero."""
     masks = masks_of(model)
     bake(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=_LR / 10, momentum=0.9)
+    optimizer = _optimizer(model, arguments.optimizer, 0.1)
     if masks:
         keep_sparse(optimizer, {model.get_parameter(n): mask for n, mask in masks.items()})
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for _ in range(epochs):
-        _epoch(model, optimizer, train)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.tune)
+    for _ in range(arguments.tune):
+        _epoch(model, optimizer, train, arguments.tune_images)
         rate.step()
 
 
@@ -227,8 +230,18 @@ class Shuffled(Iterable[Data]):
             yield x[chosen], y[chosen]
 
 
-def _epoch(model: nn.Module, optimizer: torch.optim.Optimizer, train: Data) -> None:
-    for x, y in Shuffled(train, _BATCH):
+def _optimizer(model: nn.Module, name: str, share: float) -> torch.optim.Optimizer:
+    """The optimizer at a share of its learning rate."""
+    if name == "adam":
+        return torch.optim.Adam(model.parameters(), lr=share * 2e-3)
+    return torch.optim.SGD(model.parameters(), lr=share * 0.1, momentum=0.9)
+
+
+def _epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, train: Data, images: int = 0
+) -> None:
+    steps = -(-images // _BATCH) or None
+    for x, y in islice(Shuffled(train, _BATCH), steps):
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -245,12 +258,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kind", choices=["ggn", "monte_carlo", "empirical"], default="monte_carlo"
     )
+    parser.add_argument("--optimizer", choices=["adam", "sgd"], default="adam")
     parser.add_argument("--samples", type=int, default=10_000, help="images of a curvature")
     parser.add_argument("--train-images", type=int, default=0, help="the first so many; 0 for all")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--burn-in", type=int, default=10)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--tune", type=int, default=10, help="epochs of fine-tuning; 0 for none")
+    parser.add_argument(
+        "--tune-images", type=int, default=0, help="images of such an epoch; 0 for all"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/lenet_spam.json"))

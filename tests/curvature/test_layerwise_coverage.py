@@ -281,3 +281,16 @@ def test_layers_that_see_parts_of_samples_at_some_sizes_only_are_refused() -> No
     with pytest.raises(CalibrationError, match=r"layer of `fc\.\w+` with inputs that are no"):
         LayerCurvature().fit_model(model, [(x, y)], cross_entropy)
     assert not model.fc._forward_hooks
+
+
+def test_layers_in_channels_last_order_keep_their_rules() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2))
+    x, y = torch.randn(5, 2, 4, 4), torch.arange(5) % 2
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        model = model.to(memory_format=order)
+        fitted = LayerCurvature().fit_model(model, [(x.to(memory_format=order), y)], cross_entropy)
+        assert fitted.coverage["0.weight"] == "Conv2d"
+        found.append(fitted.diagonal())
+    torch.testing.assert_close(found[0], found[1])

@@ -39,6 +39,11 @@ def _convnet() -> nn.Module:
     return nn.Sequential(*convolutions, nn.Tanh(), nn.Flatten(), nn.Linear(8, 3, bias=False))
 
 
+def _wide() -> nn.Module:
+    convolutions = [nn.Conv2d(2, 16, 1), nn.Tanh(), nn.Conv2d(16, 2, 3, padding=1)]
+    return nn.Sequential(*convolutions, nn.Tanh(), nn.Flatten(), nn.Linear(18, 3))
+
+
 def _tokens() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), Mean())
 
@@ -51,6 +56,7 @@ class Mean(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (_mlp, _normal(8, 4)),
     "convnet": (_convnet, _normal(8, 2, 5, 5)),
+    "wide": (_wide, _normal(8, 2, 3, 3)),
     "tokens": (_tokens, _normal(8, 6, 4)),
 }
 

@@ -9,10 +9,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from tests.references import laplace as reference
 from torchprune_bayes import Calibration
-from torchprune_bayes.curvature import LayerCurvature
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.laplace import PriorPrecision, fit_posterior
-from torchprune_bayes.laplace.fitting import CURVATURES
 
 
 def _random(*shape: int, seed: int) -> Tensor:
@@ -100,25 +98,6 @@ def test_takes_kronecker_factors_where_there_are_any() -> None:
     assert set(posterior.names) == {name for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize("curvature", ["diag", "kron"])
-def test_ranks_with_a_shard_each_find_what_one_process_does(
-    curvature: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = _classifier()
-    shards = [
-        Calibration(model, [(X[half], LABELS[half])], cross_entropy)
-        for half in (slice(0, 10), slice(10, 24))
-    ]
-    other = LayerCurvature(kind="ggn", structure=CURVATURES[curvature]).fit(shards[1])
-    monkeypatch.setattr(LayerCurvature, "all_reduce", lambda self: self.merge(other))
-    options: dict[str, Any] = {"curvature": curvature, "kind": "ggn", "num_data": 24}
-    found = fit_posterior(shards[0], all_reduce=True, **options)
-    expected = fit_posterior(_calibration(model), **options)
-    assert found.log_marginal_likelihood() == pytest.approx(expected.log_marginal_likelihood())
-    for name in expected.names:
-        torch.testing.assert_close(found.precision(name), expected.precision(name))
-
-
 def test_the_model_stays_as_it_was() -> None:
     model = _classifier().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -140,6 +119,7 @@ def test_refuses_impossible_options() -> None:
         ({"noise": 1.0, "kind": "empirical"}, "no Hessian"),
         ({"noise": 0.0}, "noise"),
         ({"all_reduce": True}, "num_data"),
+        ({"all_reduce": True, "num_data": 24}, "process group"),
     ):
         with pytest.raises(ArgumentError, match=word):
             fit_posterior(calibration, **options)

@@ -92,6 +92,46 @@ def test_the_prior_pulls_as_a_penalty_on_the_mean_loss_does() -> None:
     assert spam.prior.structure.value == "diag"
 
 
+class _Tagger(nn.Module):
+    """Classes of every position, as ``cross_entropy`` wants them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x).mT
+
+
+def test_a_loss_that_is_a_mean_over_positions_too_has_a_weaker_prior() -> None:
+    """The mean over positions is the smaller part of a sample's likelihood the more there are."""
+    torch.manual_seed(0)
+    model, (x, y) = _Tagger(), (torch.randn(8, 5, 6), torch.randint(3, (8, 5)))
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calibration = Calibration(model, [(x, y)], cross_entropy)
+    SpaM(optimizer, calibration, initial=7.0, labels_per_sample=5)
+    cross_entropy(model(x), y).backward()
+    optimizer.step()
+    # The negative log joint, over the 40 labels that the mean loss is over.
+    joint = cross_entropy(twin(x), y, reduction="sum") + 3.5 * twin.fc.weight.square().sum()
+    (joint / 40).backward()
+    torch.optim.SGD(twin.parameters(), lr=0.1).step()
+    torch.testing.assert_close(model.fc.weight, twin.fc.weight)
+
+
+def test_refuses_another_number_of_labels_than_the_data_have() -> None:
+    torch.manual_seed(0)
+    model = _Tagger()
+    data = [(torch.randn(8, 5, 6), torch.randint(3, (8, 5)))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    spam = SpaM(optimizer, Calibration(model, data, cross_entropy), every=1, kind="empirical")
+    before = spam.state_dict()
+    with pytest.raises(ArgumentError, match="Expected labels_per_sample=5"):
+        spam.step()
+    assert str(spam.state_dict()) == str(before)
+
+
 def test_the_baseline_trains_with_the_initial_prior() -> None:
     models = _model(), _model()
     sgd = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
@@ -290,6 +330,7 @@ def test_refuses_impossible_options() -> None:
         ({"burn_in": -1}, "burn_in"),
         ({"every": 0}, "every"),
         ({"patience": 0}, "patience"),
+        ({"labels_per_sample": 0.0}, "labels_per_sample"),
         ({"solver": "lbfgs"}, "solver"),
         ({"kind": "exact"}, "kind"),
         ({"noise": "guess"}, "noise"),
@@ -297,6 +338,7 @@ def test_refuses_impossible_options() -> None:
         ({"temperature": 0.0}, "temperature"),
         ({"initial": 0.0}, "value"),
         ({"all_reduce": True}, "num_data"),
+        ({"all_reduce": True, "num_data": 96}, "process group"),
     ):
         with pytest.raises(ArgumentError, match=word):
             _spam(model, **options)

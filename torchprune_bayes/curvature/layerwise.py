@@ -73,6 +73,8 @@ class LayerCurvature(SampleSums):
         ignore_index: Label that does not count.
         factor_limit: Rows of a Kronecker factor at most; larger layers have a diagonal.
         batch_size: Samples of a pass at most; batches of the data are not joined.
+        stream: Labels are drawn apart in every stream: ranks that share the data out, and add up
+            what they found, take one each.
         verify: Whether the rules are checked on two samples, once for a model: not again where the
             same parameters are fitted by this object again.
 
@@ -111,6 +113,7 @@ class LayerCurvature(SampleSums):
         ignore_index: int = -100,
         factor_limit: int = 8192,
         batch_size: int = 64,
+        stream: int = 0,
         verify: bool = True,
     ) -> None:
         check_choice("kind", kind, KINDS)
@@ -119,6 +122,7 @@ class LayerCurvature(SampleSums):
         for name, value in {"draws": draws, "batch_size": batch_size}.items():
             check_count(name, value)
         check_count("factor_limit", factor_limit)
+        check_count("stream", stream, minimum=0)
         self.kind = kind
         self.structure = structure
         self.draws = draws
@@ -126,6 +130,7 @@ class LayerCurvature(SampleSums):
         self.ignore_index = ignore_index
         self.factor_limit = factor_limit
         self.batch_size = batch_size
+        self.stream = stream
         self.verify = verify
 
     def fit_model(
@@ -201,6 +206,7 @@ class LayerCurvature(SampleSums):
             kind=self.kind,
             structure=self.structure,
             draws=self.draws,
+            stream=self.stream,
             factor_limit=self.factor_limit,
         )
         samples = 0
@@ -280,7 +286,16 @@ class LayerCurvature(SampleSums):
         return super().merge(other)
 
     def all_reduce(self, group: Any = None) -> Self:
-        """Add up the sums of all processes of a ``torch.distributed`` group, in each of them."""
+        """Add up the sums of all processes of a ``torch.distributed`` group, in each of them.
+
+        Raises:
+            AlignmentError: In all of them, if they are not of the same kind, structure and layers.
+        """
+        found: list[Any] = [None] * distributed.get_world_size(group)
+        shapes = [(key, value.shape) for key, value in self.sums.items()]
+        distributed.all_gather_object(found, shapes, group=group)
+        if any(other != shapes for other in found):
+            raise AlignmentError("Expected the same curvatures in all processes, got others.")
         count = torch.tensor(float(self.count), dtype=torch.float64)
         count = count.to(next(iter(self.sums.values())).device)
         for tensor in (count, *self.sums.values()):

@@ -65,7 +65,8 @@ class SpaMCallback(_Kept):
             :func:`~torchprune_bayes.integrations.hf.calibrate_on` makes.
         params: A function from the model to its ``(module, name)`` pairs that have the prior;
             default :func:`~torchprune_bayes.prunable_parameters`.
-        options: Arguments of :class:`~torchprune_bayes.training.SpaM`.
+        options: Arguments of :class:`~torchprune_bayes.training.SpaM`; for a language model with
+            ``labels_per_sample``, the tokens of a sequence that have a label.
 
     Attributes:
         training: The :class:`~torchprune_bayes.training.SpaM` at work.
@@ -99,8 +100,7 @@ class SpaMCallback(_Kept):
         refuse_sharded(model)
         inner = unwrap(model)
         calibration = self._calibration(inner, self._params(inner))
-        inner = plain_optimizer(optimizer)
-        self.training = SpaM(inner, calibration, **self._options)
+        self.training = SpaM(plain_optimizer(optimizer), calibration, **self._options)
         self._take_up(args, state)
 
     def on_epoch_end(

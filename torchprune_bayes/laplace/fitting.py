@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import LayerCurvature
-from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.errors import ArgumentError, CalibrationError
 from torchprune_bayes.laplace.posterior import Posterior
 from torchprune_bayes.laplace.priors import PriorPrecision
 from torchprune_bayes.types import Masks
@@ -36,7 +36,8 @@ class LaplaceOptions:
             is averaged over ``C`` outputs.
         outputs: ``C``, for regression.
         all_reduce: Whether curvatures are summed over the ranks of ``torch.distributed``, each of
-            which has its own shard of the data; needs ``num_data``, of all.
+            which has its own shard of the data (with accelerate ``calibrate(...).local``); needs
+            ``num_data``, of all. An error in one rank is raised in all.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -60,6 +61,10 @@ class LaplaceOptions:
             check_count("num_data", self.num_data)
         elif self.all_reduce:
             raise ArgumentError("Expected `num_data` of all ranks with `all_reduce`, got none.")
+        if self.all_reduce and not (distributed.is_available() and distributed.is_initialized()):
+            raise ArgumentError(
+                "Expected a process group of torch.distributed with `all_reduce`, got none."
+            )
 
     def check_noise(self, noise: float | None) -> None:
         """Refuse what is no noise, and the empirical Fisher with it.
@@ -115,14 +120,20 @@ def fit_posterior(
     chosen.check_noise(noise)
     masks = calibration.space.masks() if masks is None else masks
     means = {name: value * masks[name] for name, value in calibration.space.values().items()}
-    curvature = LayerCurvature(kind=chosen.kind, structure=CURVATURES[chosen.curvature])
-    curvature.fit(calibration, means, masks)
+    curvature = LayerCurvature(
+        kind=chosen.kind,
+        structure=CURVATURES[chosen.curvature],
+        stream=distributed.get_rank() if chosen.all_reduce else 0,
+    )
     if chosen.all_reduce:
+        _in_all_ranks(lambda: curvature.fit(calibration, means, masks))
         curvature.all_reduce()
+    else:
+        curvature.fit(calibration, means, masks)
     samples = chosen.num_data or curvature.count
     # Squared gradients grow with the square of the loss, a Hessian with the loss itself.
     power = 2 if chosen.kind == "empirical" else 1
-    return Posterior(
+    posterior = Posterior(
         means,
         _summed(curvature, means, samples * chosen.loss_scale**power),
         prior,
@@ -131,6 +142,30 @@ def fit_posterior(
         noise=noise,
         observations=0 if noise is None else samples * chosen.outputs,
     )
+    posterior.labels_per_sample = curvature.num_terms / curvature.count
+    return posterior
+
+
+def _in_all_ranks(fit: Callable[[], object]) -> None:
+    """Fit; if that fails in one rank it does in all, which would wait for it for ever.
+
+    Raises:
+        CalibrationError: If it failed in another rank.
+    """
+    error: Exception | None = None
+    try:
+        fit()
+    except Exception as raised:  # of any kind, for the others' sake
+        error = raised
+    reasons: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(reasons, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise CalibrationError(
+                f"Expected a curvature in all ranks, got an error in rank {rank}: {reason}"
+            )
 
 
 def _summed(

@@ -97,6 +97,7 @@ class Posterior:
             raise AlignmentError("Expected a prior of the posterior's tensors, got one of others.")
         self.loss, self.temperature = float(loss), float(temperature)
         self.noise, self.observations = noise, observations
+        self.labels_per_sample: float | None = None
         self._prior_mean = prior_mean
 
     @property

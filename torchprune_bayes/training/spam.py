@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchprune_bayes._checks import check_choice, check_count
+from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes._numerics.marginal_likelihood import fixed_point_noise
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
@@ -25,6 +25,8 @@ from torchprune_bayes.types import Masks
 
 logger = logging.getLogger("torchprune_bayes")
 
+# Sequences differ in length, and so do averages over some of them.
+_LABEL_ROOM = 1.5
 _STATE = {"step", "history", "prior", "noise", "masks", "best"}
 
 
@@ -50,6 +52,12 @@ class SpaM:
     joint, which weights in the midst of training are not, nor those of decoupled decay: it is a
     guide then.
 
+    *In several processes* all make the same calls. Each fits the curvature of its own share of the
+    data, they add these up, and so come to the same prior and masks::
+
+        shares = calibrate(accelerator, model, loader, loss_fn)
+        spam = SpaM(optimizer.optimizer, shares.local, all_reduce=True, num_data=len(dataset))
+
     Args:
         optimizer: Any ``torch.optim`` optimizer without weight decay on these tensors.
         calibration: Data, model and loss, for the curvature; its tensors have the prior. For all of
@@ -59,6 +67,8 @@ class SpaM:
         burn_in: Calls of :meth:`step` that pass before the prior may change.
         every: Calls from one update to the next.
         initial: Prior precision until the first update.
+        labels_per_sample: Labels of a sample that the training loss is a mean of too, such as the
+            tokens of a sequence: their number on average. The prior pulls that much less.
         noise: ``σ`` of the observations, for regression; ``"fit"`` learns it, from 1.
         solver: ``"fixed_point"`` or the paper's ``"adam"``.
         solver_options: Further options of
@@ -85,6 +95,7 @@ class SpaM:
     Raises:
         AlignmentError: If a tensor is not in the optimizer.
         ArgumentError: If an option has an impossible value, or the optimizer has weight decay.
+            In :meth:`step`, if samples have other numbers of labels.
 
     Cost: one pass over the weights per training step; at an update that of the curvature, a few
     passes over the calibration samples. A ``"diag"`` prior holds 4 bytes per weight.
@@ -115,6 +126,7 @@ class SpaM:
         burn_in: int = 0,
         every: int = 5,
         initial: float = 1.0,
+        labels_per_sample: float = 1.0,
         noise: float | str | None = None,
         solver: str = "fixed_point",
         solver_options: Mapping[str, Any] | None = None,
@@ -128,9 +140,10 @@ class SpaM:
         check_choice("solver", solver, SOLVERS)
         check_count("burn_in", burn_in, minimum=0)
         check_count("every", every)
+        check_positive("labels_per_sample", labels_per_sample)
         if patience is not None:
             check_count("patience", patience)
-        self._options = options
+        self._options, self._labels = options, labels_per_sample
         self._fit = LaplaceOptions(**options)
         self._fits_noise = noise == "fit"
         self.noise = 1.0 if noise == "fit" else _as_number(noise)
@@ -251,7 +264,14 @@ class SpaM:
     def _fitted(self) -> Posterior:
         calibration = self._calibration.fresh(len(self.history))
         calibration = calibration.with_space(self._pruning.space)
-        return fit_posterior(calibration, self.prior, noise=self.noise, **self._options)
+        posterior = fit_posterior(calibration, self.prior, noise=self.noise, **self._options)
+        found = posterior.labels_per_sample
+        if found and not 1 / _LABEL_ROOM <= self._labels / found <= _LABEL_ROOM:
+            raise ArgumentError(
+                f"Expected labels_per_sample={found:.3g}, of which the mean loss is one, got "
+                f"{self._labels:.3g}."
+            )
+        return posterior
 
     def _improved(self, posterior: Posterior) -> Posterior:
         posterior = posterior.with_best_prior(**self._solver)
@@ -288,7 +308,7 @@ class SpaM:
         """``c`` with which ``c δ w`` is the prior's gradient beside that of the mean loss."""
         data = self._fit.num_data or self._calibration.num_samples
         variance = (self.noise or 1.0) ** 2
-        return self._fit.temperature * variance / (data * self._fit.loss_scale)
+        return self._fit.temperature * variance / (data * self._labels * self._fit.loss_scale)
 
 
 def _as_number(noise: float | str | None) -> float | None:

@@ -13,8 +13,8 @@ from torchprune_bayes.curvature.layers.gradients import (
     OuterProducts,
     SampleGradients,
     add_squares,
-    mirrored,
 )
+from torchprune_bayes.curvature.layers.grams import Gram
 
 _SIZES = st.integers(1, 5)
 
@@ -62,10 +62,10 @@ def test_samples_may_be_taken_in_parts(
     use.add_squares(total)
     torch.testing.assert_close(total, _multiplied_out([use]).square().sum(0))
     one = _outer(torch.Generator().manual_seed(0), (7, 1, 3, 4, positions), flip=False)
-    found = torch.zeros(4, 4, dtype=torch.float64)
+    found = one.new_input_gram(one.left)
     one.add_input_gram(found)
     torch.testing.assert_close(
-        mirrored(found),
+        found.matrix(),
         torch.einsum("ngkt,nglt->kl", one.right(slice(None)), one.right(slice(None))),
     )
 
@@ -96,15 +96,14 @@ def test_uses_of_several_kinds_are_added_before_squaring(
     torch.testing.assert_close(total, expected.square().sum(0), rtol=1e-12, atol=1e-12)
 
 
-def test_which_gram_is_whose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "_GRAM_ROWS", 2)
+def test_which_gram_is_whose() -> None:
     for flip in (False, True):
         use = _outer(torch.Generator().manual_seed(0), (4, 1, 2, 3, 5), flip=flip)
         left, right = use.left[:, 0], use.right(slice(None))[:, 0]
         grams = [torch.einsum("nit,njt->ij", side, side) for side in (left, right)]
         outputs, inputs = reversed(grams) if flip else grams
-        found = [torch.zeros(size, size, dtype=torch.float64) for size in use.factor_sizes]
-        use.add_output_gram(found[0])
-        use.add_input_gram(found[1])
-        torch.testing.assert_close(mirrored(found[0]), outputs)
-        torch.testing.assert_close(mirrored(found[1]), inputs)
+        of_outputs, of_inputs = Gram(use.factor_sizes[0], left), use.new_input_gram(left)
+        use.add_output_gram(of_outputs)
+        use.add_input_gram(of_inputs)
+        torch.testing.assert_close(of_outputs.matrix(), outputs)
+        torch.testing.assert_close(of_inputs.matrix(), inputs)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchprune_bayes.curvature.layers.grams import Gram, PatchGram
 from torchprune_bayes.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 # What is multiplied out at one time, so that on a CPU it is squared where it was made, in a cache.
 _CACHE_BYTES = {"cpu": 2**21, "cuda": 2**28}
-_GRAM_ROWS = 512
 # Patches of images that are cut out at one time.
 _PATCH_BYTES = {"cpu": 2**25, "cuda": 2**28}
 
@@ -127,19 +127,17 @@ class OuterProducts(SampleGradients):
             else:
                 _add_squared_products(left, right, blocks)
 
-    def add_output_gram(self, total: Tensor) -> None:
-        """Add ``Σ_n Σ_t g gᵀ`` to the lower triangle of ``total``, for a layer without groups."""
-        if self.inputs_left:
-            self._add_right_gram(total)
-        else:
-            _add_gram(self.left.to(total), total)
+    def new_input_gram(self, like: Tensor) -> Gram | PatchGram:
+        """A sum of outer products of inputs, of ``like``'s dtype, for :meth:`add_input_gram`."""
+        return Gram(self.factor_sizes[1], like)
 
-    def add_input_gram(self, total: Tensor) -> None:
+    def add_output_gram(self, gram: Gram) -> None:
+        """Add ``Σ_n Σ_t g gᵀ``, for a layer without groups."""
+        self._add_gram(gram, left=not self.inputs_left)
+
+    def add_input_gram(self, gram: Gram | PatchGram) -> None:
         """Add ``Σ_n Σ_t a aᵀ``, likewise."""
-        if self.inputs_left:
-            _add_gram(self.left.to(total), total)
-        else:
-            self._add_right_gram(total)
+        self._add_gram(gram, left=self.inputs_left)
 
     def multiplied_out(self, sample: int, rows: slice, like: Tensor) -> Tensor:
         """Some rows of the gradient of one sample."""
@@ -160,10 +158,13 @@ class OuterProducts(SampleGradients):
         entries = sum(use.right_entries for use in uses)
         return OuterProducts(left, right, entries, self.shape, inputs_left=self.inputs_left)
 
-    def _add_right_gram(self, total: Tensor) -> None:
-        budget = _budget(self.left, _PATCH_BYTES)
-        for chunk in _parts(self.samples, self.right_entries * total.element_size(), budget):
-            _add_gram(self.right(chunk).to(total), total)
+    def _add_gram(self, gram: Gram | PatchGram, *, left: bool) -> None:
+        if left:
+            gram.add(self.left)
+            return
+        bytes_each = self.right_entries * self.left.element_size()
+        for chunk in _parts(self.samples, bytes_each, _budget(self.left, _PATCH_BYTES)):
+            gram.add(self.right(chunk))
 
 
 class EmbeddingRows(SampleGradients):
@@ -230,15 +231,25 @@ def add_squares(uses: Sequence[SampleGradients], total: Tensor) -> None:
             total[rows] += torch.stack(parts).sum(0).square_()
 
 
-def mirrored(total: Tensor) -> Tensor:
-    """The symmetric matrix with the lower triangle of ``total``.
+def samples_at_once(values: Tensor) -> int:
+    """How many of the first dimension are copied at one time.
 
     Example:
-        >>> mirrored(torch.tensor([[1.0, 9.0], [2.0, 3.0]]))
-        tensor([[1., 2.],
-                [2., 3.]])
+        >>> samples_at_once(torch.zeros(8, 2**20))
+        8
     """
-    return total.tril() + total.tril(-1).mT
+    return max(1, _budget(values, _PATCH_BYTES) // max(1, values[0].nbytes))
+
+
+def new_total(weight: Tensor) -> Tensor:
+    """Zeros of the shape of a weight, contiguous also where the weight is in channels-last order.
+
+    Example:
+        >>> weight = torch.ones(2, 3, 2, 2).to(memory_format=torch.channels_last)
+        >>> new_total(weight).is_contiguous()
+        True
+    """
+    return torch.zeros_like(weight, memory_format=torch.contiguous_format)
 
 
 def _add_squared_products(left: Tensor, right: Tensor, blocks: Tensor) -> None:
@@ -262,10 +273,3 @@ def _parts(length: int, bytes_each: int, budget: int) -> Iterator[slice]:
 
 def _budget(tensor: Tensor, budgets: dict[str, int]) -> int:
     return budgets.get(tensor.device.type, budgets["cuda"])
-
-
-def _add_gram(columns: Tensor, total: Tensor) -> None:
-    # Blocks of rows up to the diagonal, for half the multiplications.
-    flat = columns.movedim(2, 0).flatten(1)
-    for rows in _parts(len(flat), 1, _GRAM_ROWS):
-        total[rows, : rows.stop].addmm_(flat[rows], flat[: rows.stop].mT)

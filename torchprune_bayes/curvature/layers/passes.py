@@ -15,7 +15,7 @@ from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration._batches import cut, map_tensors
 from torchprune_bayes.calibration._functional import preserved
 from torchprune_bayes.curvature._leaves import leaves_of
-from torchprune_bayes.curvature.layers.gradients import add_squares
+from torchprune_bayes.curvature.layers.gradients import add_squares, new_total
 from torchprune_bayes.curvature.layers.losses import Evaluated, SampleLosses, losses_of
 from torchprune_bayes.curvature.layers.recording import Layer, Recording, recorded
 
@@ -93,7 +93,7 @@ class Passes:
         totals: dict[str, Tensor] = {}
         for name, uses in recording.sample_gradients(evaluated.loss, weights):
             if name not in recording.unbatched:
-                totals[name] = torch.zeros_like(self.leaves[name], requires_grad=False)
+                totals[name] = new_total(self.leaves[name])
                 add_squares(uses, totals[name])
         return totals
 

@@ -12,14 +12,18 @@ from torchprune_bayes.curvature.layers.gradients import (
     OuterProducts,
     SampleGradients,
     add_squares,
-    mirrored,
+    new_total,
 )
+from torchprune_bayes.curvature.layers.grams import Gram, PatchGram
 from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
 from torchprune_bayes.curvature.layers.recording import Layer, Recording
 from torchprune_bayes.errors import CalibrationError
 from torchprune_bayes.params import leaf
 from torchprune_bayes.types import Masks
+
+# Seeds are taken modulo 2³².
+_STREAM = 1_000_003
 
 
 class BatchSums:
@@ -31,6 +35,7 @@ class BatchSums:
         kind: What is squared, see :func:`cotangents`.
         structure: ``"diagonal"``, ``"kronecker"`` or ``"both"``.
         draws: Draws per sample.
+        stream: Draws of other streams are others.
         factor_limit: Rows of a Kronecker factor at most.
     """
 
@@ -42,20 +47,25 @@ class BatchSums:
         kind: str,
         structure: str,
         draws: int,
+        stream: int,
         factor_limit: int,
     ) -> None:
         self._passes, self._routes = passes, routes
         self._kind, self._draws = kind, draws
-        self._generator = torch.Generator().manual_seed(passes.calibration.seed + 2)
+        self._generator = torch.Generator().manual_seed(
+            passes.calibration.seed + 2 + _STREAM * stream
+        )
         self._kronecker = {} if structure == "diagonal" else _with_factors(routes, factor_limit)
         in_factors = {name for layer in self._kronecker.values() for name in layer.names.values()}
         every = structure != "kronecker"
         self._diagonal = {
-            name: torch.zeros_like(value, requires_grad=False)
+            name: new_total(value)
             for name, value in passes.leaves.items()
             if every or name not in in_factors
         }
-        self._factors: dict[str, Tensor] = {}
+        self._outputs: dict[str, Gram] = {}
+        self._inputs: dict[str, Gram | PatchGram] = {}
+        self._notes: dict[str, Tensor] = {}
         zero = torch.zeros((), dtype=torch.float64, device=passes.calibration.device)
         self._loss, self._terms = zero, zero.clone()
 
@@ -91,12 +101,14 @@ class BatchSums:
             f"diagonal:{name}": total * masks[name].to(total.device)
             for name, total in self._diagonal.items()
         }
-        sums |= {
-            key: mirrored(value) if value.ndim == 2 else value
-            for key, value in self._factors.items()
-        }
-        sums |= {"terms": self._terms, f"loss:{self._kind}": self._loss}
-        bad = [key for key, value in sums.items() if not value.isfinite().all()]
+        for layer in list(self._outputs):
+            sums[f"outputs:{layer}"] = self._outputs.pop(layer).matrix()
+            sums[f"inputs:{layer}"] = self._inputs.pop(layer).matrix()
+        sums |= {**self._notes, "terms": self._terms, f"loss:{self._kind}": self._loss}
+        # NaN is both the least and the greatest; no tensor of truth values is made.
+        bad = [
+            key for key, value in sums.items() if not torch.stack(value.aminmax()).isfinite().all()
+        ]
         if bad:
             raise CalibrationError(
                 f"Expected a finite curvature, got NaN or infinite entries in {', '.join(bad)}: "
@@ -138,22 +150,20 @@ class BatchSums:
         layer, like = layer_of(name), self._passes.leaves[name]
         products = [use for use in uses if isinstance(use, OuterProducts)]
         for use in products:
-            sizes = use.factor_sizes
-            use.add_output_gram(self._matrix(f"outputs:{layer}", sizes[0], like))
+            if layer not in self._outputs:
+                self._outputs[layer] = Gram(use.factor_sizes[0], like)
+            use.add_output_gram(self._outputs[layer])
             if with_inputs:
-                use.add_input_gram(self._matrix(f"inputs:{layer}", sizes[1], like))
-                positions = torch.tensor(float(use.samples * use.positions), dtype=torch.float64)
-                self._put(f"positions:{layer}", positions.to(like.device))
-                if use.inputs_left:
-                    self._factors[f"inputs first:{layer}"] = self._terms.new_ones(())
+                self._add_inputs(layer, use, like)
 
-    def _matrix(self, key: str, size: int, like: Tensor) -> Tensor:
-        if key not in self._factors:
-            self._factors[key] = torch.zeros(size, size, dtype=like.dtype, device=like.device)
-        return self._factors[key]
-
-    def _put(self, key: str, value: Tensor) -> None:
-        self._factors[key] = self._factors[key] + value if key in self._factors else value
+    def _add_inputs(self, layer: str, use: OuterProducts, like: Tensor) -> None:
+        if layer not in self._inputs:
+            self._inputs[layer] = use.new_input_gram(like)
+        use.add_input_gram(self._inputs[layer])
+        count, positions = f"positions:{layer}", use.samples * use.positions
+        self._notes[count] = self._notes.get(count, self._terms.new_zeros(())) + positions
+        if use.inputs_left:
+            self._notes[f"inputs first:{layer}"] = self._terms.new_ones(())
 
 
 def _with_factors(routes: Routes, limit: int) -> dict[str, Layer]:
