@@ -147,5 +147,5 @@ def test_the_callback_closes_the_same_gates_on_all_ranks(tmp_path: Path) -> None
     assert same(first[0], second[0])
     assert same(first[1], second[1])
     assert first[2] == second[2]
-    assert 0 < first[2][0] < first[2][1] < first[2][2] < 36
+    assert 0 < first[2][0] < first[2][1] == first[2][2] < 36  # the last epoch only trains
     assert first[2][2] == sum(int((~mask).sum()) for mask in first[0].values())

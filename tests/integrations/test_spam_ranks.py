@@ -158,8 +158,10 @@ def test_training_prunes_as_one_process_with_larger_batches(
     for found in ranks:
         trained = found[f"trained {curvature}"]
         _assert_close(trained["weights"], expected["weights"])
-        _assert_close(trained["precisions"], expected["precisions"])
-        _assert_close(trained["evidence"], expected["evidence"])
+        for name in expected["precisions"]:  # held in single precision
+            found_precision, precision = (run["precisions"][name] for run in (trained, expected))
+            torch.testing.assert_close(found_precision, precision, rtol=1e-6, atol=0.0)
+        assert trained["evidence"] == pytest.approx(expected["evidence"], rel=1e-7)
         for name, mask in expected["masks"].items():
             assert torch.equal(trained["masks"][name], mask), name
 
