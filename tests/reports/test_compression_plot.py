@@ -9,7 +9,7 @@ import pytest
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.reports import ResultsTable, plot_accuracy_against_compression
 
-figure_module = pytest.importorskip("matplotlib.figure")
+pytest.importorskip("matplotlib.figure")
 
 
 def curves(seeds: tuple[int, ...] = (0, 1)) -> ResultsTable:
@@ -23,14 +23,6 @@ def curves(seeds: tuple[int, ...] = (0, 1)) -> ResultsTable:
                 gone = stop + seed / 10
                 table.add(criterion=name, level=stop, parameters=gone, metric=0.9, stop=1)
     return table
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Any]:
-    """Figures that would have been written."""
-    figures: list[Any] = []
-    monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, *a, **k: figures.append(self))
-    return figures
 
 
 def lines_of(figure: Any) -> dict[str, list[Any]]:

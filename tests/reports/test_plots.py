@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import sys
 from itertools import combinations
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from torchprune_bayes.errors import ArgumentError, MissingExtraError
 from torchprune_bayes.reports import ResultsTable, plot_accuracy_against_sparsity
 
-figure_module = pytest.importorskip("matplotlib.figure")
+pytest.importorskip("matplotlib.figure")
 
 SPARSITIES = [0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.905, 0.95, 0.97, 0.98, 0.99, 0.995, 0.999]
 
@@ -24,14 +23,6 @@ def runs(sparsities: tuple[float, ...] = (0.5, 0.9, 0.99)) -> ResultsTable:
         for seed in (0, 1):
             table.add(method="double", sparsity=sparsity, seed=seed, accuracy=0.8 + seed / 10)
     return table
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Any]:
-    """Figures that would have been written."""
-    figures: list[Any] = []
-    monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, *a, **k: figures.append(self))
-    return figures
 
 
 @pytest.mark.parametrize(

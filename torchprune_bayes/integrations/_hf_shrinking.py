@@ -9,9 +9,10 @@ from torch import nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._extras import optional
+from torchprune_bayes._processes import several
 from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
-from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded, several
+from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded
 from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
 
 with optional("transformers", "hf"):

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprune_bayes.errors import CalibrationError, ParameterError
+from torchprune_bayes._processes import everywhere, rank, several, together
+from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.training import GradualPruner
@@ -23,21 +24,6 @@ from torchprune_bayes.training import GradualPruner
 Value = TypeVar("Value")
 
 logger = logging.getLogger("torchprune_bayes")
-
-
-def several() -> bool:
-    """Whether there is more than one process."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def rank() -> int:
-    """Number of this process, 0 if it is alone."""
-    return dist.get_rank() if several() else 0
-
-
-def world_size() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if several() else 1
 
 
 def plain_optimizer(optimizer: Any) -> Any:
@@ -59,15 +45,6 @@ def refuse_sharded(model: nn.Module) -> None:
                 f"Expected whole tensors in every process, got the sharded `{name}`: decide on "
                 "masks before sharding, then hold the zeros with `keep_sparse(optimizer, masks)`."
             )
-
-
-def everywhere(value: Value) -> list[Value]:
-    """Collect a picklable value from all processes, in the order of their ranks."""
-    if not several():
-        return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def from_first(value: Value) -> Value:
@@ -167,30 +144,6 @@ def agree(pruner: GradualPruner, optimizer: Optimizer | None) -> None:
         pruner.load_state_dict(from_first(pruner.state_dict()))
         take_from_first(_state_tensors(pruner.space, optimizer))
     take_from_first(tensor.leaf for tensor in pruner.space)
-
-
-def together(compute: Callable[[], Value]) -> Value:
-    """Run something in every process; if it fails in one, it fails in all, and none waits.
-
-    Raises:
-        CalibrationError: If another process failed.
-    """
-    value: Any = None
-    error: Exception | None = None
-    try:
-        value = compute()
-    except Exception as raised:  # the others would wait for this process for ever
-        error = raised
-    reasons = everywhere(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for source, reason in enumerate(reasons):
-        if reason is not None:
-            raise CalibrationError(
-                f"Expected this to work in all processes, got an error in process {source}: "
-                f"{reason}"
-            )
-    return value
 
 
 def _rounds(

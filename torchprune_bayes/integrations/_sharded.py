@@ -9,21 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._processes import everywhere, rank, together, world_size
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.calibration._batches import Batch, map_tensors
 from torchprune_bayes.calibration._functional import LossFunction
 from torchprune_bayes.calibration._targets import FisherTargets
 from torchprune_bayes.calibration.calibration import MeanLoss
-from torchprune_bayes.integrations._ranks import (
-    everywhere,
-    exchanged,
-    exchanged_rows,
-    rank,
-    refuse_sharded,
-    summed,
-    together,
-    world_size,
-)
+from torchprune_bayes.integrations._ranks import exchanged, exchanged_rows, refuse_sharded, summed
 from torchprune_bayes.types import ParameterPairs
 
 _EVALUATION_BATCH = 256

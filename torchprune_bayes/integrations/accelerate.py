@@ -26,13 +26,13 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 
 from torchprune_bayes._extras import optional
+from torchprune_bayes._processes import everywhere, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.curvature._sample_sums import SampleSums
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.integrations._ranks import (
-    everywhere,
     plain_optimizer,
     refuse_sharded,
     same_everywhere,
@@ -40,7 +40,6 @@ from torchprune_bayes.integrations._ranks import (
     step_together,
     summed,
     take_from_first,
-    together,
 )
 from torchprune_bayes.integrations._sharded import ShardedCalibration
 from torchprune_bayes.methods import prune_global

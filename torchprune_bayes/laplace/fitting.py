@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, distributed
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._processes import rank, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import LayerCurvature
-from torchprune_bayes.errors import ArgumentError, CalibrationError
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.laplace.posterior import Posterior
 from torchprune_bayes.laplace.priors import PriorPrecision
 from torchprune_bayes.types import Masks
@@ -123,10 +124,10 @@ def fit_posterior(
     curvature = LayerCurvature(
         kind=chosen.kind,
         structure=CURVATURES[chosen.curvature],
-        stream=distributed.get_rank() if chosen.all_reduce else 0,
+        stream=rank() if chosen.all_reduce else 0,
     )
     if chosen.all_reduce:
-        _in_all_ranks(lambda: curvature.fit(calibration, means, masks))
+        together(lambda: curvature.fit(calibration, means, masks))
         curvature.all_reduce()
     else:
         curvature.fit(calibration, means, masks)
@@ -144,28 +145,6 @@ def fit_posterior(
     )
     posterior.labels_per_sample = curvature.num_terms / curvature.count
     return posterior
-
-
-def _in_all_ranks(fit: Callable[[], object]) -> None:
-    """Fit; if that fails in one rank it does in all, which would wait for it for ever.
-
-    Raises:
-        CalibrationError: If it failed in another rank.
-    """
-    error: Exception | None = None
-    try:
-        fit()
-    except Exception as raised:  # of any kind, for the others' sake
-        error = raised
-    reasons: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(reasons, None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, reason in enumerate(reasons):
-        if reason is not None:
-            raise CalibrationError(
-                f"Expected a curvature in all ranks, got an error in rank {rank}: {reason}"
-            )
 
 
 def _summed(

@@ -13,6 +13,7 @@ from torchprune_bayes.reports.plots import (
     MARKERS,
     checked_path,
     draw_legend,
+    draw_line,
     new_figure,
     save_figure,
 )
@@ -78,7 +79,8 @@ def plot_accuracy_against_compression(
     entries = []
     styles = zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False)
     for (name, line), colour, marker in styles:
-        entries.append((_draw_line(axes, sorted(line), colour, marker), name))
+        points = [(point.x, point.y, point.y_std) for point in sorted(line)]
+        entries.append((draw_line(axes, points, colour, marker, width=1.6, size=5.0), name))
         for stop in stops.get(name, []):
             _draw_stop(axes, stop, colour)
     if stops:
@@ -108,22 +110,6 @@ def _points(
         numbers = (float(row[f"{name}_{part}"]) for part in ("mean", "std") for name in (x, y))
         points.setdefault(str(row[by[0]]), []).append(_Point(*numbers))
     return points
-
-
-def _draw_line(axes: Any, line: list[_Point], colour: str, marker: str) -> Any:
-    places = [point.x for point in line]
-    low, high = ([point.y + sign * point.y_std for point in line] for sign in (-1, 1))
-    axes.fill_between(places, low, high, color=colour, alpha=0.14, linewidth=0)
-    style = {"markersize": 5.0, "markeredgecolor": "white", "markeredgewidth": 0.8}
-    (handle,) = axes.plot(
-        places,
-        [point.y for point in line],
-        color=colour,
-        linewidth=1.6,
-        marker=marker,
-        **style,
-    )
-    return handle
 
 
 def _draw_stop(axes: Any, stop: _Point, colour: str) -> None:

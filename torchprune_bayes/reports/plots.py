@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import cycle
 from os import PathLike
 from pathlib import Path
@@ -73,7 +74,10 @@ def plot_accuracy_against_sparsity(
     figure, axes = new_figure(x, y, title)
     _set_sparsity_ticks(axes, sorted({point.sparsity for line in lines.values() for point in line}))
     styles = zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False)
-    handles = {name: _draw_line(axes, line, *style) for (name, line), *style in styles}
+    handles = {
+        name: draw_line(axes, [(_position(p.sparsity), p.mean, p.std) for p in line], *style)
+        for (name, line), *style in styles
+    }
     # Ordered by the last value, the legend reads like the right edge of the figure.
     order = sorted(lines, key=lambda name: -lines[name][-1].mean)
     entries = [(handles[name], name) for name in order]
@@ -171,23 +175,32 @@ def _set_sparsity_ticks(axes: Any, sparsities: list[float]) -> None:
     axes.set_xticks(list(labels), list(labels.values()))
 
 
-def _draw_line(axes: Any, line: list[_Point], colour: str, marker: str) -> Any:
-    positions = [_position(point.sparsity) for point in line]
+def draw_line(
+    axes: Any,
+    points: Sequence[tuple[float, float, float]],
+    colour: str,
+    marker: str,
+    *,
+    width: float = 1.8,
+    size: float = 6.5,
+) -> Any:
+    """Draw a line with markers through places, values and spreads, and its band; the handle."""
+    places = [x for x, _, _ in points]
     axes.fill_between(  # draws nothing where the spread is NaN
-        positions,
-        [point.mean - point.std for point in line],
-        [point.mean + point.std for point in line],
+        places,
+        [y - spread for _, y, spread in points],
+        [y + spread for _, y, spread in points],
         color=colour,
         alpha=0.14,
         linewidth=0,
     )
     (handle,) = axes.plot(
-        positions,
-        [point.mean for point in line],
+        places,
+        [y for _, y, _ in points],
         color=colour,
-        linewidth=1.8,
+        linewidth=width,
         marker=marker,
-        markersize=6.5,
+        markersize=size,
         markeredgecolor="white",
         markeredgewidth=0.8,
     )

@@ -143,7 +143,7 @@ class WoodFisherImportance(CalibratedImportance):
             name: value.to(calibration.device, calibration.dtype)
             for name, value in calibration.space.values().items()
         }
-        places = [_places(group, names) for group in groups]
+        places = [_places(group, names, calibration.device) for group in groups]
         changes = [
             torch.zeros(group.units, dtype=torch.float64, device=calibration.device)
             for group in groups
@@ -220,12 +220,14 @@ def _compensation(fisher: EmpiricalFisher, weights: Tensor, keep: Tensor) -> Ten
     return move
 
 
-def _places(group: UnitGroup, names: Mapping[str, str]) -> dict[str, list[tuple[int, Tensor]]]:
+def _places(
+    group: UnitGroup, names: Mapping[str, str], device: torch.device
+) -> dict[str, list[tuple[int, Tensor]]]:
     """Dimensions and positions that the units own, by the name of the parameter."""
     places: dict[str, list[tuple[int, Tensor]]] = {}
     for piece in group.slices:
         if piece.name in names:
-            places.setdefault(names[piece.name], []).append((piece.dim, piece.positions))
+            places.setdefault(names[piece.name], []).append((piece.dim, piece.positions.to(device)))
     return places
 
 
@@ -239,8 +241,5 @@ def _products(rows: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sums(values: Mapping[str, Tensor], places: Mapping[str, list[tuple[int, Tensor]]]) -> Tensor:
-    found = (
-        sums_of_units(values[name], [(dim, p.to(values[name].device)) for dim, p in place])
-        for name, place in places.items()
-    )
-    return torch.stack([*found]).sum(0)
+    found = [sums_of_units(values[name], place) for name, place in places.items()]
+    return torch.stack(found).sum(0)
