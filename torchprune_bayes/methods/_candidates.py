@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,8 @@ class Step:
     fisher: EmpiricalFisher
     weights: dict[str, Tensor]
     masks: Masks
+    last: Mapping[str, Any] = field(default_factory=dict)
+    """The report of the step before; empty for the first one."""
 
     @cached_property
     def damping_unit(self) -> float:
@@ -81,14 +84,12 @@ def walk_from(start: float, factor: float, bounds: tuple[float, float]) -> list[
 
 
 def walked(
-    candidates_at: Callable[[float], Iterator[Candidate]],
-    dampings: list[float],
-    calibration: Calibration,
+    candidate_at: Callable[[float], Candidate], dampings: list[float], calibration: Calibration
 ) -> Candidate:
     """The best candidate on a walk along ``dampings``, ended by the first rise of the loss."""
     best: Candidate | None = None
     for damping in dampings:
-        found = _measured(best_of(candidates_at(damping), calibration), calibration)
+        found = _measured(candidate_at(damping), calibration)
         if best is not None and _loss(found) >= _loss(best):
             break
         best = found
@@ -96,26 +97,70 @@ def walked(
     return best
 
 
-def best_of(candidates: Iterator[Candidate], calibration: Calibration | None) -> Candidate:
-    """The candidate of smallest held-out loss; a single one is not measured.
+def climbed(
+    candidate_at: Callable[[float, float], Candidate],
+    axes: tuple[Sequence[float], Sequence[float]],
+    start: tuple[float, float],
+    calibration: Calibration | None,
+) -> Candidate:
+    """The best candidate on a grid: along one axis after the other, each as far as the loss falls.
 
-    Raises:
-        ArgumentError: If there is a choice and no data to choose by.
+    The loss is close to a parabola along both axes, so this finds what the whole grid would for a
+    fraction of its forward passes. A single candidate is not measured.
+
+    Args:
+        candidate_at: Makes the candidate at one value of each axis.
+        axes: Values in rising order.
+        start: Where to begin, a value of each axis.
+        calibration: Where losses are measured.
     """
+    seen: dict[tuple[int, int], Candidate] = {}
+
+    def loss_at(point: tuple[int, int]) -> float:
+        if point not in seen:
+            found = _measured(candidate_at(axes[0][point[0]], axes[1][point[1]]), calibration)
+            seen[point] = replace(found, weights={})  # of all but the best they are not needed
+        return _loss(seen[point])
+
+    if len(axes[0]) == len(axes[1]) == 1:
+        return candidate_at(*start)
+    best = (axes[0].index(start[0]), axes[1].index(start[1]))
+    before = None
+    while best != before:
+        before = best
+        for along, way in product((0, 1), (1, -1)):
+            while (ahead := _neighbour(best, along, way, axes)) and loss_at(ahead) < loss_at(best):
+                best = ahead
+    loss_at(best)
+    weights = candidate_at(axes[0][best[0]], axes[1][best[1]]).weights
+    return replace(seen[best], weights=weights)
+
+
+def best_of(candidates: Iterator[Candidate], calibration: Calibration | None) -> Candidate:
+    """The candidate of smallest held-out loss; a single one is not measured."""
     best = next(candidates)
     for candidate in candidates:
-        if calibration is None:
-            raise ArgumentError(
-                "Expected numbers for `damping` and `update_scale` with a curvature alone: "
-                "choosing them needs `calibration=`."
-            )
         best = min(_measured(best, calibration), _measured(candidate, calibration), key=_loss)
     return best
 
 
-def _measured(candidate: Candidate, calibration: Calibration) -> Candidate:
+def _neighbour(
+    point: tuple[int, int], along: int, way: int, axes: tuple[Sequence[float], Sequence[float]]
+) -> tuple[int, int] | None:
+    ahead = point[along] + way
+    if not 0 <= ahead < len(axes[along]):
+        return None
+    return (ahead, point[1]) if along == 0 else (point[0], ahead)
+
+
+def _measured(candidate: Candidate, calibration: Calibration | None) -> Candidate:
     if candidate.loss is not None:
         return candidate
+    if calibration is None:
+        raise ArgumentError(
+            "Expected numbers for `damping` and `update_scale` with a curvature alone: "
+            "choosing them needs `calibration=`."
+        )
     found = calibration.held_out_loss(candidate.weights)
     return replace(candidate, loss=found.value, in_sample=found.in_sample)
 

@@ -8,9 +8,8 @@ damped Fisher, ``ḡ`` mean gradient, ``u = F⁻¹ḡ``, ``η`` gradient step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import chain, product
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,15 @@ from torchprune_bayes._numerics.obs import (
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.curvature import EmpiricalFisher
-from torchprune_bayes.methods._candidates import Candidate, Stage, Step, best_of, walk_from, walked
+from torchprune_bayes.methods._candidates import (
+    Candidate,
+    Stage,
+    Step,
+    best_of,
+    climbed,
+    walk_from,
+    walked,
+)
 from torchprune_bayes.methods._curvature_holder import CurvatureHolder
 from torchprune_bayes.methods._grouped_fisher import GroupedFisher
 from torchprune_bayes.methods._obs_checks import (
@@ -123,8 +130,8 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         target = self._target(masks)
         reports: list[dict[str, Any]] = []
         for index in range(self.steps):
-            step = self._step(index, weights, masks)
-            best = self._best_candidate(step, target, reports)
+            step = replace(self._step(index, weights, masks), last=reports[-1] if reports else {})
+            best = self._best_candidate(step, target)
             weights, masks = best.weights, best.masks
             reports.append(best.report())
             if self.steps > 1 and self.damping == "auto":
@@ -185,45 +192,43 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
             **options,
         )
 
-    def _best_candidate(
-        self, step: Step, target: Target, reports: list[dict[str, Any]]
-    ) -> Candidate:
-        if self.damping == "auto" and reports:
-            return self._walked(step, target, reports)
+    def _best_candidate(self, step: Step, target: Target) -> Candidate:
+        if self.damping == "auto" and step.last:
+            return self._walked(step, target)
         dampings = self._dampings(step)
         choices = []
-        for cut in self._partitions(step, reports):
+        for cut in self._partitions(step):
             screened = self._screens and len(dampings) > 1
             kept = [self._screened(cut, target, dampings)] if screened else dampings
             choices += [(cut, damping) for damping in kept]
-        tried = (self._candidates(s, target, d, self.stages, self.select) for s, d in choices)
-        return best_of(chain.from_iterable(tried), step.calibration)
+        tried = (self._candidate(s, target, d, self.stages, self.select) for s, d in choices)
+        return best_of(tried, self.calibration)
 
-    def _walked(self, step: Step, target: Target, reports: list[dict[str, Any]]) -> Candidate:
+    def _walked(self, step: Step, target: Target) -> Candidate:
         """The best damping near the last one, in units of the mean squared gradient.
 
         Up and down in turn, and on as long as the loss falls: the weights that are left late need
         far more damping than the network as a whole, and a grid at every step would cost more.
         """
-        (cut,) = self._partitions(step, reports)
+        (cut,) = self._partitions(step)
         unit = step.damping_unit
         walk = walk_from(
-            reports[-1]["damping"] / reports[-1]["mean_square"] * unit,
-            _DAMPING_FACTOR if len(reports) % 2 else 1.0 / _DAMPING_FACTOR,
+            step.last["damping"] / step.last["mean_square"] * unit,
+            _DAMPING_FACTOR if step.index % 2 else 1.0 / _DAMPING_FACTOR,
             (unit * _DAMPINGS[0], unit * _DAMPINGS[-1]),
         )
         return walked(
-            lambda damping: self._candidates(cut, target, damping, self.stages, self.select),
+            lambda damping: self._candidate(cut, target, damping, self.stages, self.select),
             walk,
             self.required_calibration,
         )
 
     def _screened(self, step: Step, target: Target, dampings: list[float]) -> float:
         """The best damping without stages and searches, whose cost it would multiply."""
-        tried = (self._candidates(step, target, d, 1, _smallest) for d in dampings)
-        return best_of(chain.from_iterable(tried), step.calibration).damping
+        tried = (self._candidate(step, target, d, 1, _smallest) for d in dampings)
+        return best_of(tried, self.calibration).damping
 
-    def _partitions(self, step: Step, reports: list[dict[str, Any]]) -> list[Step]:
+    def _partitions(self, step: Step) -> list[Step]:
         """The step with the blocks to choose from.
 
         One block over the whole network uses all interactions, and is best where gradients are
@@ -233,8 +238,8 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         if fisher.block_size != "auto" or not fisher.kept_in_memory or step.calibration is None:
             return [step]
         blocks: list[Any] = ["full", 2 * fisher.count]
-        if reports:
-            blocks = [reports[-1]["block_size"]]
+        if step.last:
+            blocks = [step.last["block_size"]]
         return [replace(step, fisher=fisher.with_blocks(size)) for size in blocks]
 
     def _dampings(self, step: Step) -> list[float]:
@@ -244,9 +249,9 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
             return [step.fisher.damping]
         return [step.damping_unit * factor for factor in _DAMPINGS]
 
-    def _candidates(
+    def _candidate(
         self, step: Step, target: Target, damping: float, stages: int, select: Select
-    ) -> Iterator[Candidate]:
+    ) -> Candidate:
         live = step.fisher.live
         flat = live.gather(step.weights)
         kept, moved = step.masks, flat
@@ -260,10 +265,16 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
             keep = live.gather(kept)
             directions = self._directions(step.fisher, damping, flat, keep)
             moved = torch.where(keep, flat + directions.compensation, 0.0)
-        for scale, eta in product(self._scales(), self.gradient_steps()):
+
+        def moved_by(scale: float, eta: float) -> Candidate:
             moved = flat + scale * directions.compensation + eta * directions.newton
             weights = live.scatter(torch.where(keep, moved, 0.0))
-            yield Candidate(kept, weights, scores, step.fisher.block_size, damping, scale, eta)
+            return Candidate(kept, weights, scores, step.fisher.block_size, damping, scale, eta)
+
+        axes = self._scales(), self.gradient_steps()
+        scale = step.last.get("scale", axes[0][-1])
+        eta = step.last.get("gradient_step", axes[1][len(axes[1]) // 2])
+        return climbed(moved_by, axes, (scale, eta), self.calibration)
 
     def _ranked(
         self, fisher: EmpiricalFisher, weights: dict[str, Tensor], masks: Masks, target: Target

@@ -32,8 +32,8 @@ class WoodTaylor(FirstOrderPruning):
     Raises:
         ArgumentError: If an option has an impossible value.
 
-    Cost: That of :class:`~torchprune_bayes.WoodFisher`, and eight forward passes over held-out
-    samples per step for the line search.
+    Cost: That of :class:`~torchprune_bayes.WoodFisher`, and three to eight forward passes over
+    held-out samples per damping for the line search.
 
     Example:
         >>> import torch
