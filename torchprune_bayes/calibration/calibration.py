@@ -37,6 +37,7 @@ from torchprune_bayes.types import ParameterPairs
 
 _HELD_OUT_SAMPLES = 2000
 _EVALUATION_BATCH = 512
+_FORWARD_BATCH_CPU = 128  # activations stay in the caches: twice as fast with a ResNet-20
 
 
 @dataclass(frozen=True)
@@ -316,16 +317,17 @@ class Calibration:
         Where the data ends with the calibration samples, these are used and ``in_sample`` says so.
         The samples are drawn once and kept, up to an eighth of the memory budget.
         """
+        size = _FORWARD_BATCH_CPU if self.device.type == "cpu" else _EVALUATION_BATCH
         if self._held_out is None:
             wanted = min(self.num_samples, max(_HELD_OUT_SAMPLES, self.num_gradients))
             room = self.memory_mb * 2**20 / 8
-            drawn = self._stream.following(self.num_samples, wanted, _EVALUATION_BATCH, room)
+            drawn = self._stream.following(self.num_samples, wanted, size, room)
             self._held_out = [map_tensors(batch, self._functional.move_input) for batch in drawn]
         in_sample = not self._held_out
         _, constants = self._functional.bind(weights)
         randomness = self._randomness()
         total, samples = 0.0, 0
-        for batch in self.batches() if in_sample else self._held_out:
+        for batch in self.batches(size) if in_sample else self._held_out:
             with preserved(self.model), randomness, torch.no_grad():
                 loss = self._functional.loss({}, constants, batch)
             total += float(loss) * batch_size(batch)
