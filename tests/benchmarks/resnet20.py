@@ -35,6 +35,11 @@ ROWS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "woodtaylor, 8 steps": ("woodtaylor", {"num_samples": 3200, "mini_batch": 16}, STEPS),
     "cbs, layers": ("cbs", {"num_samples": 1000}, {"block_size": "tensor"}),
     "cbs, blocks of 1000": ("cbs", {"num_samples": 1000}, {"block_size": 1000}),
+    "cbs from woodfisher, blocks of 1000": (
+        "cbs",
+        {"num_samples": 1000},
+        {"block_size": 1000, "initial": "woodfisher", "stages": 4, "max_iterations": 20},
+    ),
 }
 
 

@@ -49,7 +49,19 @@ def test_on_parabolas_it_finds_what_the_whole_grid_would(best, slopes, start) ->
     found = climbed(candidate, (SCALES, ETAS), start, losses)
     assert found.loss == losses.curve.min()
     assert found.weights["w"].tolist() == [found.scale, found.gradient_step]
-    assert losses.calls <= 5 + 5 + 2
+    assert losses.calls <= 5 + 5 + 4
+
+
+@given(
+    losses=st.lists(st.floats(0, 1), min_size=25, max_size=25),
+    start=st.tuples(st.sampled_from(SCALES), st.sampled_from(ETAS)),
+)
+def test_on_any_losses_it_is_no_worse_than_the_start_and_the_smallest_move(losses, start) -> None:
+    curve = torch.tensor(losses, dtype=torch.float64).reshape(5, 5)
+    found = climbed(candidate, (SCALES, ETAS), start, Losses(curve=curve))
+    first = curve[SCALES.index(start[0]), ETAS.index(start[1])]
+    assert found.loss is not None
+    assert found.loss <= min(curve[0, 0], first)
 
 
 def test_a_loss_that_is_not_a_number_loses() -> None:

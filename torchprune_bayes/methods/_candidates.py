@@ -105,8 +105,10 @@ def climbed(
 ) -> Candidate:
     """The best candidate on a grid: along one axis after the other, each as far as the loss falls.
 
-    The loss is close to a parabola along both axes, so this finds what the whole grid would for a
-    fraction of its forward passes. A single candidate is not measured.
+    Near its minimum the loss is close to a parabola along both axes, so this finds what the whole
+    grid would for a fraction of its forward passes. Far from it there may be other minima, so the
+    climb begins at the smallest move if that is better than ``start``. A single candidate is not
+    measured.
 
     Args:
         candidate_at: Makes the candidate at one value of each axis.
@@ -124,14 +126,13 @@ def climbed(
 
     if len(axes[0]) == len(axes[1]) == 1:
         return candidate_at(*start)
-    best = (axes[0].index(start[0]), axes[1].index(start[1]))
+    best = min((axes[0].index(start[0]), axes[1].index(start[1])), (0, 0), key=loss_at)
     before = None
     while best != before:
         before = best
         for along, way in product((0, 1), (1, -1)):
             while (ahead := _neighbour(best, along, way, axes)) and loss_at(ahead) < loss_at(best):
                 best = ahead
-    loss_at(best)
     weights = candidate_at(axes[0][best[0]], axes[1][best[1]]).weights
     return replace(seen[best], weights=weights)
 

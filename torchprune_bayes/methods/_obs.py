@@ -273,7 +273,7 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
 
         axes = self._scales(), self.gradient_steps()
         scale = step.last.get("scale", axes[0][-1])
-        eta = step.last.get("gradient_step", axes[1][len(axes[1]) // 2])
+        eta = step.last.get("gradient_step", axes[1][0])
         return climbed(moved_by, axes, (scale, eta), self.calibration)
 
     def _ranked(

@@ -32,7 +32,7 @@ class WoodTaylor(FirstOrderPruning):
     Raises:
         ArgumentError: If an option has an impossible value.
 
-    Cost: That of :class:`~torchprune_bayes.WoodFisher`, and three to eight forward passes over
+    Cost: That of :class:`~torchprune_bayes.WoodFisher`, and two to eight forward passes over
     held-out samples per damping for the line search.
 
     Example:
