@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -26,7 +26,7 @@ class Step:
     fisher: EmpiricalFisher
     weights: dict[str, Tensor]
     masks: Masks
-    last: Mapping[str, Any] = field(default_factory=dict)
+    last: Mapping[str, Any]
     """The report of the step before; empty for the first one."""
 
     @cached_property

@@ -130,7 +130,7 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         target = self._target(masks)
         reports: list[dict[str, Any]] = []
         for index in range(self.steps):
-            step = replace(self._step(index, weights, masks), last=reports[-1] if reports else {})
+            step = self._step(index, weights, masks, reports[-1] if reports else {})
             best = self._best_candidate(step, target)
             weights, masks = best.weights, best.masks
             reports.append(best.report())
@@ -161,13 +161,15 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         """Masks at the end of a stage: what the smallest scores leave."""
         return _smallest(stage, target, scores)
 
-    def _step(self, index: int, weights: dict[str, Tensor], masks: Masks) -> Step:
+    def _step(
+        self, index: int, weights: dict[str, Tensor], masks: Masks, last: Mapping[str, Any]
+    ) -> Step:
         if self.curvature is not None:
             check_fitted_to(self.curvature, masks)
-            return Step(index, self.calibration, self.curvature, weights, masks)
+            return Step(index, self.calibration, self.curvature, weights, masks, last)
         calibration = self.required_calibration.fresh(index)
         fisher = self._fisher().fit(calibration, weights, masks)
-        return Step(index, calibration, fisher, weights, masks)
+        return Step(index, calibration, fisher, weights, masks, last)
 
     def _fisher(self) -> EmpiricalFisher:
         if self.pattern is None:
@@ -274,6 +276,7 @@ class ObsPruning(CurvatureHolder[EmpiricalFisher]):
         axes = self._scales(), self.gradient_steps()
         scale = step.last.get("scale", axes[0][-1])
         eta = step.last.get("gradient_step", axes[1][0])
+        # Not the step's own draw: with other held-out samples at each step choices waver.
         return climbed(moved_by, axes, (scale, eta), self.calibration)
 
     def _ranked(
