@@ -12,7 +12,7 @@ def test_what_is_installed_is_not_in_the_way():
 
 
 def test_a_missing_package_is_named_with_its_extra():
-    with pytest.raises(MissingExtraError, match=r'torchprune_bayes\[moon\]"`'):
+    with pytest.raises(MissingExtraError, match=r'pip install "\.\[moon\]"`'):
         require("no_such_package", "moon")
 
 

@@ -25,7 +25,8 @@ def optional(package: str, extra: str) -> Iterator[None]:
         ...     import moon_that_is_not_installed
         Traceback (most recent call last):
         torchprune_bayes.errors.MissingExtraError: Expected the moon to be installed, got no module
-        named 'moon_that_is_not_installed'; run `pip install "torchprune_bayes[moon]"`.
+        named 'moon_that_is_not_installed'; in a checkout of torchprune_bayes run
+        `python -m pip install ".[moon]"`.
     """
     try:
         yield
@@ -33,7 +34,7 @@ def optional(package: str, extra: str) -> Iterator[None]:
         reason = str(error)[:1].lower() + str(error)[1:]
         raise MissingExtraError(
             f"Expected {package} to be installed, got {reason}; "
-            f'run `pip install "torchprune_bayes[{extra}]"`.'
+            f'in a checkout of torchprune_bayes run `python -m pip install ".[{extra}]"`.'
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Command line of prune_timm.py: timm's own arguments, and those of pruning."""
+"""Command line of prune_timm.py: some of timm's own arguments, and those of pruning."""
 
 from __future__ import annotations
 

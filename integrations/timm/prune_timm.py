@@ -1,7 +1,8 @@
 """Prune or shrink any timm model, fine-tune it, validate and save it.
 
-Argument names are those of timm's own train.py and validate.py; those of pruning start with
---prune. Without a data set it takes scikit-learn's digits and runs offline in a few minutes:
+The arguments are a part of those of timm's train.py, listed in the README beside this file; those
+of pruning start with --prune and --calib. Without a data set it takes scikit-learn's digits and
+runs offline in a few minutes:
 
     python integrations/timm/prune_timm.py --model test_resnet --prune-method woodfisher
 """

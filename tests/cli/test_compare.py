@@ -174,7 +174,7 @@ def test_without_matplotlib_the_extra_is_named_before_anything_is_done(
     assert compare("--output", tmp_path / "results") == 2
     err = capsys.readouterr().err
     assert "matplotlib" in err
-    assert "torchprune_bayes[cli]" in err
+    assert 'pip install ".[cli]"' in err
 
 
 def test_by_default_all_methods_run_and_woodtaylor_in_several_steps_too():

@@ -122,5 +122,5 @@ def test_unknown_suffix():
 
 def test_missing_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "torchprune_bayes\[plots\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install "\.\[plots\]"'):
         plot_accuracy_against_sparsity(runs(), "figure.png")

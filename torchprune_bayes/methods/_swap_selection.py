@@ -1,4 +1,4 @@
-"""The selection of CBS: starts, local search, and the mask of smallest training loss."""
+"""The selection of CBS: starts, local search, and the mask of smallest held-out loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OBJECTIVES: dict[str, Callable[..., SwapObjective]] = {
 _PATIENCE = 5  # iterations without a smaller loss
 
 Loss = Callable[[Tensor], float]
-"""Loss of a boolean mask ``[D]`` on training samples."""
+"""Loss of a boolean mask ``[D]`` on held-out samples."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class CBS(FirstOrderPruning):
 
     `Combinatorial Brain Surgeon (Yu et al., 2022) <https://arxiv.org/abs/2203.04466>`_. CBS-S
     starts from a mask and swaps pruned against kept weights while the quadratic model of the loss
-    falls; of the masks on the way, the one with the smallest loss on training samples is taken,
+    falls; of the masks on the way, the one with the smallest loss on held-out samples is taken,
     never one that is worse than the start. CBS-U then moves the kept weights by the exact solution
     for all pruned ones, ``(F⁻¹)_PP λ = w_P``, ``δ = −F⁻¹_{:,P} λ``.
 
@@ -42,7 +42,7 @@ class CBS(FirstOrderPruning):
     Args:
         amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
             ``flops_target``, and with an N:M pattern.
-        initial: Start of the search: ``"magnitude"``; ``"perturbed"``, the best by training loss of
+        initial: Start of the search: ``"magnitude"``; ``"perturbed"``, the best by held-out loss of
             ``perturbations`` random magnitude perturbations; ``"woodfisher"``; ``"gradient"``,
             ``|w·ḡ|``; ``"random"``.
         perturbations: Starts to draw, that of plain magnitude included.
@@ -129,7 +129,7 @@ class CBS(FirstOrderPruning):
             stage,
             self.objective,
             self._search,
-            partial(self._training_loss, stage),
+            partial(self._held_out_loss, stage),
             pattern=self.pattern,
             shared=self.scope == "global" and self.flops_target is None,
         )
@@ -154,7 +154,7 @@ class CBS(FirstOrderPruning):
             scores = self.pattern.ranks(scores, fisher.live.gather(masks))
         return fisher.live.scatter(scores)
 
-    def _training_loss(self, stage: Stage, keep: Tensor) -> float:
+    def _held_out_loss(self, stage: Stage, keep: Tensor) -> float:
         """Of a mask; with a curvature alone, that of the quadratic model."""
         step = stage.step
         flat = step.fisher.live.gather(step.weights)

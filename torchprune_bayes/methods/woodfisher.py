@@ -23,7 +23,7 @@ class WoodFisher(ObsPruning):
     whole network. Two things matter more than anything else. *Stages* score what is left anew, with
     the same gradients, after each part of the pruning. *Steps* also take fresh gradients at the
     weights that the last step left: on MLPNet at 98 % sparsity, magnitude pruning is right on
-    32 % of the test images, one step with four stages on 58 %, sixteen steps on 88 %.
+    32.3 % of the test images, one step with four stages on 60.6 %, sixteen steps on 89.1 %.
 
     Args:
         amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with

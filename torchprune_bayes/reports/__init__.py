@@ -19,7 +19,7 @@ Collect
 Draw
     :func:`plot_accuracy_against_sparsity` compares methods in one figure, and
     :func:`plot_accuracy_against_compression` rankings of units, with their stopping points; both
-    need matplotlib, ``pip install "torchprune_bayes[plots]"``.
+    need matplotlib, ``python -m pip install ".[plots]"`` in a checkout.
 
 Example:
     >>> from dataclasses import asdict
