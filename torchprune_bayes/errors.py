@@ -18,7 +18,7 @@ class ArgumentTypeError(TorchPruneBayesError, TypeError):
 
 
 class ParameterError(TorchPruneBayesError, ValueError):
-    """A tensor cannot be pruned: missing, frozen, tied twice or parametrized."""
+    """A tensor cannot be pruned: missing, tied twice, sharded or parametrized."""
 
 
 class AlignmentError(TorchPruneBayesError, ValueError):

@@ -167,16 +167,9 @@ def _parametrized() -> Sequential:
     return model
 
 
-def _frozen() -> Sequential:
-    model = mlp()
-    model[0].weight.requires_grad_(False)
-    return model
-
-
 REFUSED: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, str]], str]] = {
     "tied": (_tied, [(0, "weight"), (1, "weight")], "got `0.weight` again as `1.weight`"),
     "twice": (mlp, [(0, "weight"), (0, "weight")], "got `0.weight` again as `0.weight`"),
-    "frozen": (_frozen, [(0, "weight")], "`0.weight` with requires_grad=False"),
     "missing": (mlp, [(1, "weight")], "Expected a parameter `1.weight`, got none in Tanh"),
     "parametrized": (_parametrized, [(0, "weight")], "got the parametrized `0.weight`"),
 }

@@ -106,10 +106,6 @@ def vars_of(method: WoodFisher) -> dict[str, object]:
     return {name: getattr(method, name) for name in names}
 
 
-def frozen() -> tuple[nn.Module, str]:
-    return nn.Linear(2, 2).requires_grad_(False), "weight"
-
-
 def parametrized() -> tuple[nn.Module, str]:
     return parametrizations.weight_norm(nn.Linear(2, 2)), "weight"
 
@@ -119,7 +115,6 @@ def parametrized() -> tuple[nn.Module, str]:
     [
         ((nn.Linear(2, 2, bias=False), "bias"), "Expected a parameter `0.bias`, got none"),
         ((nn.Linear(2, 2), "wieght"), "Expected a parameter `0.wieght`, got none"),
-        (frozen(), "with requires_grad=False"),
         (parametrized(), "got the parametrized"),
         ((nn.BatchNorm1d(2), "running_mean"), "got none in BatchNorm1d"),
     ],

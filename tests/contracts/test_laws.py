@@ -314,3 +314,13 @@ def test_calibrations_serve_several_calls():
     for name in sorted(set(METHODS) - set(UNCALIBRATED)):
         prune_global(None, name, amount=0.1, calibration=calibration)
     assert live_count(model) < 45
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_frozen_weights_are_pruned_as_trainable_ones(name: str) -> None:
+    trainable, frozen = mlp(), mlp().requires_grad_(False)
+    expected, found = pruned(name, trainable), pruned(name, frozen)
+    assert all(torch.equal(found.masks[key], mask) for key, mask in expected.masks.items())
+    assert all(torch.equal(*two) for two in zip(trainable.buffers(), frozen.buffers(), strict=True))
+    assert all(map(torch.equal, trainable.parameters(), frozen.parameters()))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())

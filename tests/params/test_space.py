@@ -44,10 +44,6 @@ def _lazy() -> Any:
     return nn.Sequential(nn.LazyLinear(2))
 
 
-def _frozen() -> Any:
-    return two_layers().requires_grad_(False)
-
-
 def _parametrized() -> Any:
     model = two_layers()
     parametrize.register_parametrization(model[0], "weight", nn.Identity())
@@ -60,7 +56,6 @@ def _complex() -> Any:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str, str]] = {
     "missing": (two_layers, "gain", r"Expected a parameter `0\.gain`, got none in Linear"),
-    "frozen": (_frozen, "weight", r"got `0\.weight` with requires_grad=False"),
     "parametrized": (_parametrized, "weight", r"got the parametrized `0\.weight`"),
     "complex": (_complex, "weight", r"floating-point weights, got torch\.complex64"),
     "lazy": (_lazy, "weight", r"a tensor with a shape, got the uninitialized `0\.weight`"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.methods import bake
+from torchprune_bayes.params import PrunableTensor, adapted_base, prunable_parameters
 from torchprune_bayes.training.keep_sparse import set_zero
 
 logger = logging.getLogger("torchprune_bayes")
@@ -19,11 +22,12 @@ def merge_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) 
 
     ``W + BA`` is dense whatever ``W`` is, so a plain merge gives up the sparsity. This merges
     ``W + mask * BA``. The entries of ``BA`` that are cut off were part of the model while it was
-    trained, so its outputs change; the share that is cut is logged.
+    trained, so its outputs change; the share that is cut is logged. A model that was pruned through
+    torch's pruning API comes out plain, as :func:`~torchprune_bayes.bake` makes it.
 
     Args:
         model: A model of ``peft``, or any with its interface: ``merge_and_unload()``, and layers
-            with a ``base_layer`` and ``get_delta_weight(adapter)``.
+            with a ``base_layer``.
         masks: Masks of the base weights by their qualified names in the merged model; default:
             every exact zero counts as pruned.
 
@@ -31,42 +35,61 @@ def merge_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) 
         The merged model, without adapters.
 
     Raises:
-        ArgumentError: If the model has no adapters, or a mask has another shape.
+        ArgumentError: If the model has no adapters, a mask has another shape, or adapters are in
+            the weights already and no masks say what was pruned. Nothing is changed then.
 
-    Cost: a byte per weight of the layers with adapters.
+    Cost: a copy of the weights of the layers with adapters.
     """
-    before = {layer: layer.get_parameter("weight").detach().clone() for layer in _adapted(model)}
     merge = getattr(model, "merge_and_unload", None)
-    if not before or merge is None:
+    adapters = {base: m for m in model.modules() if (base := adapted_base(m)) is not None}
+    if not adapters or merge is None:
         raise ArgumentError(f"Expected a model with LoRA adapters, got {type(model).__name__}.")
+    places = _merged_places(model, adapters)
+    for place in places:
+        _check_place(place, masks, merged=getattr(adapters[place.module], "merged", False))
+    bake(model)
+    before = {place.name: place.leaf.detach().clone() for place in places}
     merged: nn.Module = merge()
-    names = {module: name for name, module in merged.named_modules()}
-    for layer, dense in before.items():
-        name = f"{names.get(layer, '')}.weight"
-        weight = layer.get_parameter("weight")
-        pruned = _from_masks(name, weight, masks, dense == 0)
-        moved = (weight.detach() - dense).square()
+    for place in places:
+        dense = before[place.name]
+        given = None if masks is None else masks.get(place.name)
+        pruned = dense == 0 if given is None else given.to(dense.device) == 0
+        moved = (place.leaf.detach() - dense).square()
         cut = float(moved[pruned].sum() / moved.sum().clamp_min(torch.finfo(moved.dtype).tiny))
-        logger.info("%s: %.1f %% of the adapter's squared norm was cut.", name, 100 * cut)
-        set_zero(weight, pruned)
+        logger.info("%s: %.1f %% of the adapter's squared norm was cut.", place.name, 100 * cut)
+        set_zero(place.leaf, pruned)
     return merged
 
 
-def _from_masks(
-    name: str, weight: Tensor, masks: Mapping[str, Tensor] | None, zeros: Tensor
-) -> Tensor:
-    if masks is None or name not in masks:
-        return zeros
-    if masks[name].shape != weight.shape:
+def _merged_places(
+    model: nn.Module, adapters: Mapping[nn.Module, nn.Module]
+) -> list[PrunableTensor]:
+    """The prunable weights under adapters, by the names that they will have in the merged model."""
+    names = {module: name for name, module in _inner(model).named_modules()}
+    return [
+        PrunableTensor(module, key, f"{names[adapters[module]]}.{key}")
+        for module, key in prunable_parameters(model)
+        if module in adapters
+    ]
+
+
+def _inner(model: Any) -> nn.Module:
+    found = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def _check_place(
+    place: PrunableTensor, masks: Mapping[str, Tensor] | None, *, merged: bool
+) -> None:
+    given = None if masks is None else masks.get(place.name)
+    if given is None and merged:
         raise ArgumentError(
-            f"Expected a mask of shape {tuple(weight.shape)} for `{name}`, "
-            f"got {tuple(masks[name].shape)}."
+            f"Expected a mask of `{place.name}`, whose adapter is in the weights already, so that "
+            "zeros no longer show what was pruned, got none: pass masks, or unmerge first."
         )
-    return masks[name].to(weight.device) == 0
-
-
-def _adapted(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Module) and hasattr(module, "get_delta_weight"):
-            yield base
+    if given is not None and given.shape != place.leaf.shape:
+        raise ArgumentError(
+            f"Expected a mask of shape {tuple(place.leaf.shape)} for `{place.name}`, "
+            f"got {tuple(given.shape)}."
+        )

@@ -5,6 +5,7 @@ In plain words: a tensor that was pruned by the host lives in ``<name>_orig`` (t
 method works on is always ``leaf * mask``: the optimizer may have moved masked entries of the leaf.
 """
 
+from torchprune_bayes.params._adapters import adapted_base
 from torchprune_bayes.params._layers import is_hf_conv1d, prunable_parameters, unwrap
 from torchprune_bayes.params._space import ParameterSpace
 from torchprune_bayes.params._tensors import PrunableTensor, leaf, mask_of, without_repeats
@@ -12,6 +13,7 @@ from torchprune_bayes.params._tensors import PrunableTensor, leaf, mask_of, with
 __all__ = [
     "ParameterSpace",
     "PrunableTensor",
+    "adapted_base",
     "is_hf_conv1d",
     "leaf",
     "mask_of",

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
+from torchprune_bayes.params._adapters import adapter_modules, has_adapters, names_inside
 from torchprune_bayes.params._tensors import leaf
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,6 +48,10 @@ def prunable_parameters(
     places of other tied weights, and the output projection of ``nn.MultiheadAttention``, on which
     the host's hooks do not run.
 
+    In a model with adapters (``peft``'s LoRA and the like) these are the weights of the base,
+    frozen as they are, and never the adapters: they are small, and what is pruned in them says
+    nothing of the model. Who wants adapters pruned lists them.
+
     Args:
         model: Any module; wrappers are looked through.
         exclude: Qualified module names or modules to leave out, with everything inside them.
@@ -67,12 +72,15 @@ def prunable_parameters(
     model = unwrap(model)
     modules = dict(model.named_modules())
     seen = _leaves_of_other_layers(modules)
-    skipped = _modules_inside(modules, exclude)
+    skipped = _modules_inside(modules, exclude) | adapter_modules(modules)
+    frozen_too = has_adapters(modules)
     pairs: list[tuple[nn.Module, str]] = []
     for qualified, module in modules.items():
         for name in [] if qualified in skipped else _prunable_names(module):
             tensor = leaf(module, name)
-            if tensor is not None and tensor.requires_grad and id(tensor) not in seen:
+            if tensor is None or id(tensor) in seen or not tensor.is_floating_point():
+                continue
+            if tensor.requires_grad or frozen_too:
                 seen.add(id(tensor))
                 pairs.append((module, name))
     if not pairs:
@@ -118,5 +126,5 @@ def _modules_inside(
         root = item if isinstance(item, str) else names.get(id(item))
         if root not in modules:
             raise ParameterError(f"Expected `exclude` to name modules of the model, got {item!r}.")
-        skipped |= {name for name in modules if f"{name}.".startswith(f"{root}." if root else "")}
+        skipped |= names_inside(modules, cast(str, root))
     return skipped

@@ -27,8 +27,9 @@ class ParameterSpace(Sequence[PrunableTensor]):
             :func:`prunable_parameters`.
 
     Raises:
-        ParameterError: If a tensor is missing, frozen, parametrized, not part of the model,
-            of no floating-point type, or listed twice (tied weights are one tensor).
+        ParameterError: If a tensor is missing, parametrized, not part of the model, of no
+            floating-point type, or listed twice (tied weights are one tensor). A frozen one that
+            is listed is pruned as any other: gradients are those of copies.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
@@ -193,8 +194,6 @@ def _prunable_tensor(
         raise ParameterError(f"Expected a tensor with a shape, got the uninitialized `{full}`.")
     if not tensor.is_floating_point():
         raise ParameterError(f"Expected floating-point weights, got {tensor.dtype} in `{full}`.")
-    if not tensor.requires_grad:
-        raise ParameterError(f"Expected a trainable tensor, got `{full}` with requires_grad=False.")
     return PrunableTensor(module, name, full)
 
 
