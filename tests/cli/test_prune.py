@@ -41,6 +41,7 @@ def test_weights_masks_and_report_come_back(tmp_path, capsys, method):
 
     report = report_in(tmp_path)
     assert report["sparsity"] == 0.75
+    assert list(report["tensors"]) == ["0.weight", "2.weight"]
     assert report["tensors"]["0.weight"]["shape"] == [12, 6]
     assert sum(tensor["pruned"] for tensor in report["tensors"].values()) == 90
     assert report["metrics"]["after"]["accuracy"] == evaluate(fresh, toys.make_batches()).accuracy

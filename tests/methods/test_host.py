@@ -11,7 +11,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
-from tests.contracts.cases import batches, calibration_of, live_count, masks_by_place, mlp, pairs
+from tests.contracts.cases import (
+    batches,
+    calibration_of,
+    live_count,
+    masks_by_place,
+    mlp,
+    options_of,
+    pairs,
+)
 from tests.contracts.state import unchanged
 from torchprune_bayes import (
     Decision,
@@ -22,7 +30,9 @@ from torchprune_bayes import (
     export_masks,
     import_masks,
     masks_of,
+    prunable_parameters,
     prune_global,
+    registered_methods,
 )
 from torchprune_bayes.errors import (
     AlignmentError,
@@ -44,8 +54,33 @@ def pruned_mlp(amount: float = 0.5) -> nn.Sequential:
 def test_a_method_is_a_class_or_a_name(method):
     model = mlp()
     decision = prune_global(pairs(model), method, amount=0.4)
-    assert list(decision.masks) == ["0.weight", "1.weight"]
+    assert list(decision.masks) == ["params[0].weight", "params[1].weight"]  # no model is known
     assert all(map(torch.equal, decision.masks.values(), masks_by_place(model)))
+
+
+@pytest.mark.parametrize("name", registered_methods())
+def test_every_method_names_tensors_as_the_model_does(name):
+    if name == "bmrs":
+        pytest.skip("prunes gates, not lists of parameters")
+    model, other = mlp(), mlp()
+    listed = prunable_parameters(model)
+    decision = prune_global(listed, name, amount=0.4, **options_of(name, model, listed))
+    assert list(decision.masks) == ["0.weight", "2.weight"]
+    if not registered_methods()[name].needs_calibration:
+        decision = prune_global(other, name, amount=0.4)
+        assert list(decision.masks) == ["0.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("name", registered_methods())
+def test_a_layer_replaced_after_the_calibration_is_refused(name):
+    if name == "bmrs":
+        pytest.skip("prunes gates, not lists of parameters")
+    model = mlp()
+    listed = prunable_parameters(model)
+    options = options_of(name, model, listed)
+    model[0] = nn.Linear(6, 5)
+    with unchanged(model), pytest.raises(AlignmentError, match="again"):
+        prune_global(listed, name, amount=0.4, **options)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
-from torchprune_bayes import Calibration, Magnitude, prune_global
+from torchprune_bayes import Calibration, Magnitude, prunable_parameters, prune_global
 from torchprune_bayes.curvature import trainable_parameters
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
 from torchprune_bayes.laplace import JointPosterior, Posterior, PriorPrecision, fit_posterior
@@ -111,6 +111,31 @@ def test_the_posterior_may_have_more_tensors_than_are_pruned() -> None:
     assert "0.bias" in posterior.names
     masks = prune_global(None, OPD, amount=0.5, posterior=posterior, model=model).masks
     assert list(masks) == ["0.weight", "2.weight"]
+
+
+@pytest.mark.parametrize("method", ["opd", "laplace-evidence"])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_posterior_of_all_layers_prunes_some(method: str, known: bool) -> None:
+    whole, model = _model(), _model()
+    posterior = fit_posterior(_calibration(whole))
+    options: dict[str, Any] = {"posterior": posterior} | ({"model": model} if known else {})
+    options |= {"amount": 0.5}
+    some = prunable_parameters(model, exclude=["2"])
+    decision = prune_global(some, method, **options)
+    assert list(decision.masks) == ["0.weight"]
+    assert int(model[0].weight_mask.sum()) * 2 == model[0].weight.numel()
+    assert not hasattr(model[2], "weight_mask")
+
+
+def test_tensors_that_are_not_in_the_posterior_are_refused() -> None:
+    model = _model()
+    posterior = fit_posterior(_calibration(model, params=[(model[0], "weight")]))
+    with pytest.raises(AlignmentError, match=r"got `2\.weight`: fit"):
+        prune_global(prunable_parameters(model), OPD, amount=0.5, posterior=posterior)
+    by_hand = [(model[0], "weight")]
+    with pytest.raises(AlignmentError, match="pass `model=`"):
+        prune_global(by_hand, OPD, amount=0.5, posterior=posterior)
+    prune_global(by_hand, OPD, amount=0.5, posterior=posterior, model=model)
 
 
 def test_weights_that_a_posterior_holds_fixed_go_last() -> None:

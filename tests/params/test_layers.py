@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations, prune
 from tests.params.cases import tied, two_layers
 from torchprune_bayes import prunable_parameters
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
-from torchprune_bayes.params import is_hf_conv1d, unwrap
+from torchprune_bayes.params import ParameterSpace, is_hf_conv1d, unwrap
 
 
 def listed(model: nn.Module, **options: Any) -> list[str]:
@@ -123,3 +123,18 @@ def test_only_hugging_faces_conv1d_is_a_linear_layer() -> None:
     theirs = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})
     assert not is_hf_conv1d(mine(2, 2))
     assert is_hf_conv1d(theirs())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.utils.spectral_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+    ],
+)
+def test_weights_that_are_computed_from_others_are_left_out_or_refused(norm: Any) -> None:
+    model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    assert listed(model) == ["1.weight"]
+    with pytest.raises(ParameterError, match=r"computes from others|parametrized"):
+        ParameterSpace(model, [(model[0], "weight")])

@@ -210,11 +210,9 @@ def test_every_method_sees_held_masks_as_it_sees_the_hosts(name: str) -> None:
 
 def test_amounts_by_tensor_must_name_all_tensors() -> None:
     model = Network()
-    with pytest.raises(ArgumentError, match=r"for 0.weight, 1.weight, got first.weight"):
-        prune_global(
-            prunable_parameters(model), "magnitude", amount={"first.weight": 1}, scope="layer"
-        )
+    with pytest.raises(ArgumentError, match=r"for first.weight, .*, got 0.weight"):
+        prune_global(prunable_parameters(model), "magnitude", amount={"0.weight": 1}, scope="layer")
     with pytest.raises(ArgumentError, match="of at least 0, got -1"):
         prune_global(
-            prunable_parameters(model), "magnitude", amount={"0.weight": -1}, scope="layer"
+            prunable_parameters(model), "magnitude", amount={"first.weight": -1}, scope="layer"
         )

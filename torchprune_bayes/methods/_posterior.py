@@ -10,7 +10,8 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
 from torchprune_bayes.laplace import Posterior
 from torchprune_bayes.methods.base import PruningMethod
-from torchprune_bayes.params import ParameterSpace, prunable_parameters
+from torchprune_bayes.params import ParameterSpace, prunable_parameters, without_repeats
+from torchprune_bayes.types import ParameterPairs
 
 _TOLERANCE = 1e-3  # of the largest weight: a posterior in half precision still fits
 
@@ -52,6 +53,20 @@ class PosteriorPruning(PruningMethod):
         """The calibration's parameters, or the model's that are in the posterior."""
         return super().space if self._own_space is None else self._own_space
 
+    def space_for(self, params: ParameterPairs | None) -> ParameterSpace:
+        """The tensors to decide on: with a posterior alone any of those that it is of.
+
+        Raises:
+            AlignmentError: If tensors are not in the posterior, or not the calibration's.
+            ArgumentTypeError: If there are neither pairs, a model, nor a calibration.
+        """
+        if params is None or self.posterior is None or self.calibration is not None:
+            return super().space_for(params)
+        if self._own_space is None:  # the pairs may know the model
+            return _in_posterior(ParameterSpace.of_pairs(params), self.posterior)
+        chosen = ParameterSpace(self._own_space.model, without_repeats(params))
+        return _in_posterior(chosen, self.posterior)
+
     def release(self) -> None:
         """Let go of model, data and posterior."""
         super().release()
@@ -78,6 +93,17 @@ def space_of_posterior(model: nn.Module, posterior: Posterior) -> ParameterSpace
             f"{', '.join(posterior.names[:3])}."
         )
     return space.subset(found)
+
+
+def _in_posterior(space: ParameterSpace, posterior: Posterior) -> ParameterSpace:
+    missing = [name for name in space.names if name not in posterior.mean]
+    if missing:
+        raise AlignmentError(
+            f"Expected tensors of the posterior ({', '.join(posterior.names[:3])}, ...), got "
+            f"`{missing[0]}`: fit the posterior to it as well, or pass `model=` if the pairs do "
+            "not know the model."
+        )
+    return space
 
 
 def check_fitted_to(posterior: Posterior, space: ParameterSpace) -> None:

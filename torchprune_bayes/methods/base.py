@@ -23,7 +23,7 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.methods._module_state import all_or_nothing, same_order
 from torchprune_bayes.params import ParameterSpace
-from torchprune_bayes.types import Decision
+from torchprune_bayes.types import Decision, ParameterPairs
 
 SCOPES = ("global", "layer")
 
@@ -91,6 +91,22 @@ class PruningMethod(BasePruningMethod):
             ArgumentTypeError: If there is no calibration.
         """
         return self.required_calibration.space
+
+    def space_for(self, params: ParameterPairs | None) -> ParameterSpace:
+        """The tensors to decide on where ``params`` are asked for.
+
+        Args:
+            params: ``(module, name)`` pairs; ``None`` takes the calibration's.
+
+        Raises:
+            AlignmentError: If they are not the calibration's.
+            ArgumentTypeError: If there are neither pairs nor a calibration.
+        """
+        if self.needs_calibration:
+            if params is not None:
+                self.space.check_same_tensors(params)
+            return self.space
+        return space_of_pairs(params, type(self).__name__)
 
     @property
     def required_calibration(self) -> Calibration:
@@ -233,13 +249,28 @@ class PruningMethod(BasePruningMethod):
             raise ArgumentError(f"Expected no importance_scores: {cls.__name__} computes its own.")
 
 
+def space_of_pairs(params: ParameterPairs | None, kind: str) -> ParameterSpace:
+    """The space of pairs for a method ``kind`` that decides from the weights alone.
+
+    Raises:
+        ArgumentTypeError: If there are none.
+    """
+    if params is None:
+        raise ArgumentTypeError(
+            f"Expected a model or (module, tensor name) pairs for {kind}, got None."
+        )
+    return ParameterSpace.of_pairs(params)
+
+
 def check_prunable(space: ParameterSpace) -> None:
     """Refuse tensors that cannot be pruned as they are now.
 
     Raises:
+        AlignmentError: If a layer was replaced since the parameters were listed.
         ArgumentError: If a tensor has NaN or infinite entries.
-        ParameterError: If the host's hooks cannot work on a tensor, or its mask is not binary.
+        ParameterError: If forward pre-hooks cannot work on a tensor, or its mask is not binary.
     """
+    space.check_in_model()
     space.check_hookable()
     for tensor in space:
         check_finite(tensor.name, tensor.leaf)

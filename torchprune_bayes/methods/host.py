@@ -22,15 +22,23 @@ from torchprune_bayes.methods.base import (
     PruningMethod,
     check_decision,
     check_prunable,
+    space_of_pairs,
     write_updates,
 )
 from torchprune_bayes.methods.registry import find_method
-from torchprune_bayes.params import ParameterSpace, leaf, mask_of, unwrap, without_repeats
+from torchprune_bayes.params import (
+    ParameterSpace,
+    leaf,
+    mask_of,
+    prunable_parameters,
+    unwrap,
+    without_repeats,
+)
 from torchprune_bayes.types import Decision, Masks, ParameterPairs
 
 
 def prune_global(
-    params: ParameterPairs | None,
+    params: ParameterPairs | nn.Module | None,
     method: type[prune.BasePruningMethod] | str,
     **options: Any,
 ) -> Decision:
@@ -42,16 +50,20 @@ def prune_global(
     untouched if anything fails.
 
     Args:
-        params: ``(module, tensor name)`` pairs; ``None`` takes the calibration's.
+        params: ``(module, tensor name)`` pairs; or a model, for its
+            :func:`~torchprune_bayes.prunable_parameters`; ``None`` takes the calibration's.
         method: A class, ours or the host's with ``PRUNING_TYPE = "unstructured"``, or the name of a
             registered method.
         options: Arguments of the method, ``amount`` and mostly ``calibration``.
 
     Returns:
-        The decision that was applied.
+        The decision that was applied. Names are those of the model that the calibration, or the
+        list from :func:`~torchprune_bayes.prunable_parameters`, knows; pairs that no model is
+        known for are named by their place, ``params[0].weight``.
 
     Raises:
-        AlignmentError: If ``params`` are not the calibration's.
+        AlignmentError: If ``params`` are not the calibration's, or a layer was replaced since they
+            were listed.
         ArgumentError: If an option has an impossible value, or weights are not finite.
         ArgumentTypeError: If the method is no unstructured pruning method, or something is missing.
         ParameterError: If a tensor cannot be pruned.
@@ -61,12 +73,13 @@ def prune_global(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        >>> params = [(layer, "weight") for layer in model]
-        >>> decision = prune_global(params, "magnitude", amount=0.5)
-        >>> sum(int(mask.sum()) for mask in decision.masks.values())
-        16
+        >>> decision = prune_global(prunable_parameters(model), "magnitude", amount=0.5)
+        >>> sorted(decision.masks), sum(int(mask.sum()) for mask in decision.masks.values())
+        (['0.weight', '1.weight'], 16)
     """
     instance = unstructured_method(method)(**options)
+    if isinstance(params, nn.Module):
+        params = prunable_parameters(params)
     pairs = None if params is None else list(params)
     space = _space_for(instance, pairs)
     decision = decide_on(space, instance)
@@ -254,17 +267,12 @@ def unstructured_method(
     return kind
 
 
-def _space_for(instance: prune.BasePruningMethod, params: ParameterPairs | None) -> ParameterSpace:
-    if not (isinstance(instance, PruningMethod) and instance.needs_calibration):
-        if params is None:
-            raise ArgumentTypeError(
-                f"Expected (module, tensor name) pairs for {type(instance).__name__}, got None."
-            )
-        return ParameterSpace.of_pairs(params)
-    space = instance.space
-    if params is not None:
-        space.check_same_tensors(params)
-    return space
+def _space_for(
+    instance: prune.BasePruningMethod, pairs: list[tuple[nn.Module, str]] | None
+) -> ParameterSpace:
+    if isinstance(instance, PruningMethod):
+        return instance.space_for(pairs)
+    return space_of_pairs(pairs, type(instance).__name__)
 
 
 def _decide_by_host(method: prune.BasePruningMethod, space: ParameterSpace) -> Decision:

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
 from torchprune_bayes.params._adapters import adapter_modules, has_adapters, names_inside
+from torchprune_bayes.params._pairs import ParameterPair
 from torchprune_bayes.params._tensors import leaf
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,9 +45,10 @@ def prunable_parameters(
 
     These are the weights of linear and (transposed) convolution layers, of Hugging Face's
     ``Conv1D``, and the input projections of ``nn.MultiheadAttention``. Left out are biases, norms,
-    embeddings, frozen weights, a weight that is tied to an embedding, the second and later
+    embeddings, frozen weights, weights that are computed from others (parametrizations,
+    ``spectral_norm``, ``weight_norm``), a weight that is tied to an embedding, the second and later
     places of other tied weights, and the output projection of ``nn.MultiheadAttention``, on which
-    the host's hooks do not run.
+    the hooks of torch's pruning API do not run.
 
     In a model with adapters (``peft``'s LoRA and the like) these are the weights of the base,
     frozen as they are, and never the adapters: they are small, and what is pruned in them says
@@ -57,7 +59,8 @@ def prunable_parameters(
         exclude: Qualified module names or modules to leave out, with everything inside them.
 
     Returns:
-        ``[(module, tensor name), ...]`` in the order of ``model.named_modules()``.
+        ``[(module, tensor name), ...]`` in the order of ``model.named_modules()``. These pairs know
+        their model, so that whatever prunes them names tensors as the model does.
 
     Raises:
         ParameterError: If an excluded name does not exist or nothing prunable is left.
@@ -82,7 +85,7 @@ def prunable_parameters(
                 continue
             if tensor.requires_grad or frozen_too:
                 seen.add(id(tensor))
-                pairs.append((module, name))
+                pairs.append(ParameterPair.of(model, module, name))
     if not pairs:
         raise ParameterError(
             f"Expected trainable linear or convolution weights in {type(model).__name__}, got none."

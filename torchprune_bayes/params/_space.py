@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 
 from torchprune_bayes.errors import AlignmentError, ParameterError
 from torchprune_bayes.params._layers import prunable_parameters, unwrap
-from torchprune_bayes.params._tensors import PrunableTensor, as_pairs, leaf, without_repeats
+from torchprune_bayes.params._pairs import ParameterPair, as_pairs, model_of, without_repeats
+from torchprune_bayes.params._tensors import PrunableTensor, leaf
 from torchprune_bayes.types import Masks, ParameterPairs
 
 
@@ -68,8 +69,8 @@ class ParameterSpace(Sequence[PrunableTensor]):
         return sum(tensor.leaf.numel() for tensor in self._tensors)
 
     def pairs(self) -> list[tuple[nn.Module, str]]:
-        """The host's view of the tensors."""
-        return [(tensor.module, tensor.tensor_name) for tensor in self._tensors]
+        """The tensors as ``(module, tensor name)``; these pairs know the model."""
+        return [ParameterPair.of(self.model, t.module, t.tensor_name) for t in self._tensors]
 
     def values(self) -> dict[str, Tensor]:
         """The values in use by qualified name, detached; unpruned tensors are not copied."""
@@ -81,10 +82,21 @@ class ParameterSpace(Sequence[PrunableTensor]):
 
     @classmethod
     def of_pairs(cls, params: ParameterPairs) -> ParameterSpace:
-        """The space of tensors whose model is not at hand; a tied tensor counts once."""
+        """The space of tensors without their model; a tied tensor counts once.
+
+        Pairs of :func:`prunable_parameters` and of a space know their model, and names are its
+        names. Where no model is known that holds all pairs, names say so: ``params[0].weight`` is
+        the weight of the first module in the list.
+
+        Example:
+            >>> model = nn.Sequential(nn.Tanh(), nn.Linear(2, 2))
+            >>> ParameterSpace.of_pairs(prunable_parameters(model)).names
+            ['1.weight']
+            >>> ParameterSpace.of_pairs([(model[1], "weight")]).names
+            ['params[0].weight']
+        """
         pairs = without_repeats(params)
-        modules = list({id(module): module for module, _ in pairs}.values())
-        return cls(nn.ModuleList(modules), pairs)
+        return cls(model_of(pairs), pairs)
 
     def restricted(self, module: nn.Module, name: str) -> ParameterSpace:
         """The space of one of its tensors alone."""
@@ -128,6 +140,22 @@ class ParameterSpace(Sequence[PrunableTensor]):
                 f"Expected the {len(known)} parameters of the calibration, got a list of "
                 f"{len(wanted)} with {len(wanted & known)} of them: pass the same list to both."
             )
+
+    def check_in_model(self) -> None:
+        """Refuse tensors whose module the model does not have any more.
+
+        Raises:
+            AlignmentError: If a layer was replaced or taken out since the space was made.
+        """
+        modules = dict(self.model.named_modules())
+        for tensor in self._tensors:
+            place = tensor.name.removesuffix(tensor.tensor_name).removesuffix(".")
+            if modules.get(place) is not tensor.module:
+                raise AlignmentError(
+                    f"Expected the layer `{place}` that the model had when its parameters were "
+                    "listed, got another or none: list the parameters and make the Calibration "
+                    "again after replacing layers."
+                )
 
     def check_alignment(self, flat: Tensor) -> None:
         """Refuse a flat vector from the host that is not the live entries, in this order.
@@ -189,7 +217,13 @@ def _prunable_tensor(
         raise ParameterError(f"Expected a plain tensor, got the parametrized `{full}`.")
     tensor = leaf(module, name)
     if tensor is None:
-        raise ParameterError(f"Expected a parameter `{full}`, got none in {kind}.")
+        computed = name in vars(module)
+        raise ParameterError(
+            f"Expected a parameter `{full}`, got one that a hook computes from others "
+            "(spectral_norm, weight_norm): leave it out, or remove the hook first."
+            if computed
+            else f"Expected a parameter `{full}`, got none in {kind}."
+        )
     if is_lazy(tensor):
         raise ParameterError(f"Expected a tensor with a shape, got the uninitialized `{full}`.")
     if not tensor.is_floating_point():

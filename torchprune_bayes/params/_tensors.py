@@ -7,46 +7,29 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from torchprune_bayes.errors import ArgumentTypeError, ParameterError
-from torchprune_bayes.types import ParameterPairs
+from torchprune_bayes.errors import ParameterError
+
+
+def is_pruned(module: nn.Module, name: str) -> bool:
+    """Whether ``module.name`` is pruned by torch's pruning API: made of a leaf and a mask.
+
+    Other hooks keep a ``<name>_orig`` too, ``torch.nn.utils.spectral_norm`` for one, without mask.
+    """
+    return f"{name}_orig" in module._parameters and f"{name}_mask" in module._buffers
 
 
 def leaf(module: nn.Module, name: str) -> Tensor | None:
-    """Return the trainable tensor behind ``module.name``, pruned by the host or not."""
-    tensor = module._parameters.get(f"{name}_orig")
-    return tensor if tensor is not None else module._parameters.get(name)
+    """Return the trainable tensor behind ``module.name``, pruned or not.
+
+    ``None`` where there is none: a missing name, or a tensor that a hook computes from others.
+    """
+    return module._parameters.get(f"{name}_orig" if is_pruned(module, name) else name)
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor | None:
-    """Return the host's mask buffer of ``module.name``, or ``None`` if it is not pruned."""
-    pruned = f"{name}_orig" in module._parameters  # else a buffer of this name is the user's own
-    return module._buffers.get(f"{name}_mask") if pruned else None
-
-
-def without_repeats(params: ParameterPairs) -> list[tuple[nn.Module, str]]:
-    """List the pairs, the second and later places of a tied tensor left out."""
-    first: dict[int, tuple[nn.Module, str]] = {}
-    for module, name in as_pairs(params):
-        first.setdefault(id(leaf(module, name)), (module, name))
-    return list(first.values())
-
-
-def as_pairs(params: ParameterPairs) -> list[tuple[nn.Module, str]]:
-    """List the pairs, refusing what is none."""
-    pairs = list(params)
-    for pair in pairs:
-        if not (
-            isinstance(pair, tuple)
-            and len(pair) == 2
-            and isinstance(pair[0], nn.Module)
-            and isinstance(pair[1], str)
-        ):
-            raise ArgumentTypeError(
-                f"Expected `params` to hold (module, tensor name) pairs, got {pair!r}."
-            )
-    if not pairs:
-        raise ParameterError("Expected at least one (module, tensor name) pair, got none.")
-    return pairs
+    """Return the mask buffer of ``module.name``, or ``None`` if it is not pruned."""
+    # Without the leaf, a buffer of this name is the user's own.
+    return module._buffers.get(f"{name}_mask") if is_pruned(module, name) else None
 
 
 @dataclass(frozen=True)
@@ -71,7 +54,7 @@ class PrunableTensor:
     @property
     def leaf_name(self) -> str:
         """Qualified name of the leaf as it stands in ``model.named_parameters()`` now."""
-        pruned = f"{self.tensor_name}_orig" in self.module._parameters
+        pruned = is_pruned(self.module, self.tensor_name)
         return f"{self.name}_orig" if pruned else self.name
 
     @property
