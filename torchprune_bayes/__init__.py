@@ -21,8 +21,6 @@ from importlib.metadata import version as _version
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import (
     EmpiricalFisher,
-    EmpiricalFisherDiagonal,
-    KroneckerFactors,
     LayerCurvature,
 )
 from torchprune_bayes.laplace import Posterior
@@ -80,7 +78,6 @@ __all__ = [
     "Decision",
     "DiagonalFisher",
     "EmpiricalFisher",
-    "EmpiricalFisherDiagonal",
     "GateTraining",
     "GraSP",
     "GradualPruner",
@@ -88,7 +85,6 @@ __all__ = [
     "HessianDiagonal",
     "IterativeMagnitudePruning",
     "IterativeSNIP",
-    "KroneckerFactors",
     "LaplaceEvidence",
     "LayerCurvature",
     "LayerMagnitude",

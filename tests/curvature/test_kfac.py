@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, unfold
 from torch.nn.utils import prune
 
 from tests.references.second_order import gradients_one_by_one
-from torchprune_bayes import Calibration, KroneckerFactors
+from torchprune_bayes import Calibration, LayerCurvature
 from torchprune_bayes.errors import AlignmentError, CalibrationError, ParameterError
 
 
@@ -29,8 +29,12 @@ def _normal(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _fit(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> KroneckerFactors:
-    return KroneckerFactors().fit(Calibration(model, [(x, y)], cross_entropy, **options))
+def _fit(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> LayerCurvature:
+    return _kronecker().fit(Calibration(model, [(x, y)], cross_entropy, **options))
+
+
+def _kronecker() -> LayerCurvature:
+    return LayerCurvature(structure="kronecker")
 
 
 def _factors_use_by_use(model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -51,13 +55,13 @@ def _factors_use_by_use(model: nn.Module, layer: nn.Module, x: Tensor, y: Tensor
         else:
             a, g = inputs.flatten(0, -2), gradient.flatten(0, -2)
         positions = len(a)
-        outer_a += sum(torch.outer(v, v) for v in a / positions) / len(x)
-        outer_g += sum(torch.outer(v, v) for v in g * positions) / positions / len(x)
+        outer_a += sum(torch.outer(v, v) for v in a) / positions / len(x)
+        outer_g += sum(torch.outer(v, v) for v in g) / len(x)
     handle.remove()
     return [outer_g.detach(), outer_a.detach()]
 
 
-def _assert_equal_factors(found: KroneckerFactors, name: str, expected: list[Tensor]) -> None:
+def _assert_equal_factors(found: LayerCurvature, name: str, expected: list[Tensor]) -> None:
     torch.testing.assert_close(list(found.factors(name)), expected)
 
 
@@ -98,13 +102,13 @@ def test_padding_by_name_and_mode_is_that_of_the_layer(mode: Any) -> None:
     conv = nn.Conv2d(1, 2, (4, 3), padding="same", padding_mode=mode).double()
     x = _normal(3, 1, 6, 5)
     calibration = Calibration(conv, [(x, x)], lambda output, target: output.square().mean())
-    found = KroneckerFactors().fit(calibration).factors("weight")[1]
+    found = _kronecker().fit(calibration).factors("weight")[1]
     # With weights that pick one pixel of the patch each, a convolution lays the patches out.
     picks = nn.Conv2d(1, 12, (4, 3), padding="same", padding_mode=mode, bias=False).double()
     with torch.no_grad():
         picks.weight.copy_(torch.eye(12).reshape(12, 1, 4, 3))
         patches = picks(x).movedim(1, -1).reshape(-1, 12)
-    torch.testing.assert_close(found, patches.mT @ patches / 3 / 30**2)
+    torch.testing.assert_close(found, patches.mT @ patches / 3 / 30)
 
 
 class _Tokens(nn.Module):
@@ -180,7 +184,7 @@ def test_the_product_is_the_exact_fisher_where_inputs_and_gradients_are_independ
         return (output * target).mean()
 
     calibration = Calibration(layer, [(x, y)], loss_fn)
-    product = torch.kron(*KroneckerFactors().fit(calibration).factors("weight"))
+    product = torch.kron(*_kronecker().fit(calibration).factors("weight"))
     rows = gradients_one_by_one(layer, ["weight"], x, y, loss_fn)["weight"].flatten(1)
     torch.testing.assert_close(product, rows.mT @ rows / 4)
 
@@ -202,7 +206,7 @@ def test_are_taken_at_given_weights() -> None:
     model, x, y = _mlp(), _normal(10, 5), _labels(10)
     new = {"0.weight": torch.ones(4, 5), "2.weight": torch.full((3, 4), 0.5)}
     calibration = Calibration(model, [(x, y)], cross_entropy)
-    factors = KroneckerFactors().fit(calibration, new)
+    factors = _kronecker().fit(calibration, new)
     with torch.no_grad():
         model[0].weight.copy_(new["0.weight"])
         model[2].weight.copy_(new["2.weight"])
@@ -227,38 +231,61 @@ def test_leave_no_hooks_even_when_the_loss_fails() -> None:
         raise OSError("no loss today")
 
     with pytest.raises(OSError, match="no loss today"):
-        KroneckerFactors().fit(Calibration(model, [(x, y)], failing))
+        _kronecker().fit(Calibration(model, [(x, y)], failing))
     _fit(model, x, y)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_layer_that_is_not_reached_has_factors_of_zero() -> None:
+def test_a_layer_that_is_not_reached_has_a_curvature_of_zero() -> None:
     model = _mlp()
     model.add_module("unused", nn.Identity())
     model.unused.layer = nn.Linear(2, 2).double()
     factors = _fit(model, _normal(4, 5), _labels(4))
-    assert not any(factor.any() for factor in factors.factors("unused.layer.weight"))
+    assert not factors.block_diagonal("unused.layer.weight").any()
+    inverse = factors.inverse("unused.layer.weight", damping=0.5)
+    torch.testing.assert_close(inverse.diagonal(), torch.full((2, 2), 2.0).double())
 
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Conv2d(4, 4, 1, groups=2), nn.Conv1d(4, 4, 1), nn.ConvTranspose2d(4, 4, 1)],
+    [nn.Conv2d(4, 4, 1, groups=2), nn.ConvTranspose2d(4, 4, 1)],
     ids=lambda layer: type(layer).__name__,
 )
-def test_refuses_layers_without_kronecker_factors(layer: nn.Module) -> None:
-    calibration = Calibration(layer, [(_normal(2, 4, 3, 3), _labels(2))], cross_entropy)
-    with pytest.raises(ParameterError, match=r"nn\.Linear, nn\.Conv2d without groups .* `weight`"):
-        KroneckerFactors().fit(calibration)
+def test_layers_without_kronecker_factors_have_a_diagonal(layer: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(36, 3)).double()
+    x, y = _normal(2, 4, 3, 3), _labels(2)
+    found = _fit(model, x, y)
+    assert found.kronecker_names == ["2.weight"]
+    with pytest.raises(ParameterError, match=r"got '0\.weight'; there are 2\.weight"):
+        found.factors("0.weight")
+    rows = gradients_one_by_one(model, ["0.weight"], x, y, cross_entropy)["0.weight"]
+    diagonal = rows.square().mean(0)
+    torch.testing.assert_close(found.block_diagonal("0.weight"), diagonal)
+    inverse = found.inverse("0.weight", damping=0.1)
+    expected = (diagonal + 0.1).reciprocal().flatten(1)
+    torch.testing.assert_close(inverse.diagonal(), expected)
+    torch.testing.assert_close(inverse.solve(torch.ones_like(expected)), expected)
 
 
-def test_refuses_biases_and_layers_that_are_never_called() -> None:
+def test_biases_have_the_factor_of_the_outputs() -> None:
     model, x, y = _mlp(), _normal(4, 5), _labels(4)
-    with pytest.raises(ParameterError, match=r"0\.bias"):
-        _fit(model, x, y, params=[(model[0], "bias")])
-    attention = nn.MultiheadAttention(4, 2)
-    with pytest.raises(ParameterError, match="hooks never run"):
-        _fit(attention, x, y, params=[(attention.out_proj, "weight")])
+    both = _fit(model, x, y, params=[(model[0], "weight"), (model[0], "bias")])
+    outputs, one = both.factors("0.bias")
+    torch.testing.assert_close(outputs, both.output_factor("0.weight"))
+    assert one.tolist() == [[1.0]]
+
+
+def test_the_mean_is_that_of_the_remaining_entries() -> None:
+    model, x, y = _mlp(), _normal(12, 5), _labels(12)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    found = LayerCurvature(structure="kronecker", factor_limit=4)
+    found = found.fit(Calibration(model, [(x, y)], cross_entropy))
+    assert found.kronecker_names == ["2.weight"]
+    kept = model[0].weight_mask.bool()
+    entries = [found.diagonal()["0.weight"][kept], found.block_diagonal("2.weight").flatten()]
+    assert found.mean() == pytest.approx(float(torch.cat(entries).mean()))
 
 
 def test_refuses_data_that_is_not_finite() -> None:
@@ -277,7 +304,7 @@ def test_merged_halves_equal_the_whole() -> None:
 def test_survive_saving_and_loading(tmp_path: Path) -> None:
     factors = _fit(_mlp(), _normal(10, 5), _labels(10))
     factors.save(tmp_path / "factors.safetensors")
-    loaded = KroneckerFactors.load(tmp_path / "factors.safetensors")
+    loaded = LayerCurvature.load(tmp_path / "factors.safetensors")
     _assert_equal_factors(loaded, "2.weight", list(factors.factors("2.weight")))
     loaded.check_fitted_to(factors.masks)
     with pytest.raises(AlignmentError, match="no such tensor"):

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
 from tests.references.layer_curvature import ggn, split
-from torchprune_bayes import Calibration, KroneckerFactors
 from torchprune_bayes.curvature import LayerCurvature
 from torchprune_bayes.errors import ParameterError
 
@@ -126,16 +125,6 @@ def test_deep_linear_network_with_gaussian_likelihood_is_exact() -> None:
         )
         torch.testing.assert_close(found.diagonal()[key], diagonal[key], rtol=1e-10, atol=1e-15)
         start = stop
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_products_are_those_of_the_factors_of_single_tensors(name: str) -> None:
-    model, x, y = _case(name)
-    found = LayerCurvature(structure="kronecker").fit_model(model, [(x, y)], cross_entropy)
-    theirs = KroneckerFactors().fit(Calibration(model, [(x, y)], cross_entropy))
-    for key in theirs.masks:
-        expected = torch.kron(*theirs.factors(key))
-        torch.testing.assert_close(_block(found, key), expected, rtol=1e-9, atol=1e-14)
 
 
 def test_hugging_face_s_layout_is_transposed() -> None:

@@ -13,7 +13,8 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
-from torchprune_bayes.curvature import EmpiricalFisherDiagonal, LayerCurvature
+from torchprune_bayes import Calibration
+from torchprune_bayes.curvature import EmpiricalFisher, LayerCurvature
 from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
 
 
@@ -79,8 +80,32 @@ def test_saved_and_loaded_is_the_same(structure: str, tmp_path: Path) -> None:
     assert (loaded.loss_sum, loaded.num_terms) == (found.loss_sum, found.num_terms)
     assert loaded.calibration is None
     _assert_equal(loaded.merge(_fit(_data(), structure=structure, kind="ggn")), found.merge(found))
-    with pytest.raises(ArgumentError, match="Expected a file of EmpiricalFisherDiagonal"):
-        EmpiricalFisherDiagonal.load(tmp_path / "curvature.safetensors")
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    calibration = Calibration(_model(), _data(), cross_entropy)
+    EmpiricalFisher().fit(calibration).save(tmp_path / "fisher.safetensors")
+    with pytest.raises(ArgumentError, match="Expected a file of LayerCurvature, got one of"):
+        LayerCurvature.load(tmp_path / "fisher.safetensors")
+    (tmp_path / "damaged").write_bytes(b"no such format")
+    with pytest.raises(ArgumentError, match="damaged"):
+        LayerCurvature.load(tmp_path / "damaged")
+    with pytest.raises(FileNotFoundError):
+        LayerCurvature.load(tmp_path / "none")
+
+
+def test_saved_from_channels_last_and_loaded_to_a_device(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    model = model.to(memory_format=torch.channels_last)
+    data = [(torch.randn(4, 3, 4, 4), torch.arange(4) % 3)]
+    found = LayerCurvature(structure="both").fit_model(model, data, cross_entropy)
+    found.save(tmp_path / "curvature.safetensors")
+    loaded = LayerCurvature.load(tmp_path / "curvature.safetensors", device="cpu")
+    _assert_equal(loaded, found)
+    on_meta = LayerCurvature.load(tmp_path / "curvature.safetensors", device="meta")
+    tensors = [*on_meta.masks.values(), *on_meta.sums.values()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def _on_rank(rank: int, folder: str) -> None:

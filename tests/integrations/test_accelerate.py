@@ -24,9 +24,8 @@ from tests.integrations.processes import accelerator, in_two_processes, load_all
 from torchprune_bayes import (
     Calibration,
     EmpiricalFisher,
-    EmpiricalFisherDiagonal,
     GradualPruner,
-    KroneckerFactors,
+    LayerCurvature,
     cubic,
     keep_sparse,
     masks_of,
@@ -126,8 +125,8 @@ def _statistics(path: Path) -> None:
     acc = accelerator()
     data = batches(7)
     local = ShardedCalibration(network(), data, cross_entropy).local
-    diagonal = merged(EmpiricalFisherDiagonal().fit(local))
-    factors = merged(KroneckerFactors().fit(local))
+    diagonal = merged(LayerCurvature().fit(local))
+    factors = merged(LayerCurvature(structure="kronecker").fit(local))
     fisher = merged(EmpiricalFisher(damping=0.1, block_size=20).fit(local))
     save_from(
         acc.process_index,
@@ -140,8 +139,8 @@ def _statistics(path: Path) -> None:
 def test_merged_statistics_are_those_of_the_union(tmp_path: Path) -> None:
     in_two_processes(_statistics, tmp_path / "found")
     union = Calibration(network(), batches(7), cross_entropy)
-    diagonal = EmpiricalFisherDiagonal().fit(union).diagonal()
-    factors = KroneckerFactors().fit(union)
+    diagonal = LayerCurvature().fit(union).diagonal()
+    factors = LayerCurvature(structure="kronecker").fit(union)
     fisher = EmpiricalFisher(damping=0.1, block_size=20).fit(union)
     for found in load_all(tmp_path / "found"):
         assert found["count"] == found["rows"] == 28

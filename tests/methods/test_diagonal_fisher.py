@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.references.mlpnet import accuracy, load_mlpnet, load_mnist, shuffled_batches
 from tests.references.second_order import gradients_one_by_one
-from torchprune_bayes import Calibration, DiagonalFisher, EmpiricalFisherDiagonal, prune_global
+from torchprune_bayes import Calibration, DiagonalFisher, LayerCurvature, prune_global
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
 
 
@@ -77,7 +77,7 @@ def test_draws_other_samples_with_another_seed() -> None:
 
 def test_a_fitted_statistic_takes_the_place_of_a_pass() -> None:
     calibration = _calibration(_model())
-    fisher = EmpiricalFisherDiagonal().fit(calibration)
+    fisher = LayerCurvature().fit(calibration)
     expected = DiagonalFisher(0.5, calibration=calibration).decide(calibration.space).masks
     found = prune_global(None, DiagonalFisher, amount=0.5, curvature=fisher).masks
     torch.testing.assert_close(found, expected)
@@ -85,7 +85,7 @@ def test_a_fitted_statistic_takes_the_place_of_a_pass() -> None:
 
 def test_a_fitted_statistic_serves_one_of_its_tensors_too() -> None:
     model = _model()
-    fisher = EmpiricalFisherDiagonal().fit(_calibration(model))
+    fisher = LayerCurvature().fit(_calibration(model))
     twin = copy.deepcopy(model)
     hook = DiagonalFisher.apply(model[2], "weight", amount=0.5, curvature=fisher)
     expected = DiagonalFisher.apply(twin[2], "weight", amount=0.5, calibration=_calibration(twin))
@@ -97,9 +97,9 @@ def test_a_fitted_statistic_serves_one_of_its_tensors_too() -> None:
 
 def test_refuses_a_statistic_from_before_the_last_pruning() -> None:
     calibration = _calibration(_model())
-    fisher = EmpiricalFisherDiagonal().fit(calibration)
+    fisher = LayerCurvature().fit(calibration)
     prune_global(None, DiagonalFisher, amount=0.5, calibration=calibration)
-    with pytest.raises(AlignmentError, match="other live entries: fit it again"):
+    with pytest.raises(AlignmentError, match="other entries: fit it again"):
         prune_global(None, DiagonalFisher, amount=0.5, curvature=fisher)
 
 

@@ -5,18 +5,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tests.references.mlpnet import accuracy, load_mlpnet, load_mnist, shuffled_batches
 from tests.references.second_order import damped_kronecker_product
-from torchprune_bayes import KFAC, Calibration, KroneckerFactors, Magnitude, prune_global
+from torchprune_bayes import KFAC, Calibration, LayerCurvature, Magnitude, prune_global
+from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import (
     AlignmentError,
     ArgumentError,
     ArgumentTypeError,
-    ParameterError,
+    CalibrationError,
 )
+from torchprune_bayes.params import ParameterSpace
 
 
 def _model() -> Any:
@@ -36,7 +40,7 @@ def _dense_blocks(
     calibration: Calibration, damping: float, *, pi: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Damped Fisher and flat weights by name."""
-    factors = KroneckerFactors().fit(calibration)
+    factors = LayerCurvature(structure="kronecker").fit(calibration)
     return {
         name: (
             damped_kronecker_product(*factors.factors(name), damping, pi=pi),
@@ -131,13 +135,13 @@ def test_keeps_the_dtype_of_the_weights() -> None:
 
 def test_fitted_factors_take_the_place_of_a_pass(tmp_path: Path) -> None:
     calibration = _calibration(_model())
-    factors = KroneckerFactors().fit(calibration)
+    factors = LayerCurvature(structure="kronecker").fit(calibration)
     expected = KFAC(0.5, calibration=calibration).decide(calibration.space)
     found = KFAC(0.5, curvature=factors).decide(calibration.space)
     assert found.updates is not None
     torch.testing.assert_close(found.updates, expected.updates)
     factors.save(tmp_path / "factors.safetensors")
-    loaded = KroneckerFactors.load(tmp_path / "factors.safetensors")
+    loaded = LayerCurvature.load(tmp_path / "factors.safetensors")
     with pytest.raises(ArgumentTypeError, match="calibration="):
         prune_global(None, KFAC, amount=0.5, curvature=loaded)
     read = prune_global(None, KFAC, amount=0.5, curvature=loaded, calibration=calibration)
@@ -148,7 +152,7 @@ def test_fitted_factors_take_the_place_of_a_pass(tmp_path: Path) -> None:
 
 def test_prunes_one_tensor_with_the_factors_of_all_and_lets_go_of_them() -> None:
     model = _model()
-    factors = KroneckerFactors().fit(_calibration(model))
+    factors = LayerCurvature(structure="kronecker").fit(_calibration(model))
     hook = KFAC.apply(model[3], "weight", amount=0.5, curvature=factors)
     assert int(model[3].weight_mask.sum()) == 24
     assert vars(hook)["curvature"] is None
@@ -163,10 +167,114 @@ def test_refuses_impossible_options_and_layers() -> None:
     ):
         with pytest.raises(ArgumentError, match=word):
             KFAC(0.5, **options)
-    model = nn.Sequential(nn.Conv2d(2, 2, 2, groups=2), nn.Flatten(), nn.Linear(8, 4)).double()
-    with pytest.raises(ParameterError, match=r"got `0\.weight` of Conv2d\(2, 2"):
-        prune_global(None, KFAC, amount=0.5, calibration=_calibration(model))
-    assert not hasattr(model[0], "weight_mask")
+    with pytest.raises(ArgumentTypeError, match="KFAC to be a fitted LayerCurvature, got str"):
+        KFAC(0.5, curvature="kron")  # type: ignore[arg-type]
+
+
+def test_layers_without_factors_are_pruned_by_their_diagonal() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 2, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 4)]
+    model: Any = nn.Sequential(*layers).double()
+    calibration = _calibration(model)
+    decision = KFAC(0.5, calibration=calibration, damping=1e-3).decide(calibration.space)
+    assert decision.scores is not None
+    assert decision.updates is not None
+    weight = model[0].weight.detach()
+    diagonal = LayerCurvature().fit(calibration).diagonal()["0.weight"]
+    torch.testing.assert_close(decision.scores["0.weight"], weight**2 * (diagonal + 1e-3) / 2)
+    kept = decision.masks["0.weight"]
+    torch.testing.assert_close(decision.updates["0.weight"], weight * kept)
+    assert (
+        decision.updates["3.weight"][decision.masks["3.weight"]]
+        .ne(model[3].weight[decision.masks["3.weight"]])
+        .any()
+    )
+
+
+class _Counted(Calibration):
+    """Counts held-out losses, and notes the weights that they were measured at."""
+
+    def held_out_loss(self, weights: Any = None) -> Any:
+        found = super().held_out_loss(weights)
+        self.losses = [*getattr(self, "losses", []), found.value]
+        return found
+
+
+def _counted(model: nn.Module, **options: Any) -> _Counted:
+    plain = _calibration(model)
+    return _Counted(model, plain._stream.data, cross_entropy, num_samples=24, **options)
+
+
+@pytest.mark.parametrize("update", ["none", "single"])
+def test_auto_damping_is_the_best_that_was_tried(update: Any) -> None:
+    calibration = _counted(_model())
+    space = calibration.space
+    decision = KFAC(0.6, calibration=calibration, update=update).decide(space)
+    assert decision.info["loss"] == min(calibration.losses)
+    assert decision.info["in_sample"] is False
+    assert decision.info["dampings_tried"] == len(calibration.losses)
+    damping = decision.info["damping"]
+    fixed = KFAC(0.6, calibration=calibration, update=update, damping=damping).decide(space)
+    torch.testing.assert_close(fixed.masks, decision.masks)
+    torch.testing.assert_close(fixed.updates, decision.updates)
+
+
+@given(power=st.integers(-8, 8))
+def test_auto_damping_follows_the_scale_of_the_loss(power: int) -> None:
+    """A loss times ``c`` has a curvature times ``c²``, and is pruned alike."""
+    scale = 4.0**power
+
+    def scaled(output: Tensor, target: Tensor) -> Tensor:
+        return scale * cross_entropy(output, target)
+
+    calibration = _calibration(_model())
+    expected = KFAC(0.6, calibration=calibration).decide(calibration.space)
+    calibration = calibration.with_loss(scaled)
+    found = KFAC(0.6, calibration=calibration).decide(calibration.space)
+    assert found.info["relative_damping"] == pytest.approx(expected.info["relative_damping"])
+    torch.testing.assert_close(found.masks, expected.masks)
+
+
+def test_without_data_the_damping_is_the_mean_curvature() -> None:
+    model = _model()
+    curvature = LayerCurvature(structure="kronecker").fit(_calibration(model))
+    curvature.calibration = None
+    space = ParameterSpace(model)
+    decision = KFAC(0.5, curvature=curvature).decide(space)
+    assert decision.info["damping"] == curvature.mean()
+    assert "loss" not in decision.info
+
+
+def test_refuses_data_that_decides_nothing() -> None:
+    flat = _calibration(_model()).with_loss(lambda output, target: 0.0 * output.sum())
+    with pytest.raises(CalibrationError, match="gradients of zero"):
+        KFAC(0.5, calibration=flat).decide(flat.space)
+
+
+def test_refuses_held_out_losses_that_are_no_numbers() -> None:
+    class Broken(Calibration):
+        def held_out_loss(self, weights: Any = None) -> MeanLoss:
+            return MeanLoss(float("nan"), 8, False)
+
+    plain = _calibration(_model())
+    broken = Broken(plain.model, plain._stream.data, cross_entropy)
+    with pytest.raises(CalibrationError, match="Expected a finite held-out loss"):
+        KFAC(0.5, calibration=broken).decide(broken.space)
+    assert KFAC(0.5, calibration=broken, damping=0.1).decide(broken.space).updates
+
+
+def test_is_not_magnitude_pruning_on_a_language_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
+    ids = torch.randint(16, (16, 16))
+    params = [(m, "weight") for m in model.modules() if type(m).__name__ == "Conv1D"]
+    calibration = Calibration(model, [{"input_ids": ids, "labels": ids}], None, params)
+    by_size = Magnitude(0.9).decide(calibration.space).masks
+    masks = KFAC(0.9, calibration=calibration, update="none").decide(calibration.space).masks
+    shared = sum(int((masks[name] & by_size[name]).sum()) for name in masks)
+    assert shared < 0.9 * sum(int(mask.sum()) for mask in masks.values())
 
 
 def test_reproduces_the_published_accuracy(shared_data: Path) -> None:

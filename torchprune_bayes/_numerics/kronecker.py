@@ -22,8 +22,8 @@ class KroneckerInverse:
     """``F_λ⁻¹`` of one weight matrix, held as two Cholesky factors.
 
     Args:
-        rows: ``R``, float64.
-        columns: ``C``, float64.
+        rows: ``R``; computed with in float64.
+        columns: ``C``, likewise.
         damping: ``λ > 0``.
         pi: Whether ``π`` is the ratio of the mean eigenvalues of ``C`` and ``R``, so that both are
             damped alike; otherwise, and where one of them is zero, ``π = 1``.
@@ -41,6 +41,7 @@ class KroneckerInverse:
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, damping: float, *, pi: bool = False) -> None:
+        rows, columns = rows.double(), columns.double()
         ratio = _mean_eigenvalue_ratio(columns, rows) if pi else 1.0
         self._rows = safe_cholesky(_plus_identity(rows, math.sqrt(damping / ratio)))
         self._columns = safe_cholesky(_plus_identity(columns, math.sqrt(damping * ratio)))
@@ -56,6 +57,30 @@ class KroneckerInverse:
         """``F_λ⁻¹ vec(V) = vec(R⁻¹ V C⁻¹)``, both damped, for ``V [rows, columns]``."""
         half = torch.cholesky_solve(matrix.to(self._rows), self._rows)
         return torch.cholesky_solve(half.mT, self._columns).mT
+
+
+class DiagonalInverse:
+    """``(D + λI)⁻¹`` for a diagonal curvature ``D``, with the methods of :class:`KroneckerInverse`.
+
+    Args:
+        diagonal: ``D`` as ``[rows, columns]``, not negative.
+        damping: ``λ > 0``.
+
+    Example:
+        >>> DiagonalInverse(torch.tensor([[1.0, 3.0]]), damping=1.0).diagonal()
+        tensor([[0.5000, 0.2500]], dtype=torch.float64)
+    """
+
+    def __init__(self, diagonal: Tensor, damping: float) -> None:
+        self._inverse = (diagonal.double() + damping).reciprocal()
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of the inverse as ``[rows, columns]``."""
+        return self._inverse
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        """``(D + λI)⁻¹ vec(V)`` for ``V [rows, columns]``."""
+        return self._inverse * matrix.to(self._inverse)
 
 
 def _mean_eigenvalue_ratio(first: Tensor, second: Tensor) -> float:

@@ -1,16 +1,12 @@
 """Statistics fitted to gradients, or to second derivatives, of the calibration loss."""
 
-from torchprune_bayes.curvature.diagonal_fisher import EmpiricalFisherDiagonal
 from torchprune_bayes.curvature.empirical_fisher import EmpiricalFisher
 from torchprune_bayes.curvature.hessian import hessian_diagonal
-from torchprune_bayes.curvature.kfac import KroneckerFactors
 from torchprune_bayes.curvature.layers.parameters import trainable_parameters
 from torchprune_bayes.curvature.layerwise import LayerCurvature
 
 __all__ = [
     "EmpiricalFisher",
-    "EmpiricalFisherDiagonal",
-    "KroneckerFactors",
     "LayerCurvature",
     "hessian_diagonal",
     "trainable_parameters",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice, check_count
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
-from torchprune_bayes.calibration._batches import cut, map_tensors
+from torchprune_bayes.calibration._batches import cut, grouped, joined, map_tensors, sizes
 from torchprune_bayes.calibration._functional import LossFunction
-from torchprune_bayes.curvature._sample_sums import SampleSums
+from torchprune_bayes.curvature.layer_statistics import LayerStatistics
 from torchprune_bayes.curvature.layers.coverage import (
     coverage_of,
     unverified_routes,
@@ -21,8 +21,8 @@ from torchprune_bayes.curvature.layers.coverage import (
 )
 from torchprune_bayes.curvature.layers.parameters import trainable_parameters
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
-from torchprune_bayes.curvature.layers.sums import BatchSums, layer_of
-from torchprune_bayes.errors import AlignmentError, ParameterError
+from torchprune_bayes.curvature.layers.sums import BatchSums, needed
+from torchprune_bayes.errors import ArgumentError, CalibrationError
 from torchprune_bayes.types import Masks, ParameterPairs
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ KINDS = ("empirical", "monte_carlo", "ggn")
 STRUCTURES = ("diagonal", "kronecker", "both")
 
 
-class LayerCurvature(SampleSums):
+class LayerCurvature(LayerStatistics):
     """Diagonal and Kronecker-factored Fisher or Gauss-Newton matrix of whole batches at a time.
 
     Forward hooks keep the inputs ``a`` of the layers, one backward pass gives the gradients ``g``
@@ -73,6 +73,8 @@ class LayerCurvature(SampleSums):
         ignore_index: Label that does not count.
         factor_limit: Rows of a Kronecker factor at most; larger layers have a diagonal.
         batch_size: Samples of a pass at most; batches of the data are not joined.
+        mini_batch: Samples whose mean loss is differentiated as one, with ``"empirical"``: a sample
+            above is then a mini-batch, and so it is in ``count``.
         stream: Labels are drawn apart in every stream: ranks that share the data out, and add up
             what they found, take one each.
         verify: Whether the rules are checked on two samples, once for a model: not again where the
@@ -100,7 +102,6 @@ class LayerCurvature(SampleSums):
         'Linear'
     """
 
-    coverage: Mapping[str, str] = {}
     _routes: Routes
 
     def __init__(
@@ -113,6 +114,7 @@ class LayerCurvature(SampleSums):
         ignore_index: int = -100,
         factor_limit: int = 8192,
         batch_size: int = 64,
+        mini_batch: int = 1,
         stream: int = 0,
         verify: bool = True,
     ) -> None:
@@ -121,6 +123,12 @@ class LayerCurvature(SampleSums):
         check_choice("token_loss", token_loss, ("sum", "mean"))
         for name, value in {"draws": draws, "batch_size": batch_size}.items():
             check_count(name, value)
+        check_count("mini_batch", mini_batch)
+        if mini_batch > 1 and kind != "empirical":
+            raise ArgumentError(
+                f"Expected kind='empirical' with mini-batches, got {kind!r}: the others are made "
+                "of single samples."
+            )
         check_count("factor_limit", factor_limit)
         check_count("stream", stream, minimum=0)
         self.kind = kind
@@ -130,6 +138,7 @@ class LayerCurvature(SampleSums):
         self.ignore_index = ignore_index
         self.factor_limit = factor_limit
         self.batch_size = batch_size
+        self.mini_batch = mini_batch
         self.stream = stream
         self.verify = verify
 
@@ -196,119 +205,29 @@ class LayerCurvature(SampleSums):
         """
         masks = calibration.space.masks() if masks is None else masks
         calibration = calibration.with_space(calibration.space.subset(masks))
-        batches = calibration.fisher_batches(weights, self.batch_size)
+        batches = self._batches(calibration, weights)
         first = next(batches)
         passes = self._passes(calibration, weights, first)
         routes = self._routes_of(passes, first)
+        taken, factors = needed(routes, self.structure, self.factor_limit)
         total = BatchSums(
             passes,
-            routes,
+            taken,
+            factors,
             kind=self.kind,
-            structure=self.structure,
+            every=self.structure != "kronecker",
             draws=self.draws,
             stream=self.stream,
-            factor_limit=self.factor_limit,
         )
         samples = 0
         for batch in chain([first], batches):
             total.add(batch)
-            samples += batch_size(batch)
+            samples += batch_size(batch) // self.mini_batch
         sums = total.finished(masks)
         self.masks, self.sums, self.count = masks, sums, samples
-        self.coverage, self.calibration = coverage_of(routes, masks), calibration
+        self.coverage, self.calibration = coverage_of(taken, masks), calibration
         self._routes = routes
         return self
-
-    @property
-    def loss_sum(self) -> float:
-        """Sum of the loss over all samples (over all their terms)."""
-        return float(self.sums[f"loss:{self.kind}"])
-
-    @property
-    def num_terms(self) -> int:
-        """Terms of the loss: samples, or labels that are not ignored."""
-        return int(self.sums["terms"])
-
-    @property
-    def kronecker_names(self) -> list[str]:
-        """Qualified names of the parameters that have Kronecker factors."""
-        return [
-            name
-            for name in self.masks
-            if f"outputs:{layer_of(name)}" in self.sums
-            and name.rpartition(".")[2] in ("weight", "bias")
-        ]
-
-    def diagonal(self) -> dict[str, Tensor]:
-        """``H_ii``, a mean over samples, by qualified name; zero where an entry was not alive.
-
-        Times the number of training samples this is the curvature of the summed loss, whatever
-        part of them it was fitted to. With structure ``"kronecker"`` the parameters with factors
-        are not in it.
-        """
-        prefix = "diagonal:"
-        return {
-            key.removeprefix(prefix): value / self.count
-            for key, value in self.sums.items()
-            if key.startswith(prefix)
-        }
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """Factors ``R, C`` of the block of one parameter, ``H ≈ R ⊗ C``, a mean over samples.
-
-        ``R`` is over the first dimension of the parameter and ``C`` over the others: ``G`` and
-        ``A`` for a weight ``[out, in]``, ``A`` and ``G`` for the ``[in, out]`` of Hugging Face's
-        ``Conv1D``; for a bias they are ``G`` and 1.
-
-        Raises:
-            ParameterError: If the parameter has no factors.
-        """
-        if name not in self.kronecker_names:
-            raise ParameterError(
-                f"Expected a parameter with Kronecker factors, got {name!r}; there are "
-                f"{', '.join(self.kronecker_names) or 'none'}."
-            )
-        layer = layer_of(name)
-        outputs = self.sums[f"outputs:{layer}"] / self.count
-        if name.endswith("bias"):
-            return outputs, torch.ones_like(outputs[:1, :1])
-        inputs = self.sums[f"inputs:{layer}"] / self.sums[f"positions:{layer}"]
-        return (inputs, outputs) if f"inputs first:{layer}" in self.sums else (outputs, inputs)
-
-    def merge(self, other: Self) -> Self:
-        """Add the sums of another fit of the same weights, such as another rank's.
-
-        Raises:
-            AlignmentError: If the two are not of the same kind, structure and live entries.
-        """
-        if self.sums.keys() != other.sums.keys():
-            raise AlignmentError("Expected curvatures of one kind and structure, got two.")
-        return super().merge(other)
-
-    def all_reduce(self, group: Any = None) -> Self:
-        """Add up the sums of all processes of a ``torch.distributed`` group, in each of them.
-
-        Raises:
-            AlignmentError: In all of them, if they are not of the same kind, structure and layers.
-        """
-        found: list[Any] = [None] * distributed.get_world_size(group)
-        shapes = [(key, value.shape) for key, value in self.sums.items()]
-        distributed.all_gather_object(found, shapes, group=group)
-        if any(other != shapes for other in found):
-            raise AlignmentError("Expected the same curvatures in all processes, got others.")
-        count = torch.tensor(float(self.count), dtype=torch.float64)
-        count = count.to(next(iter(self.sums.values())).device)
-        for tensor in (count, *self.sums.values()):
-            distributed.all_reduce(tensor, group=group)
-        self.count = round(float(count))
-        return self
-
-    @classmethod
-    def load(cls, path: Any) -> Self:
-        """Read what ``save`` wrote; needs neither model nor data."""
-        statistic = super().load(path)
-        statistic.kind = next(key[5:] for key in statistic.sums if key.startswith("loss:"))
-        return statistic
 
     def _routes_of(self, passes: Passes, first: Batch) -> Routes:
         space, before = passes.calibration.space, self.calibration
@@ -318,8 +237,30 @@ class LayerCurvature(SampleSums):
             return self._routes
         return verified_routes(passes, self._two_of(first))
 
+    def _batches(
+        self, calibration: Calibration, weights: Mapping[str, Tensor] | None
+    ) -> Iterator[Batch]:
+        """Batches of whole mini-batches."""
+        m = self.mini_batch
+        size = max(self.batch_size // m, 1) * m
+        batches = calibration.fisher_batches(weights, size)
+        if m == 1:
+            yield from batches
+            return
+        for pieces in grouped(batches, sizes(calibration.num_samples, size)):
+            batch = joined(pieces)
+            parts = pieces if batch is None else [batch]
+            if any(batch_size(part) % m for part in parts):
+                raise CalibrationError(
+                    f"Expected mini-batches of {m} samples of equal shapes, got one of several: "
+                    f"give batches of a multiple of {m} samples, or take mini_batch=1."
+                )
+            yield from parts
+
     def _two_of(self, batch: Batch) -> Batch:
         """Two samples, of those that have most labels that count."""
+        if self.mini_batch > 1:
+            return cut(batch, 0, 2 * self.mini_batch)
         labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return cut(batch, 0, 2)
@@ -332,5 +273,10 @@ class LayerCurvature(SampleSums):
     ) -> Passes:
         average = self.token_loss == "mean"
         return Passes(
-            calibration, weights, cut(first, 0, 2), average=average, ignore_index=self.ignore_index
+            calibration,
+            weights,
+            cut(first, 0, 2 * self.mini_batch),
+            average=average,
+            ignore_index=self.ignore_index,
+            group=self.mini_batch,
         )

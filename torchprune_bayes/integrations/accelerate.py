@@ -28,8 +28,7 @@ from torch.optim import Optimizer
 from torchprune_bayes._extras import optional
 from torchprune_bayes._processes import everywhere, together
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.curvature import EmpiricalFisher
-from torchprune_bayes.curvature._sample_sums import SampleSums
+from torchprune_bayes.curvature import EmpiricalFisher, LayerCurvature
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.integrations._ranks import (
@@ -64,7 +63,7 @@ __all__ = [
 
 _WHOLE = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_HPU")
 
-Statistic = TypeVar("Statistic", bound=SampleSums | EmpiricalFisher)
+Statistic = TypeVar("Statistic", bound=LayerCurvature | EmpiricalFisher)
 
 
 def calibrate(

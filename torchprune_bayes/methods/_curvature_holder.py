@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.methods.base import PruningMethod
 
 
@@ -26,7 +28,12 @@ class CurvatureHolder(PruningMethod, Generic[Curvature]):
         calibration: Data, model and loss; by default the curvature's.
         curvature: A curvature fitted already.
         scope: As of :class:`PruningMethod`.
+
+    Raises:
+        ArgumentTypeError: If the curvature is not of the kind that the method takes.
     """
+
+    curvature_type: ClassVar[type] = EmpiricalFisher
 
     def __init__(
         self,
@@ -36,6 +43,7 @@ class CurvatureHolder(PruningMethod, Generic[Curvature]):
         curvature: Curvature | None = None,
         scope: str = "global",
     ) -> None:
+        _check_type(type(self).__name__, curvature, self.curvature_type)
         if calibration is None and curvature is not None:
             calibration = curvature.calibration
         super().__init__(amount, calibration=calibration, scope=scope)
@@ -45,3 +53,11 @@ class CurvatureHolder(PruningMethod, Generic[Curvature]):
         """Let go of model, data and curvature."""
         super().release()
         self.curvature = None
+
+
+def _check_type(method: str, curvature: object, kind: type) -> None:
+    if curvature is not None and not isinstance(curvature, kind):
+        raise ArgumentTypeError(
+            f"Expected `curvature` of {method} to be a fitted {kind.__name__}, got "
+            f"{type(curvature).__name__}."
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torchprune_bayes.curvature import EmpiricalFisherDiagonal
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature import LayerCurvature
+from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.methods._curvature_holder import CurvatureHolder
 from torchprune_bayes.methods._obd import obd_decision
 from torchprune_bayes.methods._target import Target
@@ -16,7 +18,7 @@ from torchprune_bayes.types import Decision
     title="optimal brain damage with mean squared gradients",
     paper="arXiv:1801.05787",
 )
-class DiagonalFisher(CurvatureHolder[EmpiricalFisherDiagonal]):
+class DiagonalFisher(CurvatureHolder[LayerCurvature]):
     """Prune the weights with the smallest ``½ w_i² F_ii``, ``F_ii = (1/N) Σ_n g_ni²``.
 
     `Fisher pruning (Theis et al., 2018) <https://arxiv.org/abs/1801.05787>`_, for single weights:
@@ -30,14 +32,15 @@ class DiagonalFisher(CurvatureHolder[EmpiricalFisherDiagonal]):
     Args:
         amount: Fraction (float) or number (int) of the live entries to prune.
         calibration: Data, model and loss.
-        curvature: An :class:`~torchprune_bayes.curvature.EmpiricalFisherDiagonal` fitted already.
+        curvature: A :class:`~torchprune_bayes.curvature.LayerCurvature` fitted already, with
+            structure ``"diagonal"`` or ``"both"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
 
     Raises:
         ArgumentTypeError: If there is neither calibration nor curvature.
         AlignmentError: If the curvature was fitted to other entries.
 
-    Cost: ``N`` gradients, streamed; ``8D`` bytes beside the calibration's gradient budget.
+    Cost: about one training pass over the calibration samples; ``4D`` bytes.
 
     Example:
         >>> import torch
@@ -51,12 +54,31 @@ class DiagonalFisher(CurvatureHolder[EmpiricalFisherDiagonal]):
         tensor([[ True, False,  True]])
     """
 
+    curvature_type = LayerCurvature
+
     def decide(self, space: ParameterSpace) -> Decision:
-        """Rank the live entries of ``space`` by ``½ w_i² F_ii``."""
+        """Rank the remaining entries of ``space`` by ``½ w_i² F_ii``."""
         weights, masks = space.values(), space.masks()
         fisher = self.curvature
         if fisher is None:
-            fisher = EmpiricalFisherDiagonal().fit(self.required_calibration, weights, masks)
+            fisher = mean_squared_gradients(self.required_calibration)
+            fisher.fit(self.required_calibration, weights, masks)
         fisher.check_fitted_to(masks)
+        diagonal = fisher.diagonal()
+        missing = [name for name in masks if name not in diagonal]
+        if missing:
+            raise ParameterError(
+                f"Expected a curvature with the diagonal of `{missing[0]}`, got one with Kronecker "
+                "factors of it: fit it with structure='both'."
+            )
         target = Target(masks, self.amount, scope=self.scope)
-        return obd_decision(target, weights, fisher.diagonal(), gradients=fisher.count)
+        return obd_decision(target, weights, diagonal, gradients=fisher.count)
+
+
+def mean_squared_gradients(calibration: Calibration) -> LayerCurvature:
+    """An unfitted ``(1/N) Σ_n g_n²`` of the gradients that a calibration gives.
+
+    These are of single samples, or averaged over its mini-batches, which makes the mean of their
+    squares smaller by about the size of these.
+    """
+    return LayerCurvature(token_loss="mean", mini_batch=calibration.mini_batch)

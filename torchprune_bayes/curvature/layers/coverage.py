@@ -26,14 +26,15 @@ def unverified_routes(space: ParameterSpace) -> Routes:
     """Rules for all layers that have one, and the rest sample by sample."""
     layers = layers_of(space)
     known = _names_in(layers)
-    return Routes(layers, {}, [name for name in space.names if name not in known])
+    return Routes(layers, singles=[name for name in space.names if name not in known])
 
 
 def verified_routes(passes: Passes, two: Batch) -> Routes:
     """Routes that give what autograd gives for two samples by themselves.
 
     What no rule is right about is tried in one copy per sample, which suits parameters that the
-    model broadcasts; what is left is differentiated sample by sample.
+    model broadcasts; what is left is differentiated sample by sample. Layers whose rule is right
+    about the two together have Kronecker factors all the same.
 
     Args:
         passes: The model.
@@ -46,11 +47,11 @@ def verified_routes(passes: Passes, two: Batch) -> Routes:
     exact = _exact_squares(passes, two, space.names)
     found = _squares_by_rules(passes, two, layers)
     right = _agreeing(found, exact, space.masks())
-    layers = _restricted(layers, right)
     rest = [name for name in space.names if name not in right]
     expanded = _expandable(passes, two, rest, exact)
     singles = [name for name in rest if name not in expanded]
-    routes = Routes(layers, expanded, singles)
+    whole = _right_as_a_whole(passes, two, _restricted(layers, set(singles)))
+    routes = Routes(_restricted(layers, right), whole, expanded, singles)
     return replace(routes, vectorized=_vmap_is_right(passes, two, singles, exact))
 
 
@@ -60,6 +61,9 @@ def coverage_of(routes: Routes, names: Iterable[str]) -> dict[str, str]:
     for layer in routes.layers:
         for name in layer.names.values():
             kinds[name][type(layer.module).__name__] = None
+    for layer in routes.whole:
+        for name in layer.names.values():
+            kinds[name][f"{type(layer.module).__name__} (factors of whole batches)"] = None
     for name in routes.expanded:
         kinds[name]["one copy per sample"] = None
     for name in routes.singles:
@@ -87,6 +91,25 @@ def _squares_by_rules(passes: Passes, two: Batch, layers: Sequence[Layer]) -> di
     for name in _names_in(layers):
         squares |= _squares_by_rules(passes, two, _restricted(layers, {name}))
     return squares
+
+
+def _right_as_a_whole(passes: Passes, two: Batch, layers: Sequence[Layer]) -> list[Layer]:
+    """Those whose factors are right: their products give the gradient of the whole batch."""
+    if passes.losses.average:  # then samples have weights, and it matters which is which
+        return []
+    kept = []
+    for layer in layers:
+        if not layer.rule.has_factors or "weight" not in layer.names:
+            continue
+        whole = replace(layer, whole=True)
+        try:
+            found, exact = passes.gradients_of_batch(two, [whole])
+        except Exception:  # of any kind: an error of the model itself has shown before
+            continue
+        ours, theirs = ({name: g.square() for name, g in part.items()} for part in (found, exact))
+        if _agreeing(ours, theirs, passes.calibration.space.masks()) == set(exact):
+            kept.append(whole)
+    return kept
 
 
 def _agreeing(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: Masks) -> set[str]:

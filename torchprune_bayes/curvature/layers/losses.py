@@ -25,7 +25,7 @@ class Evaluated:
         logits: The tensor in it, ``[B, ..., C]``.
         target: The labels.
         loss: Mean loss, a scalar with a graph.
-        terms: ``[B]``, the terms of every sample that ``loss`` is the mean of.
+        terms: ``[B]``, the terms of every sample, or mini-batch, that ``loss`` is the mean of.
     """
 
     output: Any
@@ -51,6 +51,7 @@ class SampleLosses:
         is_cross_entropy: Whether the loss is the mean cross-entropy of the logits.
         average: Whether the loss of a sample is the mean of its terms, and not their sum.
         ignore_index: Label without a term in the loss.
+        group: Samples of a mini-batch, which is taken for one sample.
     """
 
     loss_fn: LossFunction | None
@@ -58,13 +59,17 @@ class SampleLosses:
     is_cross_entropy: bool
     average: bool
     ignore_index: int
+    group: int = 1
 
     def evaluated(self, output: Any, target: Any, loss: Tensor, batch: Batch) -> Evaluated:
         """Count the terms of a batch and note what it gave."""
         if isinstance(batch, Mapping):
             target = batch.get("labels")
         logits = getattr(output, "logits", output)
-        return Evaluated(output, logits, target, loss, self._terms(target, loss, batch))
+        terms = self._terms(target, loss, batch)
+        if self.group > 1:
+            terms = terms.unflatten(0, (-1, self.group)).sum(1)
+        return Evaluated(output, logits, target, loss, terms)
 
     def weights(self, terms: Tensor) -> Tensor:
         """``[B]``: what turns the gradient of the mean loss, sample by sample, into the sample's.
@@ -142,17 +147,20 @@ def losses_of(
     *,
     average: bool,
     ignore_index: int,
+    group: int = 1,
 ) -> SampleLosses:
     """Find out, from one evaluated batch, what the loss does with logits and labels."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else target
     logits = getattr(output, "logits", output)
     shift = _shift_of(logits, labels, loss)
-    return SampleLosses(loss_fn, shift or 0, shift is not None, average, ignore_index)
+    return SampleLosses(loss_fn, shift or 0, shift is not None, average, ignore_index, group)
 
 
 def _shift_of(logits: Any, labels: Any, loss: Tensor) -> int | None:
     fits = isinstance(logits, Tensor) and isinstance(labels, Tensor)
     if not fits or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        return None
+    if int(labels.max()) >= logits.shape[-1]:  # they number something else than classes
         return None
     try:
         return _label_shift(loss.detach(), logits.detach(), labels)

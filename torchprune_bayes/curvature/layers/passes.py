@@ -28,6 +28,8 @@ class Routes:
 
     Attributes:
         layers: Layers with a rule, with the parameters that the rules are right about.
+        whole: Layers whose rule is right about a batch, but not about its samples, such as those
+            of models that put the sequence first. Their Kronecker factors are known.
         expanded: Parameters that are given to the model in one copy per sample, with the number of
             dimensions that these have more.
         singles: Parameters whose gradients are taken sample by sample.
@@ -35,6 +37,7 @@ class Routes:
     """
 
     layers: Sequence[Layer] = ()
+    whole: Sequence[Layer] = ()
     expanded: Mapping[str, int] = field(default_factory=dict)
     singles: Sequence[str] = ()
     vectorized: bool = False
@@ -49,6 +52,8 @@ class Passes:
         first: A batch, from which it is found out what the loss does with the labels.
         average: Whether the loss of a sample is the mean of its terms, and not their sum.
         ignore_index: Label without a term in the loss.
+        group: Samples of a mini-batch, whose mean loss is what is differentiated; with more than
+            one, "sample" means mini-batch below.
     """
 
     def __init__(
@@ -59,8 +64,10 @@ class Passes:
         *,
         average: bool,
         ignore_index: int,
+        group: int = 1,
     ) -> None:
         self.calibration = calibration
+        self.group = group
         self._functional = calibration._functional
         self._randomness = calibration._randomness()
         self.leaves = leaves_of(calibration, weights)
@@ -74,13 +81,16 @@ class Passes:
             loss,
             first,
             self._functional.loss_fn,
-            average=average,
+            average=average or group > 1,
             ignore_index=ignore_index,
+            group=group,
         )
 
     def forward(self, batch: Batch, routes: Routes) -> tuple[Evaluated, Recording]:
         """Evaluate a batch, with a graph, and record the layers of ``routes``."""
-        with self._isolated(), recorded(routes.layers, batch_size(batch)) as recording:
+        layers = [*routes.layers, *routes.whole]
+        samples = batch_size(batch) // self.group
+        with self._isolated(), recorded(layers, samples, self.group) as recording:
             leaves = dict(self.leaves)
             for name, inserted in routes.expanded.items():
                 leaves[name] = recording.expand(name, leaves[name], inserted)
@@ -97,6 +107,23 @@ class Passes:
                 add_squares(uses, totals[name])
         return totals
 
+    def gradients_of_batch(
+        self, batch: Batch, layers: Sequence[Layer]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of a batch's mean loss by the layers' weights: by their rules, and exactly."""
+        evaluated, recording = self.forward(batch, Routes(whole=layers))
+        names = list(dict.fromkeys(name for layer in layers for name in layer.names.values()))
+        leaves = [self.leaves[name] for name in names]
+        exact = torch.autograd.grad(
+            evaluated.loss, leaves, retain_graph=True, materialize_grads=True
+        )
+        found: dict[str, Tensor] = {}
+        for name, uses in recording.sample_gradients(evaluated.loss, None):
+            like = self.leaves[name].detach()
+            parts = [use.multiplied_out(0, slice(None), like) for use in uses]
+            found[name] = torch.stack(parts).sum(0).reshape(like.shape)
+        return found, dict(zip(names, exact, strict=True))
+
     def one_by_one(
         self, batch: Batch, names: Sequence[str], cotangent: Tensor | None, *, vectorized: bool
     ) -> Iterator[dict[str, Tensor]]:
@@ -111,8 +138,8 @@ class Passes:
         leaves = {name: self.leaves[name].detach() for name in names}
         size = sum(leaf.nbytes for leaf in leaves.values())
         step = max(1, _ROW_BYTES // size) if vectorized else 1
-        for start in range(0, batch_size(batch), step):
-            part = cut(batch, start, start + step)
+        for start in range(0, batch_size(batch) // self.group, step):
+            part = cut(batch, start * self.group, (start + step) * self.group)
             v = None if cotangent is None else cotangent[start : start + step]
             with self._isolated():
                 found = self._rows(part, leaves, v) if vectorized else self._row(part, leaves, v)
@@ -128,7 +155,7 @@ class Passes:
     def _rows(
         self, samples: Batch, leaves: dict[str, Tensor], v: Tensor | None
     ) -> dict[str, Tensor]:
-        rows = map_tensors(samples, lambda tensor: tensor.unsqueeze(1))
+        rows = map_tensors(samples, lambda tensor: tensor.unflatten(0, (-1, self.group)))
         axis, v = (None, None) if v is None else (0, v.unsqueeze(1))
         with warnings.catch_warnings():
             # An operation that vmap loops over (attention on a CPU) is slower, not wrong.

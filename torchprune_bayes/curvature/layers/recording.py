@@ -26,6 +26,11 @@ class Layer:
     rule: LayerRule
     names: Mapping[str, str]
     """Qualified names by the names in the layer."""
+    whole: bool = False
+    """Whether a batch is taken as one sample, wherever in the inputs its samples are.
+
+    That is enough for Kronecker factors, which are sums over samples and positions alike.
+    """
 
 
 @dataclass
@@ -43,12 +48,14 @@ class Recording:
     """The calls of one forward pass.
 
     Attributes:
-        samples: ``B``, samples of the batch.
+        samples: ``B``, samples of the batch; or its mini-batches.
+        group: Samples of a mini-batch, side by side; one where every sample is its own.
         calls: Calls in order, for as long as they are needed.
         unbatched: Qualified names of parameters of layers whose inputs were no multiple of ``B``.
     """
 
     samples: int
+    group: int = 1
     calls: list[_Call] = field(default_factory=list)
     unbatched: set[str] = field(default_factory=set)
 
@@ -59,7 +66,8 @@ class Recording:
 
         Args:
             scalar: What is differentiated.
-            factors: ``[B]``, multiplied with the gradients of the samples.
+            factors: ``[B]``, multiplied with the gradients of the samples; all equal where a
+                layer is taken whole.
             keep_graph: Whether more backward passes follow; otherwise memory is freed on the way.
         """
         calls = self.calls if keep_graph else self._taken()
@@ -95,7 +103,7 @@ class Recording:
         copies = copies.expand(self.samples, *between, *kept).requires_grad_()
         layer = Layer(nn.Identity(), _ExpandedRule(), {"values": name})
         self.calls.append(_Call(layer, values.shape, get_gradient_edge(copies)))
-        return copies
+        return copies.repeat_interleave(self.group, 0) if self.group > 1 else copies
 
     def _of_call(
         self, call: _Call, g: Tensor | None, factors: Tensor | None
@@ -103,10 +111,11 @@ class Recording:
         if g is None:
             return {}
         layer = call.layer
+        samples = 1 if layer.whole else self.samples
         if factors is not None:
-            scale = factors.repeat_interleave(len(g) // self.samples).to(g)
+            scale = factors[:samples].repeat_interleave(len(g) // samples).to(g)
             g = g * scale.view(-1, *[1] * (g.ndim - 1))
-        found = layer.rule.gradients(layer.module, call.saved, g, self.samples)
+        found = layer.rule.gradients(layer.module, call.saved, g, samples)
         return {qualified: found[name] for name, qualified in layer.names.items()}
 
     def _taken(self) -> list[_Call]:
@@ -142,9 +151,9 @@ def layers_of(space: ParameterSpace) -> list[Layer]:
 
 
 @contextmanager
-def recorded(layers: Sequence[Layer], samples: int) -> Iterator[Recording]:
+def recorded(layers: Sequence[Layer], samples: int, group: int = 1) -> Iterator[Recording]:
     """Record the layers that are called inside; the hooks are gone afterwards."""
-    recording = Recording(samples)
+    recording = Recording(samples, group)
     with ExitStack() as stack:
         for layer in layers:
             hook = partial(_record, recording, layer)
@@ -164,11 +173,12 @@ def _record(
     inputs = [*args, *kwargs.values()][0]
     if not isinstance(output, Tensor) or not output.requires_grad:
         return None
-    samples, shared = recording.samples, False
-    if len(inputs) == 1 and samples > 1:
+    samples, shared = 1 if layer.whole else recording.samples, False
+    rows = samples * recording.group
+    if len(inputs) == 1 and rows > 1 and not layer.whole:
         # The same for all samples, such as embeddings of positions: the model goes on to broadcast
         # it, and an expanded output has the same values and one gradient per sample.
-        inputs, output = (t.expand(samples, *t.shape[1:]) for t in (inputs, output))
+        inputs, output = (t.expand(rows, *t.shape[1:]) for t in (inputs, output))
         shared = True
     if len(inputs) % samples or len(output) % samples:
         recording.unbatched.update(layer.names.values())

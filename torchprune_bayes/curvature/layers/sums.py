@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,33 +32,33 @@ class BatchSums:
 
     Args:
         passes: The model.
-        routes: How gradients of samples are found.
+        routes: How gradients of samples are found, see :func:`needed`.
+        factors: Layers that have Kronecker factors, likewise.
         kind: What is squared, see :func:`cotangents`.
-        structure: ``"diagonal"``, ``"kronecker"`` or ``"both"``.
+        every: Whether parameters with Kronecker factors have a diagonal as well.
         draws: Draws per sample.
         stream: Draws of other streams are others.
-        factor_limit: Rows of a Kronecker factor at most.
     """
 
     def __init__(
         self,
         passes: Passes,
         routes: Routes,
+        factors: Mapping[str, Layer],
         *,
         kind: str,
-        structure: str,
+        every: bool,
         draws: int,
         stream: int,
-        factor_limit: int,
     ) -> None:
         self._passes, self._routes = passes, routes
         self._kind, self._draws = kind, draws
         self._generator = torch.Generator().manual_seed(
             passes.calibration.seed + 2 + _STREAM * stream
         )
-        self._kronecker = {} if structure == "diagonal" else _with_factors(routes, factor_limit)
-        in_factors = {name for layer in self._kronecker.values() for name in layer.names.values()}
-        every = structure != "kronecker"
+        self._kronecker = factors
+        self._whole = {name for layer in routes.whole for name in layer.names.values()}
+        in_factors = _names_in(factors)
         self._diagonal = {
             name: new_total(value)
             for name, value in passes.leaves.items()
@@ -110,8 +111,9 @@ class BatchSums:
             key for key, value in sums.items() if not torch.stack(value.aminmax()).isfinite().all()
         ]
         if bad:
+            names = dict.fromkeys(key.partition(":")[2] or key for key in bad)
             raise CalibrationError(
-                f"Expected a finite curvature, got NaN or infinite entries in {', '.join(bad)}: "
+                f"Expected a finite curvature, got NaN or infinite entries in {', '.join(names)}: "
                 "check the loss, the data and the weights."
             )
         return sums
@@ -132,7 +134,7 @@ class BatchSums:
         device = scalar.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             for name, uses in recording.sample_gradients(scalar, weights, keep_graph=not last):
-                if name in self._diagonal:
+                if name in self._diagonal and name not in self._whole:
                     add_squares(uses, self._diagonal[name])
                 if name in self._kronecker:
                     self._add_factors(name, uses, with_inputs=not index)
@@ -166,14 +168,37 @@ class BatchSums:
             self._notes[f"inputs first:{layer}"] = self._terms.new_ones(())
 
 
-def _with_factors(routes: Routes, limit: int) -> dict[str, Layer]:
-    """Layers whose weight has Kronecker factors, by the weight's name."""
+def needed(routes: Routes, structure: str, limit: int) -> tuple[Routes, dict[str, Layer]]:
+    """What a structure takes of the routes, and the layers with factors by their weight's name.
+
+    Args:
+        routes: How gradients of samples are found.
+        structure: ``"diagonal"``, ``"kronecker"`` or ``"both"``.
+        limit: Rows of a Kronecker factor at most.
+    """
+    if structure == "diagonal":
+        return replace(routes, whole=()), {}
+    factors = _with_factors([*routes.layers, *routes.whole], limit)
+    whole = [layer for layer in routes.whole if layer.names.get("weight") in factors]
+    routes = replace(routes, whole=whole)
+    if structure == "kronecker":
+        in_factors = _names_in(factors)
+        singles = [name for name in routes.singles if name not in in_factors]
+        routes = replace(routes, singles=singles)
+    return routes, factors
+
+
+def _names_in(factors: Mapping[str, Layer]) -> set[str]:
+    return {name for layer in factors.values() for name in layer.names.values()}
+
+
+def _with_factors(layers: Sequence[Layer], limit: int) -> dict[str, Layer]:
     places: dict[str, int] = {}
-    for layer in routes.layers:
+    for layer in layers:
         for name in layer.names.values():
             places[name] = places.get(name, 0) + 1
     found = {}
-    for layer in routes.layers:
+    for layer in layers:
         weight = layer.names.get("weight")
         sizes = _factor_sizes(layer.module)
         alone = all(places[name] == 1 for name in layer.names.values())
