@@ -189,12 +189,12 @@ def test_gradual_pruning_under_ddp_keeps_replicas_equal(tmp_path: Path, mixed: s
 
 
 class Disagreeing(Calibration):
-    """Gradients that are different in each process, as faulty hardware would give."""
+    """Inputs that are different in each process, as faulty hardware would give."""
 
-    def gradients(self, *args: Any, **options: Any) -> Iterator[Tensor]:
+    def fisher_batches(self, *args: Any, **options: Any) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(dist.get_rank())
-        for rows in super().gradients(*args, **options):
-            yield rows * torch.rand(rows.shape, generator=generator)
+        for inputs, target in super().fisher_batches(*args, **options):
+            yield inputs * torch.rand(inputs.shape, generator=generator), target
 
 
 def _disagreeing(path: Path) -> None:
