@@ -1,11 +1,14 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from tests.contracts.state import unchanged
+from tests.references.flops import flops_without_fused_kernels
 from torchprune_bayes import Calibration, prunable_parameters
-from torchprune_bayes.costs import flops_per_weight
+from torchprune_bayes.costs import flop_counter, flops_per_weight
 from torchprune_bayes.errors import ArgumentError
 
 
@@ -51,8 +54,6 @@ def test_a_model_that_is_one_layer_is_counted() -> None:
 
 
 def test_flops_add_up_to_what_torch_counts() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, stride=2, bias=False),
         nn.Conv2d(4, 4, 3, padding=1, groups=2),
@@ -63,10 +64,7 @@ def test_flops_add_up_to_what_torch_counts() -> None:
     total = sum(
         found[f"{n}.weight"] * model.get_parameter(f"{n}.weight").numel() for n in (0, 1, 3)
     )
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model(torch.randn(1, 2, 9, 9))
-    assert total == counter.get_total_flops()
+    assert total == flops_without_fused_kernels(model, torch.randn(1, 2, 9, 9))
 
 
 def test_a_layer_that_is_called_twice_counts_twice() -> None:
@@ -134,3 +132,56 @@ def test_a_layer_of_another_kind_is_refused_and_its_hook_removed() -> None:
     with unchanged(model), pytest.raises(ArgumentError, match=r"got `1\.weight` of LayerNorm"):
         flops_per_weight(calibration)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+FUSED: dict[str, Callable[[], nn.Module]] = {
+    "attention": lambda: GroupedQueries(),
+    "encoder": lambda: nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2
+    ),
+    "multihead": lambda: Multihead(),
+    "lstm": lambda: nn.LSTM(16, 8, num_layers=2, bidirectional=True, batch_first=True),
+    "gru": lambda: nn.GRU(16, 8, batch_first=True),
+}
+
+
+class GroupedQueries(nn.Module):
+    """Fewer keys and values than queries, values of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def heads(y: Tensor, count: int) -> Tensor:
+            return y.unflatten(-1, (count, -1)).transpose(1, 2)
+
+        q, k, v = heads(self.q(x), 4), heads(self.k(x), 2), heads(self.v(x), 2)
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+class Multihead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x[:, :3], x[:, :3], need_weights=False)[0]
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_fused_kernels_count_what_their_products_would(name: str, gradients: bool) -> None:
+    model, x = FUSED[name]().eval(), torch.randn(2, 5, 16)
+    with torch.set_grad_enabled(gradients), flop_counter() as counter:
+        model(x)
+    found = counter.get_total_flops()
+    assert found == flops_without_fused_kernels(model.double(), x.double()) > 0  # no oneDNN in it
+
+
+def test_counting_keeps_the_switch_of_the_fast_path() -> None:
+    for before in (False, True):
+        torch.backends.mha.set_fastpath_enabled(before)
+        with pytest.raises(ZeroDivisionError), flop_counter():
+            _ = 1 / 0
+        assert torch.backends.mha.get_fastpath_enabled() is before

@@ -1,14 +1,16 @@
-"""What a weight costs: FLOPs per weight of each tensor, counted on one calibration sample."""
+"""FLOPs: of whatever runs, by module, and per weight of each tensor on one calibration sample."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
@@ -16,6 +18,64 @@ from torchprune_bayes.params import is_hf_conv1d
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """Count FLOPs, two for each multiplication with an addition, whichever kernels run.
+
+    PyTorch's counter knows matrix products and convolutions, and of the fused kernels those of some
+    devices: attention on a CPU, an encoder layer's inference path and a fused LSTM count nothing
+    there. Here they count what their matrix products would; causal attention counts in full.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(4, 2).eval()
+        >>> x = torch.zeros(3, 1, 4)
+        >>> with torch.no_grad(), flop_counter() as counter:
+        ...     _ = attention(x, x, x)
+        >>> counter.get_total_flops()  # 2·3·4·(3·4) in, 2·2·3·3·4 attention, 2·3·4·4 out
+        528
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+_Shape = Sequence[int]
+
+
+def _formulas() -> dict[Any, Any]:
+    """Formulas for the fused operations that this version of PyTorch has, by operation."""
+    formulas = {
+        "_scaled_dot_product_flash_attention_for_cpu": _attention,
+        "_scaled_dot_product_fused_attention_overrideable": _attention,
+        "_scaled_dot_product_attention_math_for_mps": _attention,
+        "_scaled_dot_product_efficient_attention": _attention,
+        "_scaled_dot_product_flash_attention": _attention,
+        "_scaled_dot_product_cudnn_attention": _attention,
+        "mkldnn_rnn_layer": _onednn_rnn,
+        "_cudnn_rnn": _cudnn_rnn,
+        "miopen_rnn": _cudnn_rnn,
+    }
+    operations = torch.ops.aten
+    return {getattr(operations, n): f for n, f in formulas.items() if hasattr(operations, n)}
+
+
+def _attention(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    """Of ``q kᵀ`` and of its product with ``v``; grouped queries share keys and values."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _onednn_rnn(inputs: _Shape, to_hidden: _Shape, hidden: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * (prod(to_hidden) + prod(hidden))
+
+
+def _cudnn_rnn(inputs: _Shape, weights: Sequence[_Shape], *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * sum(prod(shape) for shape in weights if len(shape) == 2)
 
 
 def flops_per_weight(calibration: Calibration) -> dict[str, float]:

@@ -24,8 +24,8 @@ import torch
 import torchvision
 import transformers
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from torchprune_bayes.costs import flop_counter
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.importance import UnitImportance
 from torchprune_bayes.structured.saving import load_shrunk, save_shrunk
@@ -162,7 +162,7 @@ def output_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def flops_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """FLOPs of one forward pass of one sample."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(**inputs)
     return int(counter.get_total_flops())
 

@@ -28,11 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests.references.resnet20 import Block, load_cifar10
 from torchprune_bayes import Calibration, prunable_parameters
-from torchprune_bayes.costs import flops_per_weight
+from torchprune_bayes.costs import flop_counter, flops_per_weight
 from torchprune_bayes.methods import SNIPit
 from torchprune_bayes.reports import ResultsTable
 from torchprune_bayes.schedules import amount_between
@@ -91,7 +90,7 @@ class Ledger:
 
     def add(self, model: nn.Module, image: Tensor, samples: int) -> None:
         """Count forward and backward passes of a number of images."""
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), flop_counter() as counter:
             model(image)
         whole = counter.get_total_flops()
         self.executed += 3 * whole * samples

