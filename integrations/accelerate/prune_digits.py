@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         args.method,
         schedule_of(args, len(prepared)),
         calibration=calibration,
-        optimizer=optimizer.optimizer,
+        optimizer=optimizer,
     )
     train(accelerator, model, optimizer, prepared, pruner, args.epochs)
     digest = check_same_masks(pruner.masks)

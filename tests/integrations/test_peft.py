@@ -14,8 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from tests.integrations.hf_cases import Sentences, classifier
 from torchprune_bayes import (
     Calibration,
+    GradualPruner,
     bake,
     masks_of,
+    one_shot,
     prunable_parameters,
     prune_global,
 )
@@ -156,3 +158,21 @@ def test_masks_go_by_the_names_of_the_merged_model() -> None:
         merge_adapters(model, {name: mask})
     model.unmerge_adapter()  # type: ignore[operator]
     torch.testing.assert_close(dict(before), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "hooks"])
+def test_adapters_learn_around_a_base_that_is_pruned(mode: str) -> None:
+    model = adapted()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.1)
+    pruner = GradualPruner(model, "magnitude", one_shot(0.5, at=2), optimizer=optimizer, mode=mode)
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    for _ in range(4):
+        before = [p.detach().clone() for p in adapters]
+        optimizer.zero_grad()
+        model(**sentences()).loss.backward()
+        optimizer.step()
+        pruner.step()
+        assert not any(map(torch.equal, before, adapters))
+    zeros = sum(int((v == 0).sum()) for v in ParameterSpace(model).values().values())
+    assert zeros == round(0.5 * pruner.space.numel)

@@ -31,11 +31,11 @@ from torchprune_bayes.integrations._hf_resume import (
     resume_folders,
     warn_of,
 )
-from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded, step_together
+from torchprune_bayes.integrations._ranks import refuse_sharded, step_together
 from torchprune_bayes.methods.host import unstructured_method
 from torchprune_bayes.params import prunable_parameters, unwrap
 from torchprune_bayes.schedules import Schedule
-from torchprune_bayes.training import GradualPruner
+from torchprune_bayes.training import GradualPruner, bare_optimizer
 from torchprune_bayes.types import Masks, ParameterPairs
 
 with optional("transformers", "hf"):
@@ -150,7 +150,7 @@ class PruningCallback(TrainerCallback):
             raise ParameterError("Expected no DeepSpeed, whose optimizer keeps weights of its own.")
         refuse_sharded(model)
         earlier = self._masks_held_in(model)
-        self._optimizer = plain_optimizer(optimizer)
+        self._optimizer = bare_optimizer(optimizer)
         self.pruner = self._new_pruner(unwrap(model), args, state)
         if state.global_step:
             self.pruner.load_state_dict(self._resumed(args, state))

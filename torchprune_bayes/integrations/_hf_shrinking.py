@@ -12,8 +12,9 @@ from torchprune_bayes._extras import optional
 from torchprune_bayes._processes import several
 from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
-from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded
+from torchprune_bayes.integrations._ranks import refuse_sharded
 from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
+from torchprune_bayes.training import bare_optimizer
 
 with optional("transformers", "hf"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -114,7 +115,7 @@ class ShrinkingCallback(TrainerCallback):
             model,
             self._example_inputs,
             self._importance(model),
-            optimizer=plain_optimizer(optimizer),
+            optimizer=bare_optimizer(optimizer),
             **self._options,
         )
         forget_best(state)

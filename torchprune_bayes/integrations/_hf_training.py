@@ -14,9 +14,9 @@ from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, resume_folders
-from torchprune_bayes.integrations._ranks import plain_optimizer, refuse_sharded
+from torchprune_bayes.integrations._ranks import refuse_sharded
 from torchprune_bayes.params import prunable_parameters, unwrap
-from torchprune_bayes.training import GateTraining, SpaM
+from torchprune_bayes.training import GateTraining, SpaM, bare_optimizer
 from torchprune_bayes.types import ParameterPairs
 
 with optional("transformers", "hf"):
@@ -100,7 +100,7 @@ class SpaMCallback(_Kept):
         refuse_sharded(model)
         inner = unwrap(model)
         calibration = self._calibration(inner, self._params(inner))
-        self.training = SpaM(plain_optimizer(optimizer), calibration, **self._options)
+        self.training = SpaM(bare_optimizer(optimizer), calibration, **self._options)
         self._take_up(args, state)
 
     def on_epoch_end(

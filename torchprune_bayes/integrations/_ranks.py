@@ -20,15 +20,11 @@ from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.training import GradualPruner
+from torchprune_bayes.training._optimizers import moments_of
 
 Value = TypeVar("Value")
 
 logger = logging.getLogger("torchprune_bayes")
-
-
-def plain_optimizer(optimizer: Any) -> Any:
-    """The optimizer itself, out of accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -142,7 +138,7 @@ def agree(pruner: GradualPruner, optimizer: Optimizer | None) -> None:
     if not same_everywhere(fingerprint(pruner.masks)):
         logger.warning("Masks differed between processes; those of the first one are taken.")
         pruner.load_state_dict(from_first(pruner.state_dict()))
-        take_from_first(_state_tensors(pruner.space, optimizer))
+        take_from_first(_moments(pruner.space, optimizer))
     take_from_first(tensor.leaf for tensor in pruner.space)
 
 
@@ -157,9 +153,6 @@ def _rounds(
         yield part, found
 
 
-def _state_tensors(space: ParameterSpace, optimizer: Optimizer | None) -> Iterator[Tensor]:
-    held = {} if optimizer is None else optimizer.state
+def _moments(space: ParameterSpace, optimizer: Optimizer | None) -> Iterator[Tensor]:
     for tensor in space:
-        state = held.get(tensor.leaf, {})
-        like = (v for v in state.values() if isinstance(v, Tensor) and v.shape == tensor.leaf.shape)
-        yield from like
+        yield from () if optimizer is None else moments_of(optimizer, tensor.leaf)

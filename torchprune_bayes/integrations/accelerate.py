@@ -4,7 +4,7 @@ In a training loop::
 
     model, optimizer = accelerator.prepare(model, optimizer)
     calibration = calibrate(accelerator, model, loader, loss_fn)
-    pruner = GradualPruner(..., calibration=calibration, optimizer=optimizer.optimizer)
+    pruner = GradualPruner(..., calibration=calibration, optimizer=optimizer)
     ...
     optimizer.step()
     if accelerator.sync_gradients:
@@ -32,7 +32,6 @@ from torchprune_bayes.curvature import EmpiricalFisher, LayerCurvature
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.integrations._ranks import (
-    plain_optimizer,
     refuse_sharded,
     same_everywhere,
     share_buffers,
@@ -44,7 +43,7 @@ from torchprune_bayes.integrations._sharded import ShardedCalibration
 from torchprune_bayes.methods import prune_global
 from torchprune_bayes.params import ParameterSpace, mask_of, unwrap
 from torchprune_bayes.structured import ShrinkReport, shrink
-from torchprune_bayes.training import GradualPruner
+from torchprune_bayes.training import GradualPruner, bare_optimizer
 from torchprune_bayes.types import Decision, Masks, ParameterPairs
 
 with optional("accelerate", "accelerate"):
@@ -164,7 +163,7 @@ def step(
         ParameterError: If weights are sharded.
     """
     _check(accelerator, pruner.space.model)
-    return step_together(pruner, plain_optimizer(optimizer))
+    return step_together(pruner, bare_optimizer(optimizer))
 
 
 def shrink_together(
@@ -199,7 +198,7 @@ def shrink_together(
     _check(accelerator, model)
     share_buffers(model)
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    inner = plain_optimizer(optimizer)
+    inner = bare_optimizer(optimizer)
     report = together(lambda: shrink(bare, example_inputs, importance, optimizer=inner, **options))
     state = {name: parameter.data for name, parameter in bare.named_parameters()}
     if not same_everywhere(tuple((name, tuple(value.shape)) for name, value in state.items())):

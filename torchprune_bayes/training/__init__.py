@@ -1,5 +1,6 @@
 """Pruning while a model is trained, in any training loop."""
 
+from torchprune_bayes.training._optimizers import bare_optimizer
 from torchprune_bayes.training.batch_norm import reestimate_batch_norm
 from torchprune_bayes.training.gate_decorators import (
     GateDecorator,
@@ -26,6 +27,7 @@ __all__ = [
     "IterativeMagnitudePruning",
     "PriorDecay",
     "SpaM",
+    "bare_optimizer",
     "close_gates",
     "collect_scores",
     "count_below",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from functools import cached_property
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
+from torch.nn.utils.prune import BasePruningMethod
 
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.schedules import Schedule
+from torchprune_bayes.types import Masks
 
 Schedules: TypeAlias = Schedule | Mapping[Any, Schedule]
 
@@ -56,6 +61,96 @@ def entry_count(masks: Iterable[Tensor]) -> int:
 def pruned_count(masks: Iterable[Tensor]) -> int:
     """Number of pruned entries."""
     return sum(int((~mask).sum()) for mask in masks)
+
+
+class Goal(Protocol):
+    """What a schedule counts, and what a method is told to do about it."""
+
+    def arguments(
+        self, space: ParameterSpace, schedule: Schedule, due: int
+    ) -> dict[str, Any] | None:
+        """Arguments of a method that reaches what is due, ``None`` if nothing is missing."""
+
+    def is_reached(self, space: ParameterSpace, schedule: Schedule) -> bool:
+        """Whether the end of the schedule is reached."""
+
+
+class SparsityGoal:
+    """A schedule of sparsities, exact to the entry.
+
+    Args:
+        by_layer: Whether each tensor has the sparsity, or all together.
+        together: Entries that a method prunes together.
+    """
+
+    def __init__(self, *, by_layer: bool, together: int) -> None:
+        self._by_layer, self._together = by_layer, together
+
+    @classmethod
+    def of(cls, method: BasePruningMethod) -> SparsityGoal:
+        """The goal as ``method`` counts: by layer or not, in groups of a pattern or not."""
+        pattern = getattr(method, "pattern", None)
+        by_layer = getattr(method, "scope", "global") == "layer"
+        if pattern is None or not pattern.takes_whole_groups:
+            return cls(by_layer=by_layer, together=1)
+        return cls(by_layer=by_layer, together=pattern.size)
+
+    def arguments(
+        self, space: ParameterSpace, schedule: Schedule, due: int
+    ) -> dict[str, Any] | None:
+        """The number of entries to prune, for each tensor or in all."""
+        amount = self._missing(space.masks(), schedule(due))
+        return {"amount": amount} if amount else None
+
+    def is_reached(self, space: ParameterSpace, schedule: Schedule) -> bool:
+        """Whether no entry is missing."""
+        return not self._missing(space.masks(), schedule.final)
+
+    def _missing(self, masks: Masks, sparsity: float) -> int | dict[str, int]:
+        if not self._by_layer:
+            return shortfall(masks.values(), sparsity, self._together)
+        counts = {name: shortfall([mask], sparsity, self._together) for name, mask in masks.items()}
+        return counts if any(counts.values()) else 0
+
+
+def flops_arguments(budget: float) -> dict[str, Any]:
+    """What a method is told to keep this share of the dense FLOPs."""
+    return {"amount": None, "flops_target": budget}
+
+
+class FlopsGoal:
+    """A share of the dense FLOPs to keep in the end; the schedule says how it is come to.
+
+    Where the schedule is at a sparsity ``s``, ``s / final`` of the FLOPs to remove are gone.
+
+    Args:
+        target: Share of the dense FLOPs of these tensors to keep.
+        calibration: What a weight costs is counted on one of its samples, once.
+    """
+
+    def __init__(self, target: float, calibration: Calibration) -> None:
+        self._target, self._calibration = target, calibration
+
+    def arguments(
+        self, space: ParameterSpace, schedule: Schedule, due: int
+    ) -> dict[str, Any] | None:
+        """The share of the FLOPs to keep by now."""
+        share = schedule(due) / schedule.final if schedule.final else 1.0
+        budget = 1.0 - share * (1.0 - self._target)
+        return flops_arguments(budget) if self._kept(space) > budget else None
+
+    def is_reached(self, space: ParameterSpace, schedule: Schedule) -> bool:
+        """Whether no more FLOPs are left than the target."""
+        return self._kept(space) <= self._target
+
+    @cached_property
+    def _costs(self) -> dict[str, float]:
+        return flops_per_weight(self._calibration)
+
+    def _kept(self, space: ParameterSpace) -> float:
+        masks = space.masks()
+        dense = sum(self._costs[name] * mask.numel() for name, mask in masks.items())
+        return sum(self._costs[name] * int(mask.sum()) for name, mask in masks.items()) / dense
 
 
 def shortfall(masks: Iterable[Tensor], sparsity: float, together: int) -> int:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from torchprune_bayes._numerics.selection import smallest_k
-from torchprune_bayes.errors import AlignmentError, ArgumentError
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.laplace.posterior import Posterior
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.schedules import Schedule
-from torchprune_bayes.training.keep_sparse import keep_sparse, set_zero
+from torchprune_bayes.training._pruner_state import checked_masks
+from torchprune_bayes.training._undo import zeroing_undone
+from torchprune_bayes.training.keep_sparse import HeldZeros, keep_sparse, set_zero
 from torchprune_bayes.types import Masks
 
 
@@ -46,7 +47,7 @@ class OnlinePruning:
         self._space, self._optimizer = space, optimizer
         self._schedule, self._regrow = schedule, regrow
         self._names = [] if schedule is None else _weights_in(space)
-        self._handle: RemovableHandle | None = None
+        self._handle: HeldZeros | None = None
 
     @property
     def space(self) -> ParameterSpace:
@@ -63,8 +64,8 @@ class OnlinePruning:
         """Whether the schedule has something to do at this call."""
         return self._schedule is not None and self._schedule.is_due(now)
 
-    def prune(self, posterior: Posterior, now: int) -> None:
-        """Prune to the sparsity that is due."""
+    def chosen(self, posterior: Posterior, now: int) -> Masks:
+        """Masks of the sparsity that is due; changes nothing."""
         assert self._schedule is not None
         space = self.space.subset(self._names)
         scores, masks = posterior.scores(), space.masks()
@@ -72,33 +73,49 @@ class OnlinePruning:
         gone = sum(int((~mask).sum()) for mask in masks.values())
         missing = max(round(self._schedule(now) * entries) - gone, 0)
         kept = smallest_k([scores[n] for n in masks], missing, list(masks.values()))
-        found = dict(zip(masks, kept, strict=True))
-        for tensor in space:
-            set_zero(tensor.leaf, ~found[tensor.name])
-        if not self._regrow:
-            self.hold(found)
+        return dict(zip(masks, kept, strict=True))
 
-    def check(self, masks: Mapping[str, Tensor]) -> None:
+    def prune(self, masks: Masks) -> None:
+        """Set what ``masks`` prune to zero, and hold it there unless it may come back."""
+        for tensor in self._space.subset(masks):
+            set_zero(tensor.leaf, ~masks[tensor.name])
+        if not self._regrow:
+            self.hold(masks)
+
+    @contextmanager
+    def kept_on_error(self, masks: Masks) -> Iterator[None]:
+        """Put weights, optimizer and masks back if the body, which holds ``masks``, fails."""
+        before, handle = self.masks, self._handle
+        zeros = {t.leaf: ~masks[t.name].to(t.leaf.device) for t in self._space.subset(masks)}
+        with zeroing_undone(zeros, self._optimizer):
+            try:
+                yield
+            except BaseException:
+                if self._handle is not handle:
+                    self.remove()
+                self.masks, self._handle = before, handle
+                raise
+        if handle is not None and handle is not self._handle:
+            handle.remove()
+
+    def check(self, masks: object) -> Masks:
         """Refuse masks that do not fit the tensors.
 
+        Returns:
+            The masks, boolean and where the tensors are.
+
         Raises:
-            AlignmentError: In this case.
+            AlignmentError: If a mask belongs to no tensor or has another shape.
+            ArgumentError: If one is no mask of zeros and ones.
         """
-        for tensor in self._space.subset(masks):
-            if masks[tensor.name].shape != tensor.leaf.shape:
-                raise AlignmentError(
-                    f"Expected a mask of shape {tuple(tensor.leaf.shape)} for `{tensor.name}`, got "
-                    f"{tuple(masks[tensor.name].shape)}."
-                )
+        return checked_masks(masks, self._space)
 
     def hold(self, masks: Mapping[str, Tensor]) -> None:
-        """Keep zeros where ``masks`` are false, from now on."""
+        """Keep zeros where ``masks`` are false, from now on; call in :meth:`kept_on_error`."""
         places = {tensor.name: tensor.leaf for tensor in self._space}
-        self.masks = {n: mask.to(places[n].device, torch.bool) for n, mask in masks.items()}
-        self.remove()
-        if self.masks:
-            held = {places[name]: mask for name, mask in self.masks.items()}
-            self._handle = keep_sparse(self._optimizer, held)
+        held = {places[name]: mask for name, mask in masks.items()}
+        self.masks = dict(masks)
+        self._handle = keep_sparse(self._optimizer, held) if held else None
 
     def remove(self) -> None:
         """Let zeros go."""

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from torchprune_bayes._checks import check_choice, check_count
+from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.methods._module_state import all_or_nothing
 from torchprune_bayes.methods.base import PruningMethod, check_decision, write_updates
 from torchprune_bayes.methods.host import apply_decision, decide_on, unstructured_method
-from torchprune_bayes.params import ParameterSpace, prunable_parameters
+from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.training._due import (
+    FlopsGoal,
+    Goal,
     Schedules,
+    SparsityGoal,
     due_step,
     entry_count,
+    flops_arguments,
     pruned_count,
     schedule_groups,
-    shortfall,
 )
-from torchprune_bayes.training.keep_sparse import check_in_optimizer, keep_sparse, set_zero
+from torchprune_bayes.training._optimizers import bare_optimizer, check_in_optimizer, ids_in
+from torchprune_bayes.training._pruner_arguments import check_options, space_of
+from torchprune_bayes.training._pruner_state import PlannedPruning, PrunerState
+from torchprune_bayes.training._undo import zeroing_undone
+from torchprune_bayes.training.keep_sparse import (
+    HeldZeros,
+    hold_gradients_of,
+    keep_sparse,
+    set_zero,
+)
 from torchprune_bayes.types import Decision, Masks, ParameterPairs
 
 logger = logging.getLogger("torchprune_bayes")
@@ -47,7 +60,8 @@ class GradualPruner:
     * ``mode="zeros"``, the default: weights stay plain, zeros are the mask, and the pruner holds
       the masks. Names in ``state_dict`` stay, so that checkpoints, ``from_pretrained``,
       ``copy.deepcopy`` and averaged models work. Without ``optimizer`` the zeros hold from one
-      call of :meth:`step` to the next ``optimizer.step()``; with it, throughout.
+      call of :meth:`step` to the next ``optimizer.step()``; with it, throughout. Gradients of
+      pruned entries are zero when clipping or the optimizer looks at them, in any case.
     * ``mode="hooks"``: ``<name>_orig`` and ``<name>_mask``, as ``torch.nn.utils.prune`` does.
 
     Args:
@@ -58,10 +72,13 @@ class GradualPruner:
             one for each tensor, by qualified name or pair. Tensors whose schedules are equal are
             pruned together.
         calibration: Data, model and loss, for methods that need them.
-        optimizer: Its state is held at zero where the weights are, see
-            :func:`~torchprune_bayes.keep_sparse`.
+        optimizer: Its moments are held at zero where the weights are, see
+            :func:`~torchprune_bayes.keep_sparse`; wrapped by accelerate or not. Frozen weights need
+            not be in it.
         mode: ``"zeros"`` or ``"hooks"``.
-        options: Further arguments of the method.
+        options: Further arguments of the method. With ``flops_target``, the share of the FLOPs to
+            keep in the end, the schedule gives the course alone: at a sparsity ``s`` of the
+            schedule, ``s / final`` of the FLOPs to remove are removed.
 
     Attributes:
         history: A dict of plain values for each pruning: ``step``, ``sparsity``, ``pruned``
@@ -71,11 +88,13 @@ class GradualPruner:
         AlignmentError: If ``params`` are not the calibration's or not in the optimizer.
         ArgumentError: If an argument or option has an impossible value, or tensors have no
             schedule.
-        ArgumentTypeError: If something is missing or of the wrong type.
+        ArgumentTypeError: If something is missing or of the wrong type, or the optimizer takes no
+            hooks.
         ParameterError: If a tensor cannot be pruned.
 
-    Cost: at a due step that of the method; at others one elementwise pass over the weights, or
-    with ``optimizer`` that of :func:`~torchprune_bayes.keep_sparse`. One byte per weight.
+    Cost: at a due step that of the method, and until it is done a copy of what it changes; at
+    others one elementwise pass over the weights, or with ``optimizer`` that of
+    :func:`~torchprune_bayes.keep_sparse`. One byte per weight.
 
     Example:
         >>> from torchprune_bayes.schedules import cubic
@@ -106,27 +125,23 @@ class GradualPruner:
         **options: Any,
     ) -> None:
         check_choice("mode", mode, MODES)
-        _check_options(options)
+        kind = unstructured_method(method)
+        check_options(kind, options)
         self.mode = mode
         self.history: list[dict[str, Any]] = []
-        self._space = _space_of(params, calibration)
+        self._space = space_of(params, calibration)
         self._groups = schedule_groups(schedule, self._space)
-        self._method: Callable[..., BasePruningMethod] = unstructured_method(method)
+        self._method: Callable[..., BasePruningMethod] = kind
         self._options = options
         self._calibration = calibration
-        self._optimizer = optimizer
+        self._optimizer = None if optimizer is None else bare_optimizer(optimizer)
         self._step = 0
         self._masks: Masks = {}
-        self._handle: RemovableHandle | None = None
-        # Made once now, so that a wrong option shows before hours of training.
-        trial = self._new_method(self._space, 0.0)
-        if isinstance(trial, PruningMethod) and trial.needs_calibration:
-            trial.required_calibration  # noqa: B018  # raises if there is none
-        self._by_layer = getattr(trial, "scope", "global") == "layer"
-        pattern = getattr(trial, "pattern", None)
-        self._together = pattern.size if pattern is not None and pattern.takes_whole_groups else 1
-        if optimizer is not None:
-            check_in_optimizer(optimizer, [tensor.leaf for tensor in self._space])
+        self._held = HeldZeros()
+        self._goal = self._goal_of(options.pop("flops_target", None))
+        if self._optimizer is not None:
+            trained = [tensor.leaf for tensor in self._space if tensor.leaf.requires_grad]
+            check_in_optimizer(self._optimizer, trained)
 
     @property
     def space(self) -> ParameterSpace:
@@ -146,9 +161,9 @@ class GradualPruner:
 
     @property
     def finished(self) -> bool:
-        """Whether the final sparsity is reached, so that no later step prunes."""
-        return not any(
-            self._missing(self._seen(group), schedule.final)
+        """Whether the end of the schedule is reached, so that no later step prunes."""
+        return all(
+            self._goal.is_reached(self._seen(group), schedule)
             for schedule, group in self._groups.items()
         )
 
@@ -161,27 +176,44 @@ class GradualPruner:
         """Count a training step; prune if it is due.
 
         Returns:
-            What was added to :attr:`history`, or ``None`` if nothing was pruned. If the method
-            raises, nothing is pruned and the step is not counted.
+            What was added to :attr:`history`, or ``None`` if nothing was pruned. If anything
+            fails, nothing is changed and the step is not counted.
         """
-        if self._handle is None:  # otherwise the optimizer's hook has done it
-            self._restore_zeros()
+        with self.applied(self.plan()) as event:
+            return event
+
+    def plan(self) -> PlannedPruning:
+        """Decide what the next step is going to do; changes nothing."""
         now = self._step + 1
         decisions = self._decisions(now)
-        event = None
-        if decisions:
-            before = pruned_count(self.masks.values())
-            self._commit(decisions)
-            event = {
-                "step": now,
-                "sparsity": self.sparsity,
-                "pruned": pruned_count(self.masks.values()) - before,
-                "info": [decision.info for decision in decisions],
-            }
-            self.history.append(event)
-            logger.info("Step %d: pruned to sparsity %.4f.", now, event["sparsity"])
-        self._step = now
-        return event
+        masks: Masks = {}
+        moved: dict[str, Tensor] = {}
+        for decision in decisions:
+            masks |= decision.masks
+            moved |= decision.updates or {}
+        space = self._seen(self._space.subset(masks))
+        placed = {tensor.name: masks[tensor.name].to(tensor.leaf.device) for tensor in space}
+        updates = {**space.values(), **moved} if moved else None
+        check_decision(space, Decision(placed, updates))
+        return PlannedPruning(now, placed, updates, [decision.info for decision in decisions])
+
+    @contextmanager
+    def applied(self, planned: PlannedPruning) -> Iterator[dict[str, Any] | None]:
+        """Do what was planned; if the body fails as well, all is as it was before.
+
+        Yields:
+            What was added to :attr:`history`, or ``None`` if nothing was pruned.
+        """
+        with self._all_or_nothing(planned.masks, planned.updates):
+            event = self._commit(planned) if planned.masks else None
+            if event is None and self._optimizer is None:  # otherwise its hook has done it
+                self._restore_zeros()
+            self._step = planned.step
+            yield event
+
+    def remove(self) -> None:
+        """Let zeros and their gradients go, for a model that another pruner takes over."""
+        self._held.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Step, history and masks, as tensors and plain values; ``torch.load`` reads them safely.
@@ -201,19 +233,32 @@ class GradualPruner:
 
         Raises:
             AlignmentError: If a mask belongs to no tensor or has another shape.
-            ArgumentError: If ``state`` is no state of a pruner.
+            ArgumentError: If ``state`` is no state of a pruner; nothing is changed then.
         """
-        _check_state(state, self._space)
-        space = self._space.subset(state["masks"])
-        masks = {t.name: state["masks"][t.name].to(t.leaf.device, torch.bool) for t in space}
-        if self.mode == "zeros":
-            self._masks = masks
-        elif masks:
-            apply_decision(space, Decision(masks))
-        self._step = int(state["step"])
-        self.history = [dict(event) for event in state["history"]]
-        self._restore_zeros()
-        self._protect()
+        found = PrunerState.of(state, self._space)
+        with self._all_or_nothing(found.masks, None):
+            if self.mode == "zeros":
+                self._masks = found.masks
+            elif found.masks:
+                apply_decision(self._space.subset(found.masks), Decision(found.masks))
+            self._step, self.history = found.step, found.history
+            self._restore_zeros()
+            self._held = self._hold()
+
+    def _goal_of(self, flops_target: float | None) -> Goal:
+        # The method is made once now, so that a wrong option shows before hours of training.
+        wanted = {"amount": 0.0} if flops_target is None else flops_arguments(flops_target)
+        trial = self._new_method(self._space, wanted)
+        if isinstance(trial, PruningMethod) and trial.needs_calibration:
+            trial.required_calibration  # noqa: B018  # raises if there is none
+        if flops_target is None:
+            return SparsityGoal.of(trial)
+        if self._calibration is None or len(self._groups) > 1:
+            raise ArgumentError(
+                "Expected a calibration and one schedule for all tensors with `flops_target`, "
+                f"got {len(self._groups)} schedules and calibration={self._calibration!r}."
+            )
+        return FlopsGoal(flops_target, self._calibration)
 
     def _decisions(self, now: int) -> list[Decision]:
         decisions = []
@@ -222,43 +267,37 @@ class GradualPruner:
             if due is None:
                 continue
             space = self._seen(group)
-            amount = self._missing(space, schedule(due))
-            if amount:
-                decisions.append(decide_on(space, self._new_method(space, amount)))
+            wanted = self._goal.arguments(space, schedule, due)
+            if wanted is not None:
+                decisions.append(decide_on(space, self._new_method(space, wanted)))
         return decisions
 
-    def _new_method(
-        self, space: ParameterSpace, amount: float | dict[str, int]
-    ) -> BasePruningMethod:
-        options = dict(self._options)
+    def _new_method(self, space: ParameterSpace, wanted: Mapping[str, Any]) -> BasePruningMethod:
+        options = {**self._options, **wanted}
         if self._calibration is not None and getattr(self._method, "needs_calibration", False):
             fresh = self._calibration.fresh(len(self.history))
             options["calibration"] = fresh.with_space(space)
-        return self._method(amount=amount, **options)
+        return self._method(**options)
 
-    def _missing(self, space: ParameterSpace, sparsity: float) -> int | dict[str, int]:
-        masks = space.masks()
-        if not self._by_layer:
-            return shortfall(masks.values(), sparsity, self._together)
-        counts = {name: shortfall([mask], sparsity, self._together) for name, mask in masks.items()}
-        return counts if any(counts.values()) else 0
-
-    def _commit(self, decisions: list[Decision]) -> None:
-        masks: Masks = {}
-        moved: dict[str, Tensor] = {}
-        for decision in decisions:
-            masks |= decision.masks
-            moved |= decision.updates or {}
-        space = self._seen(self._space.subset(masks))
-        joined = Decision(masks, {**space.values(), **moved} if moved else None)
+    def _commit(self, planned: PlannedPruning) -> dict[str, Any]:
+        before = pruned_count(self.masks.values())
+        space = self._seen(self._space.subset(planned.masks))
         if self.mode == "hooks":
-            apply_decision(space, joined)
+            apply_decision(space, Decision(planned.masks, planned.updates))
         else:
-            check_decision(space, joined)
-            write_updates(space, joined.updates)
-            self._masks = self._masks | {t.name: masks[t.name].to(t.leaf.device) for t in space}
+            write_updates(space, planned.updates)
+            self._masks = self._masks | planned.masks
             self._restore_zeros()
-        self._protect()
+        self._held = self._hold()
+        event = {
+            "step": planned.step,
+            "sparsity": self.sparsity,
+            "pruned": pruned_count(self.masks.values()) - before,
+            "info": planned.info,
+        }
+        self.history = [*self.history, event]
+        logger.info("Step %d: pruned to sparsity %.4f.", planned.step, event["sparsity"])
+        return event
 
     def _seen(self, space: ParameterSpace) -> ParameterSpace:
         return space.with_masks(self._masks)
@@ -267,47 +306,34 @@ class GradualPruner:
         for tensor in self._space.subset(self._masks):
             set_zero(tensor.leaf, ~self._masks[tensor.name])
 
-    def _protect(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    def _hold(self) -> HeldZeros:
+        masks = {tensor.leaf: tensor.mask for tensor in self._seen(self._space)}
+        sparse = {leaf: mask for leaf, mask in masks.items() if not bool(mask.all())}
         if self._optimizer is not None:
-            masks = {tensor.leaf: tensor.mask for tensor in self._seen(self._space)}
-            sparse = {leaf: mask for leaf, mask in masks.items() if not bool(mask.all())}
-            self._handle = keep_sparse(self._optimizer, sparse)
+            known = ids_in(self._optimizer)
+            return keep_sparse(self._optimizer, {p: m for p, m in sparse.items() if id(p) in known})
+        held = hold_gradients_of({p: ~mask for p, mask in sparse.items()})
+        weakref.finalize(self, held.remove)
+        return held
 
-
-def _space_of(
-    params: ParameterPairs | nn.Module | None, calibration: Calibration | None
-) -> ParameterSpace:
-    if calibration is None:
-        if params is None:
-            raise ArgumentTypeError("Expected `params` or `calibration=`, got neither.")
-        if isinstance(params, nn.Module):
-            return ParameterSpace(params)
-        return ParameterSpace.of_pairs(params)
-    if params is not None:
-        pairs = prunable_parameters(params) if isinstance(params, nn.Module) else params
-        calibration.space.check_same_tensors(pairs)
-    return calibration.space
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    for name, reason in (("amount", "the schedule gives it"), ("curvature", "it is fitted anew")):
-        if name in options:
-            raise ArgumentError(f"Expected no `{name}`, because {reason}, got one.")
-
-
-def _check_state(state: Mapping[str, Any], space: ParameterSpace) -> None:
-    if set(state) != {"step", "history", "masks"}:
-        raise ArgumentError(
-            f"Expected the keys history, masks and step in a pruner's state, got {sorted(state)}."
-        )
-    check_count("step", state["step"], minimum=0)
-    for tensor in space.subset(state["masks"]):
-        shape = state["masks"][tensor.name].shape
-        if shape != tensor.leaf.shape:
-            raise AlignmentError(
-                f"Expected a mask of shape {tuple(tensor.leaf.shape)} for `{tensor.name}`, "
-                f"got {tuple(shape)}."
-            )
+    @contextmanager
+    def _all_or_nothing(self, masks: Masks, updates: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Put model, optimizer and pruner back if the body, which brings ``masks``, fails."""
+        ours = {key: vars(self)[key] for key in ("_step", "history", "_masks", "_held")}
+        space = self._space.subset(masks)
+        moved = [] if updates is None else [tensor.leaf for tensor in space]
+        seen = self._seen(self._space.subset(self._masks | masks if masks else ()))
+        zeros = {tensor.leaf: ~(masks.get(tensor.name, tensor.mask)) for tensor in seen}
+        with ExitStack() as stack:
+            stack.enter_context(zeroing_undone(zeros, self._optimizer, moved))
+            if self.mode == "hooks":
+                stack.enter_context(all_or_nothing(space.pairs(), values=False))
+            try:
+                yield
+            except BaseException:
+                if self._held is not ours["_held"]:
+                    self._held.remove()
+                vars(self).update(ours)
+                raise
+        if self._held is not ours["_held"]:
+            ours["_held"].remove()

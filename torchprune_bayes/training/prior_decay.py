@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchprune_bayes._checks import check_positive
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.training.keep_sparse import check_in_optimizer
+from torchprune_bayes.training._optimizers import bare_optimizer, check_in_optimizer
 
 
 class PriorDecay:
@@ -27,7 +27,8 @@ class PriorDecay:
     with which one plain gradient step sets the weight to zero.
 
     Args:
-        optimizer: Any ``torch.optim`` optimizer; closures are supported.
+        optimizer: Any ``torch.optim`` optimizer, wrapped by accelerate or not; closures are
+            supported.
         precisions: ``δ`` by parameter, each of a shape that broadcasts over its parameter's.
         factor: ``c``.
         decoupled: Whether ``w`` shrinks by ``1 − lr c δ`` instead, as in AdamW. With an adaptive
@@ -40,6 +41,7 @@ class PriorDecay:
     Raises:
         AlignmentError: If a parameter is not in the optimizer.
         ArgumentError: If the optimizer decays one of them itself, or ``factor`` is not positive.
+        ArgumentTypeError: If the optimizer takes no hooks.
 
     Cost: one pass over the weights, and a copy of one tensor where ``δ`` is as large.
 
@@ -65,6 +67,7 @@ class PriorDecay:
         decoupled: bool = False,
     ) -> None:
         check_positive("factor", factor)
+        optimizer = bare_optimizer(optimizer)
         check_in_optimizer(optimizer, precisions)
         _check_no_other_decay(optimizer, precisions)
         self.precisions = dict(precisions)

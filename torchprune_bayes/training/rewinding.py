@@ -14,6 +14,8 @@ from torchprune_bayes._checks import check_choice
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.schedules import Schedule
+from torchprune_bayes.training._optimizers import bare_optimizer, moments_of
+from torchprune_bayes.training._undo import state_kept_on_error, tensors_kept_on_error
 from torchprune_bayes.training.gradual import GradualPruner
 from torchprune_bayes.training.keep_sparse import set_zero
 from torchprune_bayes.types import Masks, ParameterPairs
@@ -44,6 +46,7 @@ class IterativeMagnitudePruning:
     Raises:
         AlignmentError: If a tensor is not in the optimizer.
         ArgumentError: If an argument has an impossible value.
+        ArgumentTypeError: If the optimizer takes no hooks.
         ParameterError: If a tensor cannot be pruned.
 
     Cost: a copy of the model and of the optimizer's state; each round as magnitude pruning.
@@ -82,7 +85,7 @@ class IterativeMagnitudePruning:
         self._pruner = GradualPruner(
             self._space.pairs(), "magnitude", schedule, optimizer=optimizer, scope=scope
         )
-        self._optimizer = optimizer
+        self._optimizer = None if optimizer is None else bare_optimizer(optimizer)
         self._rewind_all = rewind == "all"
         self._remembered: dict[str, Any] | None = None
 
@@ -121,14 +124,20 @@ class IterativeMagnitudePruning:
             rewound all the same.
 
         Raises:
-            ArgumentError: If nothing was remembered; nothing is changed then.
+            ArgumentError: If nothing was remembered. If anything fails, nothing is changed.
         """
         if self._remembered is None:
             raise ArgumentError(
                 "Expected a call of remember() before prune_and_rewind(), got none."
             )
-        event = self._pruner.step()
-        self._rewind(self._remembered)
+        rewound = [(tensor, None) for tensor in self._rewound_tensors().values()]
+        planned = self._pruner.plan()
+        with (
+            self._pruner.applied(planned) as event,
+            tensors_kept_on_error(rewound),
+            state_kept_on_error(self._optimizer),
+        ):
+            self._rewind(self._remembered)
         return event
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,13 +173,9 @@ class IterativeMagnitudePruning:
             self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         masks = self.masks
         for tensor in self._space:
-            for held in (tensor.leaf, *self._moments(tensor.leaf)):
+            moments = [] if self._optimizer is None else moments_of(self._optimizer, tensor.leaf)
+            for held in (tensor.leaf, *moments):
                 set_zero(held, ~masks[tensor.name])
-
-    def _moments(self, parameter: Tensor) -> list[Tensor]:
-        state = {} if self._optimizer is None else self._optimizer.state.get(parameter, {})
-        found = [value for value in state.values() if isinstance(value, Tensor)]
-        return [value for value in found if value.shape == parameter.shape]
 
 
 def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torchprune_bayes.laplace.posterior import Posterior
 from torchprune_bayes.laplace.priors import PriorPrecision, PriorStructure
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.training._online_pruning import OnlinePruning
+from torchprune_bayes.training._optimizers import bare_optimizer
+from torchprune_bayes.training._pruner_state import is_list_of_events
+from torchprune_bayes.training._undo import tensors_kept_on_error
 from torchprune_bayes.training.prior_decay import PriorDecay
 from torchprune_bayes.types import Masks
 
@@ -56,10 +60,11 @@ class SpaM:
     data, they add these up, and so come to the same prior and masks::
 
         shares = calibrate(accelerator, model, loader, loss_fn)
-        spam = SpaM(optimizer.optimizer, shares.local, all_reduce=True, num_data=len(dataset))
+        spam = SpaM(optimizer, shares.local, all_reduce=True, num_data=len(dataset))
 
     Args:
-        optimizer: Any ``torch.optim`` optimizer without weight decay on these tensors.
+        optimizer: Any ``torch.optim`` optimizer without weight decay on these tensors; accelerate's
+            wrapper is looked through.
         calibration: Data, model and loss, for the curvature; its tensors have the prior. For all of
             a model's, biases and norms included, give it ``params=trainable_parameters(model)``.
             With ``num_samples`` each fit takes another random subset.
@@ -96,6 +101,7 @@ class SpaM:
         AlignmentError: If a tensor is not in the optimizer.
         ArgumentError: If an option has an impossible value, or the optimizer has weight decay.
             In :meth:`step`, if samples have other numbers of labels.
+        ArgumentTypeError: If the optimizer takes no hooks.
 
     Cost: one pass over the weights per training step; at an update that of the curvature, a few
     passes over the calibration samples. A ``"diag"`` prior holds 4 bytes per weight.
@@ -143,6 +149,7 @@ class SpaM:
         check_positive("labels_per_sample", labels_per_sample)
         if patience is not None:
             check_count("patience", patience)
+        optimizer = bare_optimizer(optimizer)
         self._options, self._labels = options, labels_per_sample
         self._fit = LaplaceOptions(**options)
         self._fits_noise = noise == "fit"
@@ -189,20 +196,23 @@ class SpaM:
             posterior = self._fitted()
             if updates:
                 posterior = self._improved(posterior)
-            evidence = posterior.log_marginal_likelihood()
-            determined = posterior.effective_parameters()
-            self._take_over(posterior, evidence, now, updates)
-            if prunes:
-                self._pruning.prune(posterior, now)
+            masks = self._pruning.chosen(posterior, now) if prunes else {}
             event = {
                 "step": now,
                 "updated": updates,
-                "log_marginal_likelihood": evidence,
-                "effective_parameters": determined,
+                "log_marginal_likelihood": posterior.log_marginal_likelihood(),
+                "effective_parameters": posterior.effective_parameters(),
                 "sparsity": self._pruning.sparsity,
             }
+            with self._kept_on_error(masks):
+                self._take_over(posterior, event["log_marginal_likelihood"], now, updates)
+                if prunes:
+                    self._pruning.prune(masks)
+                    event["sparsity"] = self._pruning.sparsity
             self.history.append(event)
-            logger.info("Epoch %d: log marginal likelihood %.1f.", now, evidence)
+            logger.info(
+                "Epoch %d: log marginal likelihood %.1f.", now, event["log_marginal_likelihood"]
+            )
         self._step = now
         return event
 
@@ -219,11 +229,14 @@ class SpaM:
         """
         if self._best is None:
             raise ArgumentError("Expected an update with `patience` before this, got none.")
-        with torch.no_grad():
+        best = self._best
+        masks = self._pruning.check(best["masks"])
+        leaves = [(tensor.leaf, None) for tensor in self._space]
+        with tensors_kept_on_error(leaves), self._kept_on_error(masks), torch.no_grad():
             for tensor in self._space:
-                tensor.leaf.copy_(self._best["weights"][tensor.name])
-        self._set_prior(self.prior.from_state_dict(self._best["prior"]), self._best["noise"])
-        self._pruning.hold(self._best["masks"])
+                tensor.leaf.copy_(best["weights"][tensor.name])
+            self._set_prior(self.prior.from_state_dict(best["prior"]), best["noise"])
+            self._pruning.hold(masks)
 
     def state_dict(self) -> dict[str, Any]:
         """Step, history, prior and masks, as tensors and plain values; ``torch.load`` reads it.
@@ -246,15 +259,20 @@ class SpaM:
             AlignmentError: If it is the state of another prior or of other tensors.
             ArgumentError: If ``state`` is no state of this.
         """
-        if set(state) != _STATE:
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {sorted(state)}.")
+        if not isinstance(state, Mapping) or set(state) != _STATE:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {found}.")
+        check_count("step", state["step"], minimum=0)
+        if not is_list_of_events(state["history"]):
+            raise ArgumentError(f"Expected a list as history, got {state['history']!r:.80}.")
         prior = self.prior.from_state_dict(state["prior"])
-        self._pruning.check(state["masks"])
-        self._set_prior(prior, state["noise"])
-        self._pruning.hold(state["masks"])
-        self._step = int(state["step"])
-        self.history = [dict(event) for event in state["history"]]
-        self._best = None if state["best"] is None else dict(state["best"])
+        masks = self._pruning.check(state["masks"])
+        with self._kept_on_error(masks):
+            self._set_prior(prior, state["noise"])
+            self._pruning.hold(masks)
+            self._step = int(state["step"])
+            self.history = [dict(event) for event in state["history"]]
+            self._best = None if state["best"] is None else dict(state["best"])
 
     def remove(self) -> None:
         """End weight decay and held zeros."""
@@ -295,6 +313,19 @@ class SpaM:
                 "noise": self.noise,
                 "masks": self.masks,
             }
+
+    @contextmanager
+    def _kept_on_error(self, masks: Masks) -> Iterator[None]:
+        """Put everything back if the body, which holds ``masks``, fails."""
+        ours = {key: vars(self)[key] for key in ("prior", "noise", "_best", "_step", "history")}
+        decay = (self._decay.precisions, self._decay.factor)
+        with self._pruning.kept_on_error(masks):
+            try:
+                yield
+            except BaseException:
+                vars(self).update(ours)
+                self._decay.precisions, self._decay.factor = decay
+                raise
 
     def _set_prior(self, prior: PriorPrecision, noise: float | None) -> None:
         self.prior, self.noise = prior, noise

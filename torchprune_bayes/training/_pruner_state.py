@@ -1,0 +1,92 @@
+"""What a pruner plans, what it saves, and whether that can be taken up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from torchprune_bayes._checks import check_count
+from torchprune_bayes.errors import AlignmentError, ArgumentError
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Masks
+
+
+@dataclass(frozen=True)
+class PlannedPruning:
+    """What a step of a pruner is going to do; nothing has been changed yet.
+
+    Attributes:
+        step: Number of the step.
+        masks: New masks by qualified name, of the tensors of which some are pruned.
+        updates: New values of these tensors, if the method moves weights.
+        info: What the method reported, for each group of tensors.
+    """
+
+    step: int
+    masks: Masks = field(default_factory=dict)
+    updates: dict[str, Tensor] | None = None
+    info: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PrunerState:
+    """Step, history and masks of a pruner, each of the type and shape that it has to have."""
+
+    step: int
+    history: list[dict[str, Any]]
+    masks: Masks
+
+    @classmethod
+    def of(cls, state: Any, space: ParameterSpace) -> PrunerState:
+        """Check what was saved and bring masks to where the tensors are.
+
+        Raises:
+            AlignmentError: If a mask belongs to no tensor or has another shape.
+            ArgumentError: If ``state`` is no state of a pruner.
+            ArgumentTypeError: If the step is no int.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"step", "history", "masks"}:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(
+                f"Expected the keys history, masks and step in a pruner's state, got {found}."
+            )
+        check_count("step", state["step"], minimum=0)
+        history, masks = state["history"], state["masks"]
+        if not is_list_of_events(history):
+            raise ArgumentError(f"Expected a list of events as history, got {history!r:.80}.")
+        placed = checked_masks(masks, space)
+        return cls(int(state["step"]), [dict(event) for event in history], placed)
+
+
+def checked_masks(masks: Any, space: ParameterSpace) -> Masks:
+    """Masks that were saved, boolean and where the tensors are.
+
+    Raises:
+        AlignmentError: If a mask belongs to no tensor or has another shape.
+        ArgumentError: If there are no masks by name, or one is no mask of zeros and ones.
+    """
+    if not isinstance(masks, Mapping):
+        raise ArgumentError(f"Expected masks by name, got {type(masks).__name__}.")
+    placed = {tensor.name: tensor.leaf for tensor in space.subset(list(masks))}
+    for name, leaf in placed.items():
+        _check_mask(name, leaf, masks[name])
+    return {name: masks[name].to(leaf.device).bool() for name, leaf in placed.items()}
+
+
+def _check_mask(name: str, leaf: Tensor, mask: Any) -> None:
+    if not isinstance(mask, Tensor):
+        raise ArgumentError(f"Expected a mask for `{name}`, got {type(mask).__name__}.")
+    if mask.shape != leaf.shape:
+        raise AlignmentError(
+            f"Expected a mask of shape {tuple(leaf.shape)} for `{name}`, got {tuple(mask.shape)}."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ArgumentError(f"Expected a mask of zeros and ones for `{name}`, got other values.")
+
+
+def is_list_of_events(value: Any) -> bool:
+    """Whether this can be a history."""
+    return isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
