@@ -30,7 +30,7 @@ from torchprune_bayes.structured.slicing import (
     plan_of,
     zero_units,
 )
-from torchprune_bayes.structured.tracing import find_groups
+from torchprune_bayes.structured.tracing import Units, find_groups, find_units
 from torchprune_bayes.structured.unit_costs import UnitCosts
 
 __all__ = [
@@ -50,9 +50,11 @@ __all__ = [
     "UnitGroup",
     "UnitImportance",
     "UnitSlice",
+    "Units",
     "WoodFisherImportance",
     "apply_plan",
     "find_groups",
+    "find_units",
     "groups_after",
     "halving_path",
     "load_shrunk",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -11,15 +11,20 @@ from torch.optim import Optimizer
 from torchprune_bayes._checks import check_choice, check_count, check_fraction
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.structured._forward import ForwardFunction
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
 from torchprune_bayes.structured._shrinking import Shrinking, Target
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
 from torchprune_bayes.structured.ranking import Scope
 from torchprune_bayes.structured.slicing import ShrinkPlan
-from torchprune_bayes.structured.tracing import check_plain, find_groups, without_ignored
+from torchprune_bayes.structured.tracing import (
+    Units,
+    check_plain,
+    find_units,
+    without_ignored,
+)
 from torchprune_bayes.structured.unit_costs import UnitCosts
+from torchprune_bayes.wiring._forward import ForwardFunction
 
 if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
@@ -84,7 +89,7 @@ def shrink(
             served.
         NumericalError: If the shrunk model does not compute what the masked one computes.
 
-    Cost: scoring, and three forward passes. Old tensors are held until the end.
+    Cost: scoring, and about ten forward passes. Old tensors are held until the end.
 
     Example:
         >>> import torch
@@ -107,14 +112,15 @@ def shrink(
     check_choice("scope", scope, ("global", "layer"))
     check_count("min_keep", min_keep)
     check_count("round_to", round_to)
-    scorer = as_unit_importance(importance, example_inputs, forward_fn)
+    scorer = as_unit_importance(importance)
     _check_threshold(scorer, target, scope)
     if verify and example_inputs is None:
         raise ArgumentError("Expected `example_inputs` to verify with, got None.")
     if groups is None:
-        found = find_groups(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
+        units = find_units(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
     else:
-        found = without_ignored(inner, groups, ignored)
+        units = Units(without_ignored(inner, groups, ignored))
+    found = units.groups
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
     run = Shrinking(inner, found, scorer, costs)
     try:
@@ -130,7 +136,8 @@ def shrink(
     except BaseException:
         run.undo()
         raise
-    return _report(run, target, sparsity, plan, difference, counted=example_inputs is not None)
+    counted = example_inputs is not None
+    return _report(run, target, sparsity, plan, difference, units.left_out, counted=counted)
 
 
 def _shrinkable(model: nn.Module) -> nn.Module:
@@ -189,6 +196,7 @@ def _report(
     sparsity: float | None,
     plan: ShrinkPlan,
     difference: float | None,
+    left_out: Mapping[str, str],
     *,
     counted: bool,
 ) -> ShrinkReport:
@@ -206,4 +214,5 @@ def _report(
         plan=plan,
         difference=difference,
         steps=run.steps,
+        left_out=left_out,
     )
