@@ -88,9 +88,19 @@ class UnitImportance(_HostImportance):
         Returns:
             One score for each of ``group[0].idxs``, in their order; ``None`` where the group cannot
             be told apart unit by unit or :meth:`score` has nothing to say, which the host skips.
+            For the regularising pruners see
+            :func:`~torchprune_bayes.structured._host_scores.for_regulariser`.
         """
+        from torchprune_bayes.structured import _host_scores
         from torchprune_bayes.structured.tracing import unit_group
 
         model = group._DG.model
         converted = unit_group(group, model)
-        return None if converted is None else self.score(converted, model)
+        scores = None if converted is None else self.score_of(group, converted, model)
+        if _host_scores.asked_by_regulariser():
+            return _host_scores.for_regulariser(scores, len(group[0].idxs))
+        return scores
+
+    def score_of(self, group: Any, converted: UnitGroup, model: nn.Module) -> Tensor | None:
+        """Score a group of torch-pruning's that was converted; :meth:`score` unless overridden."""
+        return self.score(converted, model)

@@ -139,7 +139,7 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ArgumentTypeError, match="got neither"):
         OPDImportance()
     with pytest.raises(ArgumentTypeError, match="got both"):
-        OPDImportance(posterior, calibration=_calibration(model))
+        OPDImportance(_calibration(model), posterior=posterior)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"members": "heads"}, "members"),
         ({"mode": "saliency"}, "mode"),

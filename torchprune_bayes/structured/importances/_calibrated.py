@@ -24,7 +24,7 @@ class CalibratedImportance(UnitImportance):
 
     Subclasses write :meth:`measure`. Every time takes a further draw of the samples. In the host's
     pruners, which announce no step, the scores are taken when a first group asks for its own, and
-    again when weights have moved or that group has lost units since.
+    again when weights of the model have moved or were cut since.
 
     Args:
         calibration: Data, model and loss; its own list of parameters does not matter.
@@ -42,7 +42,7 @@ class CalibratedImportance(UnitImportance):
         self.calibration = calibration
         self._draws = 0
         self._scores: dict[str, Tensor | None] = {}
-        self._seen: list[tuple[weakref.ref[nn.Parameter], int]] = []
+        self._versions: Versions | None = None
 
     @abstractmethod
     def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
@@ -63,43 +63,62 @@ class CalibratedImportance(UnitImportance):
             AlignmentError: If the model is not the one of the calibration.
             CalibrationError: If the data gives no usable gradients.
         """
-        if model is not self.calibration.model:
-            raise AlignmentError(
-                "Expected the model of the calibration, without wrappers, got another one."
-            )
+        check_model(model, self.calibration)
         inner = [group for group in groups if pieces_of(group, "consumer")]
         found = self.measure(self.calibration.fresh(self._draws), inner) if inner else {}
         self._scores = {group.name: found.get(group.name) for group in groups}
         self._draws += 1
-        self._seen = [(weakref.ref(p), p._version) for p in model.parameters()]
+        self._versions = Versions(model)
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
         """Return the scores of a group; ``None`` if nothing reads it, as the model's outputs."""
         if not pieces_of(group, "consumer"):
             return None
-        if self._is_stale(group):
+        if self._is_stale(group, model):
             self.prepare(model, [group])
         return self._scores.get(group.name)
 
-    def __call__(self, group: Any) -> Tensor | None:
+    def score_of(self, group: Any, converted: UnitGroup, model: nn.Module) -> Tensor | None:
         """Score a group of torch-pruning's; the first one has all others scored with it."""
-        model = group._DG.model
-        converted = unit_group(group, model)
-        if converted is None:
-            return None
-        if pieces_of(converted, "consumer") and self._is_stale(converted):
+        if pieces_of(converted, "consumer") and self._is_stale(converted, model):
             everything = (unit_group(each, model) for each in group._DG.get_all_groups())
             found = {each.name: each for each in everything if each is not None}
             self.prepare(model, [*(found | {converted.name: converted}).values()])
         return self.score(converted, model)
 
-    def _is_stale(self, group: UnitGroup) -> bool:
-        """Whether these units were not scored, or weights that are still there have moved."""
+    def _is_stale(self, group: UnitGroup, model: nn.Module) -> bool:
+        """Whether these units were not scored, or the model has changed since."""
         held = self._scores.get(group.name)
         if group.name not in self._scores or (held is not None and len(held) != group.units):
             return True
-        present = ((reference(), version) for reference, version in self._seen)
-        return any(p is not None and p._version != version for p, version in present)
+        return self._versions is None or self._versions.changed(model)
+
+
+class Versions:
+    """The weights of a model at one time, to find out whether they have moved or were cut."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen = [(weakref.ref(p), p._version) for p in model.parameters()]
+
+    def changed(self, model: nn.Module) -> bool:
+        """Whether one was written to or replaced since."""
+        present = list(model.parameters())
+        return len(present) != len(self._seen) or any(
+            reference() is not parameter or parameter._version != version
+            for parameter, (reference, version) in zip(present, self._seen, strict=True)
+        )
+
+
+def check_model(model: nn.Module, calibration: Calibration) -> None:
+    """Refuse another model than the calibration's.
+
+    Raises:
+        AlignmentError: In this case.
+    """
+    if model is not calibration.model:
+        raise AlignmentError(
+            "Expected the model of the calibration, without wrappers, got another one."
+        )
 
 
 def pieces_of(group: UnitGroup, *roles: str) -> list[UnitSlice]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
+from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.laplace import Posterior
-from torchprune_bayes.structured.groups import Kept, UnitGroup, UnitSlice
-from torchprune_bayes.structured.importance import UnitImportance
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.importances._calibrated import pieces_of
+from torchprune_bayes.structured.importances._posterior import PosteriorImportance
 
 
-class LaplaceEvidenceImportance(UnitImportance):
+class LaplaceEvidenceImportance(PosteriorImportance):
     """Minus the change of the log evidence when nothing reads a unit any more.
 
     The change is the Savage-Dickey ratio of arXiv:2406.01345, equation 6, for Gaussian posteriors,
@@ -22,13 +24,25 @@ class LaplaceEvidenceImportance(UnitImportance):
     "evidence")`` what has a score below zero goes, and no more.
 
     Args:
+        calibration: Data, model and loss: the posterior is fitted here, before every step and
+            whenever weights have moved or were cut, with the prior of highest evidence. Or a
+            posterior, as below.
         posterior: A Laplace posterior at the model's weights, of all layers that are to shrink.
+            Over the steps of :func:`~torchprune_bayes.structured.shrink` its evidence is cut along
+            with the model; after a cut by another pruner it is refused.
         tau: Evidence against the removal of a unit that is put up with; 0 is exact.
+        prior: Structure of the prior to fit.
+        options: Of the fit, see :class:`~torchprune_bayes.laplace.LaplaceOptions`.
 
-    Cost: elementwise, in float64; eight bytes for each weight of the posterior.
+    Raises:
+        ArgumentError: If an option has an impossible value.
+        ArgumentTypeError: If there is not one of calibration and posterior.
+
+    Cost: elementwise, in float64; eight bytes for each weight of the posterior, and with a
+    calibration one or a few passes over the data at every step.
 
     Example:
-        >>> from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
+        >>> from torchprune_bayes.structured.groups import UnitSlice
         >>> layer = nn.Linear(2, 1)
         >>> with torch.no_grad():
         ...     _ = layer.weight.copy_(torch.tensor([[2.0, 0.1]]))
@@ -41,18 +55,17 @@ class LaplaceEvidenceImportance(UnitImportance):
 
     threshold = 0.0
 
-    def __init__(self, posterior: Posterior, *, tau: float = 0.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        calibration: Calibration | Posterior | None = None,
+        *,
+        posterior: Posterior | None = None,
+        tau: float = 0.0,
+        prior: str = "layerwise",
+        **options: Any,
+    ) -> None:
         self.tau = tau
-        self._taken = {
-            name: delta_f_gaussian(mean, posterior.variance(name), posterior.prior.values(name))
-            for name, mean in posterior.mean.items()
-        }
-        self._current = dict(self._taken)
-
-    def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
-        """Start from the evidence as it was taken."""
-        self._current = dict(self._taken)
+        super().__init__(calibration, posterior, _evidence_changes, prior=prior, options=options)
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
         """Minus the joint change of each unit.
@@ -63,35 +76,20 @@ class LaplaceEvidenceImportance(UnitImportance):
 
         Returns:
             Float64 ``[units]``; ``None`` where a layer that reads them is not in the posterior.
+
+        Raises:
+            AlignmentError: If the posterior is of other shapes than the model.
         """
-        readers = [piece for piece in group.slices if piece.role == "consumer"]
-        if not readers or any(piece.name not in self._current for piece in readers):
+        readers = pieces_of(group, "consumer")
+        changes = list(self.sums(group, model, readers))
+        if not readers or len(changes) < len(readers):
             return None
-        total = torch.stack([self._change_of(piece) for piece in readers]).sum(0)
-        return -(total + self.tau)
+        return -(torch.stack(changes).sum(0) + self.tau)
 
-    def update(self, model: nn.Module, groups: Sequence[UnitGroup], kept: Kept) -> None:
-        """Follow a cut. No weights move."""
-        gone: dict[str, dict[int, list[Tensor]]] = {}
-        for group in groups:
-            if group.name not in kept:
-                continue
-            stays = torch.zeros(group.units, dtype=torch.bool)
-            stays[kept[group.name].cpu()] = True
-            for piece in group.slices:
-                if piece.name in self._current:
-                    dims = gone.setdefault(piece.name, {})
-                    dims.setdefault(piece.dim, []).append(piece.positions.cpu()[~stays].flatten())
-        for name, dims in gone.items():
-            for dim, entries in dims.items():
-                change = self._current[name]
-                stay = torch.ones(change.shape[dim], dtype=torch.bool)
-                stay[torch.cat(entries)] = False
-                self._current[name] = change.index_select(
-                    dim, stay.nonzero().flatten().to(change.device)
-                )
 
-    def _change_of(self, piece: UnitSlice) -> Tensor:
-        change = self._current[piece.name]
-        columns = change.movedim(piece.dim, 0).flatten(1).sum(1)
-        return columns[piece.positions.to(columns.device)].sum(1).cpu()
+def _evidence_changes(posterior: Posterior) -> dict[str, Tensor]:
+    """``ΔF`` of each weight."""
+    return {
+        name: delta_f_gaussian(mean, posterior.variance(name), posterior.prior.values(name))
+        for name, mean in posterior.mean.items()
+    }
