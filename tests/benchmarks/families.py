@@ -224,7 +224,7 @@ def examine(case: Case, sparsity: float) -> Row:
     model.eval()  # the pass above gave batch norms their statistics
     twin = copy.deepcopy(model)
     report = shrink(
-        model, case.inputs, L1Importance(), sparsity=sparsity, target="channels", scope="layer"
+        model, case.inputs, L1Importance(), sparsity=sparsity, target="channels", allocation="layer"
     )
     zero_units(twin, report.plan)
     with torch.no_grad():

@@ -91,7 +91,7 @@ def activation_peak(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 def shrunk(model: nn.Module, inputs: Mapping[str, Tensor], sparsity: float) -> nn.Module:
     """A shrunk copy."""
     small = copy.deepcopy(model)
-    shrink(small, inputs, L1FilterImportance(), sparsity=sparsity, scope="layer")
+    shrink(small, inputs, L1FilterImportance(), sparsity=sparsity, allocation="layer")
     return small
 
 

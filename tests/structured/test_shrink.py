@@ -192,7 +192,7 @@ def test_an_importance_of_the_host_passes_unchanged():
         group[0].dep.target.name.split(" ")[0]: importance(group)
         for group in graph.get_all_groups()
     }
-    report = shrink(model, inputs, importance, sparsity=0.3, target="channels", scope="layer")
+    report = shrink(model, inputs, importance, sparsity=0.3, target="channels", allocation="layer")
     lowest = expected["4.conv1"].argsort()[: 12 - len(report.plan.kept["4.conv1.weight"][0])]
     gone = set(range(12)) - set(report.plan.kept["4.conv1.weight"][0].tolist())
     assert gone == set(lowest.tolist())
@@ -327,7 +327,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sparsity": 1.0}, ArgumentError, r"`sparsity` in \[0, 1\)"),
     ({"sparsity": None}, ArgumentTypeError, "`sparsity` to be a number"),
     ({"target": "weights"}, ArgumentError, "`target` to be one of"),
-    ({"scope": "block"}, ArgumentError, "`scope` to be one of"),
+    ({"allocation": "block"}, ArgumentError, "`allocation` to be one of"),
     ({"steps": 0}, ArgumentError, "`steps` of at least 1"),
     ({"steps": [0.2, 0.1, 0.3]}, ArgumentError, "`steps` to rise to the sparsity"),
     ({"steps": [0.2]}, ArgumentError, "`steps` to rise to the sparsity"),

@@ -19,8 +19,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
+from torchprune_bayes.structured.curves import LossCurve, measure_curves
 from torchprune_bayes.structured.groups import AttributeRule, Kept, UnitGroup, UnitSlice
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
+from torchprune_bayes.structured.repair import LayerRepair, Repair, RepairReport, repair
 from torchprune_bayes.structured.saving import load_shrunk, save_shrunk
 from torchprune_bayes.structured.shrink import shrink
 from torchprune_bayes.structured.slicing import (
@@ -30,19 +32,24 @@ from torchprune_bayes.structured.slicing import (
     plan_of,
     zero_units,
 )
-from torchprune_bayes.structured.tracing import Units, find_groups, find_units
+from torchprune_bayes.structured.tracing import find_groups
 from torchprune_bayes.structured.unit_costs import UnitCosts
 
 __all__ = [
     "Amount",
     "AttributeRule",
     "BMRSImportance",
+    "ConsumerGateFisherImportance",
     "GroupChange",
     "Kept",
     "L1FilterImportance",
     "LaplaceEvidenceImportance",
+    "LayerRepair",
+    "LossCurve",
     "OPDImportance",
     "RandomImportance",
+    "Repair",
+    "RepairReport",
     "SNAPitImportance",
     "ShrinkPlan",
     "ShrinkReport",
@@ -50,15 +57,15 @@ __all__ = [
     "UnitGroup",
     "UnitImportance",
     "UnitSlice",
-    "Units",
     "WoodFisherImportance",
     "apply_plan",
     "find_groups",
-    "find_units",
     "groups_after",
     "halving_path",
     "load_shrunk",
+    "measure_curves",
     "plan_of",
+    "repair",
     "save_shrunk",
     "shrink",
     "slice_ema",
@@ -70,6 +77,7 @@ if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
     from torchprune_bayes.structured.importances import (
         BMRSImportance,
+        ConsumerGateFisherImportance,
         L1FilterImportance,
         LaplaceEvidenceImportance,
         OPDImportance,
@@ -81,6 +89,7 @@ if TYPE_CHECKING:
 
 _IMPORTANCES = (
     "BMRSImportance",
+    "ConsumerGateFisherImportance",
     "L1FilterImportance",
     "LaplaceEvidenceImportance",
     "OPDImportance",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import Kind
+from torchprune_bayes.structured.repair import RepairReport
 from torchprune_bayes.structured.slicing import ShrinkPlan
 
 
@@ -57,12 +59,12 @@ class ShrinkReport:
         flops: FLOPs of one forward pass on the example inputs; ``None`` without these.
         groups: What each group lost.
         plan: Which indices of which tensors stay, from the first model to the last.
-        difference: Largest difference between the outputs of the shrunk model and of the whole one
-            with the same units zeroed, relative to the largest output, on copies with moved weights
-            and on two inputs; ``None`` if not verified.
+        difference: Largest difference, on the example inputs, between the outputs of the shrunk
+            model and of the whole one with the same units zeroed; ``None`` if not verified.
         steps: How many steps removed something.
-        left_out: Groups that cannot be cut, by the layer that makes their units, each with the
-            reason.
+        curves: The loss curves that the last step measured, see
+            :class:`~torchprune_bayes.structured.curves.LossCurve`.
+        repairs: What the repair of each step did.
     """
 
     target: str
@@ -74,7 +76,8 @@ class ShrinkReport:
     plan: ShrinkPlan
     difference: float | None
     steps: int
-    left_out: Mapping[str, str] = field(default_factory=dict)
+    curves: Sequence[LossCurve] = ()
+    repairs: Sequence[RepairReport] = ()
 
     def __str__(self) -> str:
         width = max([len(group.name) for group in self.groups], default=0)
@@ -84,8 +87,8 @@ class ShrinkReport:
         lines.append(f"units       {self.units}")
         if self.difference is not None:
             lines.append(f"masked and shrunk outputs differ by at most {self.difference:.1e}")
+        lines += [str(repaired) for repaired in self.repairs]
         lines += [
             f"  {group.name:<{width}}  {group.kind:<7}  {group.units}" for group in self.groups
         ]
-        lines += [f"left whole: `{name}`, since {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)

@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.structured._forward import ForwardFunction
+from torchprune_bayes.structured._recipe import Recipe
 from torchprune_bayes.structured._replacement import Change
-from torchprune_bayes.structured._verification import check_equal
+from torchprune_bayes.structured._verification import check_equal, outputs_of, padded_outputs
+from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.ranking import (
-    Line,
-    Scope,
-    blocks_below,
-    blocks_to_reach,
-    line_up,
-)
+from torchprune_bayes.structured.ranking import Line, blocks_below, blocks_to_reach
+from torchprune_bayes.structured.repair import RepairReport, cut_with, repair
 from torchprune_bayes.structured.slicing import (
     ShrinkPlan,
     apply_plan,
+    first_names,
     groups_after,
     plan_of,
 )
 from torchprune_bayes.structured.unit_costs import UnitCosts
-from torchprune_bayes.wiring._forward import ForwardFunction
-
-if TYPE_CHECKING:
-    from torchprune_bayes.structured.importance import UnitImportance
 
 Target: TypeAlias = Literal["params", "channels", "flops", "evidence"]
 
@@ -39,7 +36,7 @@ class Shrinking:
     Args:
         model: The model, without wrappers; changed in place.
         groups: Its groups.
-        importance: Scores the units anew in every step.
+        recipe: How units are scored, ranked and made up for, anew in every step.
         costs: Costs of the whole model.
     """
 
@@ -47,29 +44,33 @@ class Shrinking:
         self,
         model: nn.Module,
         groups: Sequence[UnitGroup],
-        importance: UnitImportance,
+        recipe: Recipe,
         costs: UnitCosts,
     ) -> None:
-        self.model, self.importance, self.costs = model, importance, costs
+        self.model, self.recipe, self.costs = model, recipe, costs
         self.original, self.groups = list(groups), list(groups)
         self.alive = {group.name: torch.arange(group.units) for group in groups}
         self.changes: list[Change] = []
         self.steps = 0
+        self.curves: list[LossCurve] = []
+        self.repairs: list[RepairReport] = []
         self._prepared = False
 
-    def step(
-        self, target: Target, sparsity: float | None, scope: Scope, min_keep: int, round_to: int
-    ) -> None:
+    def step(self, target: Target, sparsity: float | None) -> None:
         """Score what is left and remove what it takes to reach a sparsity of the whole."""
-        if self.importance.needs_recalibration or not self._prepared:
-            self.importance.prepare(self.model, self.groups)
+        importance = self.recipe.importance
+        if importance.needs_recalibration or not self._prepared:
+            importance.prepare(self.model, self.groups)
             self._prepared = True
         scores = {
             group.name: found
             for group in self.groups
-            if (found := self.importance.score(group, self.model)) is not None
+            if (found := importance.score(group, self.model)) is not None
         }
-        line = line_up(self.groups, scores, scope=scope, min_keep=min_keep, round_to=round_to)
+        resource = None if target == "evidence" else target
+        line, self.curves = self.recipe.line(
+            self.model, self.groups, scores, self.costs, resource, self.steps
+        )
         kept = line.kept(self._blocks(line, target, sparsity))
         if kept:
             self._cut(kept)
@@ -97,18 +98,30 @@ class Shrinking:
     def difference(
         self, plan: ShrinkPlan, example_inputs: Any, forward_fn: ForwardFunction | None
     ) -> float:
-        """Compare the whole model after the cut with itself, with zeros in place of what is gone.
+        """Compare the present model with the whole one that has zeros in place of what is gone.
 
         Raises:
-            ArgumentError: If there is nothing to compare.
-            ParameterError: If the cut model does not run.
+            ParameterError: If the present model does not run.
             NumericalError: If they compute different things.
         """
+        _, tensors = first_names(self.model)
+        moved = [name for change in self.changes for name in sorted(change.names)]
+        final: Mapping[str, Tensor] = {
+            name: tensors[name] for name in dict.fromkeys([*plan.kept, *moved])
+        }
+        try:
+            shrunk = outputs_of(self.model, example_inputs, forward_fn)
+        except Exception as error:
+            raise ParameterError(
+                f"Expected the shrunk model to run on the example inputs, got {error}: its wiring "
+                "is not understood, and the model is left as it was."
+            ) from error
         self.undo()
         try:
-            return check_equal(self.model, plan, example_inputs, forward_fn)
+            masked = padded_outputs(self.model, plan, final, example_inputs, forward_fn)
         finally:
             self._redo()
+        return check_equal(masked, shrunk)
 
     def undo(self) -> None:
         """Put everything back that was there at the start."""
@@ -121,15 +134,29 @@ class Shrinking:
 
     def _blocks(self, line: Line, target: Target, sparsity: float | None) -> int:
         if target == "evidence" or sparsity is None:
-            threshold = self.importance.threshold
+            threshold = self.recipe.importance.threshold
             return 0 if threshold is None else blocks_below(line, threshold)
         return blocks_to_reach(line, self.costs, target, sparsity)
 
     def _cut(self, kept: Mapping[str, Tensor]) -> None:
-        values = self.importance.update(self.model, self.groups, kept)
+        values = self.recipe.importance.update(self.model, self.groups, kept)
         plan = plan_of(self.model, self.groups, kept)
-        self.changes.append(apply_plan(self.model, plan, values=values))
+        calibration = self._repairs_with(values)
+        if calibration is None:
+            self.changes.append(apply_plan(self.model, plan, values=values))
+        else:
+            found = repair(calibration, self.groups, kept)
+            change, report = cut_with(calibration, self.groups, plan, found)
+            self.changes.append(change)
+            self.repairs.append(report)
         self.groups = groups_after(self.groups, plan, kept)
         for name, units in kept.items():
             self.alive[name] = self.alive[name][units]
         self.steps += 1
+
+    def _repairs_with(self, values: Mapping[str, Tensor] | None) -> Calibration | None:
+        """The data to repair with, unless the importance has moved the weights already."""
+        calibration, wanted = self.recipe.calibration, self.recipe.repair
+        if calibration is None or wanted == "none" or (wanted == "auto" and values is not None):
+            return None
+        return calibration.fresh(self.steps)

@@ -29,6 +29,9 @@ class UnitImportance(_HostImportance):
     Attributes:
         threshold: Scores below it speak for removal whatever the sparsity; zero for evidences,
             ``None`` where scores have no absolute meaning.
+        joint: Whether a score estimates what the loss, or the evidence, loses with the unit as a
+            whole, in the same measure for units of any kind. Such scores are divided by what the
+            unit costs, in the resource that a sparsity counts.
         needs_recalibration: Whether :meth:`prepare` must see the model again after every step of
             shrinking, rather than once before the first.
 
@@ -41,6 +44,7 @@ class UnitImportance(_HostImportance):
     """
 
     threshold: float | None = None
+    joint: bool = False
     needs_recalibration: bool = False
 
     def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:

@@ -29,7 +29,7 @@ class Line:
         groups: The groups.
         group: For each block, the index of its group.
         size: For each block, its number of units.
-        score: For each block, the mean score of its units.
+        score: For each block, the mean score of its units, or of the values given instead.
         order: For each group, its units in the order in which they go.
     """
 
@@ -62,6 +62,7 @@ def line_up(
     groups: Sequence[UnitGroup],
     scores: Mapping[str, Tensor],
     *,
+    values: Mapping[str, Tensor] | None = None,
     scope: Scope = "global",
     min_keep: int = 1,
     round_to: int = 1,
@@ -75,7 +76,9 @@ def line_up(
     Args:
         groups: The groups.
         scores: One score for each unit, by the name of the group; a missing group stays whole.
-        scope: ``"global"`` compares scores between groups; ``"layer"`` compares ranks within their
+        values: For each group, what its units are compared by with those of other groups, in the
+            order in which they go, never falling; by default their scores.
+        scope: ``"global"`` compares values between groups; ``"layer"`` compares ranks within their
             group instead, so that all groups lose the same fraction.
         min_keep: Units that every group keeps.
         round_to: Multiple for the units that are left in a group that loses some.
@@ -103,7 +106,8 @@ def line_up(
         ascending, order[group.name] = _checked(group, scores[group.name]).sort(stable=True)
         sizes = torch.tensor(_blocks(group.units, min_keep, round_to), dtype=torch.long)
         by_rank = sizes.cumsum(0).double() / group.units
-        keys = by_rank if scope == "layer" else _means(ascending, sizes)
+        compared = ascending if values is None else values[group.name].double().cpu()
+        keys = by_rank if scope == "layer" else _means(compared, sizes)
         parts.append((torch.full_like(sizes, index), sizes, keys))
     if not parts:
         empty = torch.zeros(0, dtype=torch.long)

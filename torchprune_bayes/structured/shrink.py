@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from torchprune_bayes._checks import check_choice, check_count, check_fraction
+from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
+from torchprune_bayes.structured._forward import ForwardFunction
+from torchprune_bayes.structured._recipe import Recipe, Repairing
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
 from torchprune_bayes.structured._shrinking import Shrinking, Target
+from torchprune_bayes.structured.allocation import Allocation
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
-from torchprune_bayes.structured.ranking import Scope
 from torchprune_bayes.structured.slicing import ShrinkPlan
-from torchprune_bayes.structured.tracing import (
-    Units,
-    check_plain,
-    find_units,
-    without_ignored,
-)
+from torchprune_bayes.structured.tracing import check_plain, find_groups, without_ignored
 from torchprune_bayes.structured.unit_costs import UnitCosts
-from torchprune_bayes.wiring._forward import ForwardFunction
 
 if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
@@ -33,12 +30,15 @@ if TYPE_CHECKING:
 def shrink(
     model: nn.Module,
     example_inputs: Any,
-    importance: UnitImportance | Any,
+    importance: Calibration | UnitImportance | Any,
     *,
     sparsity: float | None = None,
     target: Target = "params",
     steps: int | Sequence[float] = 1,
-    scope: Scope = "global",
+    calibration: Calibration | None = None,
+    allocation: Allocation | None = None,
+    repair: Repairing = "auto",
+    evaluations: int = 60,
     min_keep: int = 1,
     round_to: int = 1,
     ignored: Collection[nn.Module | str] = (),
@@ -50,31 +50,49 @@ def shrink(
 ) -> ShrinkReport:
     """Remove the least important channels, hidden units or heads of a model for good.
 
-    The units go in the order of their scores, until exactly as many are gone as it takes: with one
-    unit less (or one block of ``round_to``), the sparsity would not be reached. Then the shrunk
-    model is compared on the example inputs with the whole one in which the same units are zeroed.
-    If this or anything else fails, the model is as it was.
+    With a calibration in the place of the importance, the recommended way, units are scored by
+    :class:`~torchprune_bayes.structured.ConsumerGateFisherImportance`, shared out between groups by
+    measured loss curves, and made up for by least squares.
+
+    The units go in order until exactly as many are gone as it takes: with one unit less (or one
+    block of ``round_to``), the sparsity would not be reached. Then the shrunk model is compared on
+    the example inputs with the whole one in which the same units are zeroed. If this or anything
+    else fails, the model is as it was.
 
     Args:
         model: The model; changed in place. ``DataParallel`` and ``torch.compile`` are looked
             through. Cut parameters are new objects, so hand over an optimizer, or build it after.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; ``None``
             for a model of a served family, without FLOPs and verification.
-        importance: An importance of this library, or one of torch-pruning's.
+        importance: A calibration, an importance of this library, or one of torch-pruning's.
         sparsity: Fraction of the whole, in [0, 1), that is to be gone.
         target: What the sparsity counts: ``"params"`` or ``"flops"`` of the whole model, with the
             classifier and all else that cannot be removed, or ``"channels"``, that is, units of
             all groups that are not ignored. ``"evidence"`` takes no sparsity and removes all units
             that score below ``importance.threshold``.
         steps: In how many equal steps, each with new scores, or the sparsities after each step.
-        scope: ``"global"`` compares scores between groups; with ``"layer"`` all groups lose the
-            same fraction of their units.
+        calibration: Data, model and loss for curves and repair; by default those of the importance,
+            where it has some.
+        allocation: What units of different groups are compared by. ``"global"``: their scores,
+            divided by what a unit costs in the target's resource where a score speaks for the unit
+            as a whole (``importance.joint``). ``"measured"``: the slopes of loss curves, measured
+            for one group after the other and made convex, divided by the cost, see
+            :func:`~torchprune_bayes.structured.curves.measure_curves`. ``"layer"``: all groups lose
+            the same fraction of their units. ``"isomorphic"``: so do all classes of groups that are
+            wired alike. The default is ``"measured"`` with a calibration in the place of the
+            importance, else ``"global"``.
+        repair: ``"least_squares"`` fits all layers that read what goes on the units that stay, and
+            takes statistics of batch norms anew, see :func:`~torchprune_bayes.structured.repair`;
+            the weights are kept as they are if the loss on held-out samples is higher after it.
+            ``"auto"`` does so where there is a calibration and the importance moves no weights
+            itself; ``"none"`` does not.
+        evaluations: Points of all measured curves together, each one evaluation of the loss.
         min_keep: Units that every group keeps.
         round_to: Multiple for the number of units left in a group that loses some.
         ignored: Modules, names of modules, or names of groups to leave whole.
         groups: The groups, if they are known; otherwise :func:`find_groups` finds them.
         optimizer: Follows: its parameters are exchanged and its state is cut.
-        ema: Averaged copies of the model, cut in the same way.
+        ema: Averaged copies of the model, cut in the same way; they are not repaired.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
         verify: Whether to compare with the masked model.
 
@@ -85,11 +103,13 @@ def shrink(
         ArgumentError: If an argument has an impossible value, or floors and ignored layers do not
             allow the sparsity.
         ArgumentTypeError: If an argument has the wrong type.
+        AlignmentError: If the calibration is of another model.
         ParameterError: If the model is masked, parametrized, sharded or distributed, or cannot be
             served.
         NumericalError: If the shrunk model does not compute what the masked one computes.
 
-    Cost: scoring, and about ten forward passes. Old tensors are held until the end.
+    Cost: scoring, and three forward passes; measured curves take an evaluation of the loss for each
+    point, and a repair about three. Old tensors are held until the end.
 
     Example:
         >>> import torch
@@ -105,27 +125,31 @@ def shrink(
         >>> print(report.parameters)
         58 -> 30 (-48.3%)
     """
-    from torchprune_bayes.structured._host_importance import as_unit_importance
-
     inner = _shrinkable(model)
     wanted = _targets(sparsity, target, steps)
-    check_choice("scope", scope, ("global", "layer"))
-    check_count("min_keep", min_keep)
-    check_count("round_to", round_to)
-    scorer = as_unit_importance(importance)
-    _check_threshold(scorer, target, scope)
+    recipe = Recipe.of(
+        inner,
+        importance,
+        calibration,
+        allocation,
+        repair,
+        tracing=(example_inputs, forward_fn),
+        evaluations=evaluations,
+        min_keep=min_keep,
+        round_to=round_to,
+    )
+    _check_threshold(recipe, target)
     if verify and example_inputs is None:
         raise ArgumentError("Expected `example_inputs` to verify with, got None.")
     if groups is None:
-        units = find_units(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
+        found = find_groups(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
     else:
-        units = Units(without_ignored(inner, groups, ignored))
-    found = units.groups
+        found = without_ignored(inner, groups, ignored)
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
-    run = Shrinking(inner, found, scorer, costs)
+    run = Shrinking(inner, found, recipe, costs)
     try:
         for fraction in wanted:
-            run.step(target, fraction, scope, min_keep, round_to)
+            run.step(target, fraction)
         plan = run.whole_plan()
         difference = run.difference(plan, example_inputs, forward_fn) if verify else None
         replaced = run.replaced()
@@ -136,8 +160,7 @@ def shrink(
     except BaseException:
         run.undo()
         raise
-    counted = example_inputs is not None
-    return _report(run, target, sparsity, plan, difference, units.left_out, counted=counted)
+    return _report(run, target, sparsity, plan, difference, counted=example_inputs is not None)
 
 
 def _shrinkable(model: nn.Module) -> nn.Module:
@@ -154,11 +177,12 @@ def _shrinkable(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _check_threshold(importance: UnitImportance, target: str, scope: str) -> None:
-    if target == "evidence" and (importance.threshold is None or scope != "global"):
+def _check_threshold(recipe: Recipe, target: str) -> None:
+    threshold = recipe.importance.threshold
+    if target == "evidence" and (threshold is None or recipe.allocation != "global"):
         raise ArgumentError(
-            "Expected an importance with a threshold and the global scope for "
-            f"target='evidence', got threshold={importance.threshold} and scope={scope!r}."
+            "Expected an importance with a threshold and allocation='global' for "
+            f"target='evidence', got threshold={threshold} and allocation={recipe.allocation!r}."
         )
 
 
@@ -196,7 +220,6 @@ def _report(
     sparsity: float | None,
     plan: ShrinkPlan,
     difference: float | None,
-    left_out: Mapping[str, str],
     *,
     counted: bool,
 ) -> ShrinkReport:
@@ -214,5 +237,6 @@ def _report(
         plan=plan,
         difference=difference,
         steps=run.steps,
-        left_out=left_out,
+        curves=run.curves,
+        repairs=run.repairs,
     )

@@ -51,7 +51,7 @@ def test_half_of_the_units_go_and_the_optimizer_follows(name: str) -> None:
         ProducerNorm(),
         sparsity=0.5,
         target="channels",
-        scope="layer",
+        allocation="layer",
         optimizer=optimizer,
     )
     assert all(change.units.after == change.units.before // 2 for change in report.groups)

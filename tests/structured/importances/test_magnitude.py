@@ -29,7 +29,7 @@ def test_the_smallest_filters_of_each_layer_go(name):
     groups = find_groups(model, inputs)
     scores = {group.name: L1FilterImportance().score(group, model) for group in groups}
     report = shrink(
-        model, inputs, L1FilterImportance(), sparsity=0.25, target="channels", scope="layer"
+        model, inputs, L1FilterImportance(), sparsity=0.25, target="channels", allocation="layer"
     )
     gone = 0
     for group in groups:
@@ -52,7 +52,7 @@ def test_an_importance_of_the_host_passes_through():
     model, inputs = build("resnet"), images()
     importance = tp.importance.GroupMagnitudeImportance(p=2)
     before = {group.name: group.units for group in find_groups(model, inputs)}
-    report = shrink(model, inputs, importance, sparsity=0.5, target="channels", scope="layer")
+    report = shrink(model, inputs, importance, sparsity=0.5, target="channels", allocation="layer")
     assert report.units.before == sum(before.values())
     assert all(change.units.after == change.units.before // 2 for change in report.groups)
     graph = tp.DependencyGraph().build_dependency(build("resnet"), (inputs,))

@@ -1,6 +1,9 @@
 """Importances of units, one published method each."""
 
 from torchprune_bayes.structured.importances.bmrs import BMRSImportance
+from torchprune_bayes.structured.importances.consumer_gate_fisher import (
+    ConsumerGateFisherImportance,
+)
 from torchprune_bayes.structured.importances.laplace_evidence import LaplaceEvidenceImportance
 from torchprune_bayes.structured.importances.magnitude import L1FilterImportance
 from torchprune_bayes.structured.importances.opd import OPDImportance
@@ -10,6 +13,7 @@ from torchprune_bayes.structured.importances.woodfisher import WoodFisherImporta
 
 __all__ = [
     "BMRSImportance",
+    "ConsumerGateFisherImportance",
     "L1FilterImportance",
     "LaplaceEvidenceImportance",
     "OPDImportance",

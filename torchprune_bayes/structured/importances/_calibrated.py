@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
-from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.structured._host_groups import unit_group
+from torchprune_bayes.structured._space import space_of
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importance import UnitImportance
-from torchprune_bayes.structured.slicing import first_names
+
+__all__ = ["CalibratedImportance", "pieces_of", "space_of", "sums_along"]
 
 
 class CalibratedImportance(UnitImportance):
@@ -126,40 +126,8 @@ def pieces_of(group: UnitGroup, *roles: str) -> list[UnitSlice]:
     return [piece for piece in group.slices if piece.role in roles]
 
 
-def space_of(
-    model: nn.Module, pieces: Sequence[UnitSlice]
-) -> tuple[ParameterSpace, dict[str, str]]:
-    """Return the parameters that pieces lie in, frozen ones too, and their names by any name.
-
-    Args:
-        model: The model, without wrappers.
-        pieces: Pieces of its groups; buffers are left out.
-    """
-    first, tensors = first_names(model)
-    names = {piece.name: first[piece.name] for piece in pieces}
-    names = {name: own for name, own in names.items() if isinstance(tensors[own], nn.Parameter)}
-    wanted = set(names.values())
-    with _thawed([tensors[name] for name in wanted]):
-        places = (name.rpartition(".") for name in tensors if name in wanted)
-        pairs = [(model.get_submodule(path), local) for path, _, local in places]
-        return ParameterSpace(model, pairs), names
-
-
 def sums_along(values: Tensor, piece: UnitSlice) -> Tensor:
     """Sum a tensor over all that each unit owns of it: float64 ``[units]``."""
     lines = values.double().movedim(piece.dim, 0).flatten(1) if values.ndim > 1 else values.double()
     along = lines.sum(1) if values.ndim > 1 else lines
     return along[piece.positions.to(along.device)].sum(1)
-
-
-@contextmanager
-def _thawed(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let frozen parameters pass for trainable: a layer that does not train can still be cut."""
-    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
-    for tensor in frozen:
-        tensor.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for tensor in frozen:
-            tensor.requires_grad_(False)

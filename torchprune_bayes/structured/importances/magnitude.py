@@ -15,8 +15,8 @@ class L1FilterImportance(UnitImportance):
 
     `Pruning Filters for Efficient ConvNets (Li et al., 2017) <https://arxiv.org/abs/1608.08710>`_
     removes the filters with the smallest sum of absolute weights in each layer, which is
-    ``shrink(..., scope="layer")``. Divided by their number, the order within a layer is the same,
-    and layers of different size can be compared. Biases do not count.
+    ``shrink(..., allocation="layer")``. Divided by their number, the order within a layer is the
+    same, and layers of different size can be compared. Biases do not count.
 
     Cost: elementwise.
 

@@ -1,0 +1,168 @@
+"""Least squares of a linear map on some of its inputs, from the first two moments of all of them.
+
+In plain words: what a layer read from inputs that are removed is predicted, as well as a linear
+function can, from the inputs that stay, and this prediction is added to their weights. This is the
+regression of channel pruning (He, Zhang and Sun, 2017, https://arxiv.org/abs/1707.06168) and the
+optimal brain surgeon on a layer's own squared error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.cholesky import safe_cholesky
+
+_DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass
+class Moments:
+    """Number, sum and products of vectors that are seen a few at a time.
+
+    Attributes:
+        count: Vectors seen.
+        total: Their sum, float64 ``[d]``.
+        products: ``Σ x xᵀ``, float64 ``[d, d]``.
+    """
+
+    count: int
+    total: Tensor
+    products: Tensor
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device) -> Moments:
+        """Moments of nothing, for vectors of so many entries."""
+        place = {"dtype": torch.float64, "device": device}
+        return cls(0, torch.zeros(size, **place), torch.zeros(size, size, **place))  # type: ignore[call-overload]
+
+    def add(self, rows: Tensor) -> None:
+        """Count ``[n, d]`` vectors in."""
+        rows = rows.double()
+        self.count += len(rows)
+        self.total += rows.sum(0)
+        self.products.addmm_(rows.T, rows)
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count, self.total + other.total, self.products + other.products
+        )
+
+    def mean(self) -> Tensor:
+        """Mean vector ``[d]``."""
+        return self.total / max(self.count, 1)
+
+    def second(self, *, centred: bool) -> Tensor:
+        """Mean of ``x xᵀ``, or the covariance."""
+        found = self.products / max(self.count, 1)
+        return found - torch.outer(self.mean(), self.mean()) if centred else found
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a least squares fit found.
+
+    Attributes:
+        weight: ``[o, d]`` float64, zero for inputs that go.
+        shift: What is added to the bias, ``[o]`` float64; zeros where there is none to add to.
+        cut_error: Mean squared change of the outputs if the inputs are cut off and the bias takes
+            over the mean of what leaves; nothing is taken over where there is no bias.
+        error: The same after the fit.
+        damping: Ridge, relative to the mean variance of the inputs that stay.
+    """
+
+    weight: Tensor
+    shift: Tensor
+    cut_error: float
+    error: float
+    damping: float
+
+
+def least_squares(
+    weight: Tensor,
+    keep: Tensor,
+    halves: tuple[Moments, Moments],
+    *,
+    intercept: bool,
+    damping: float | str = "auto",
+) -> Fit:
+    """Fit the outputs of a linear map on the inputs that stay.
+
+    Minimises the mean of ``|Wx + b - W'x_K - b'|² + λ|W' - W_K|²``, which gives
+    ``W' = W_K + W_Z G_ZK (G_KK + λI)⁻¹`` with the covariance ``G`` of the inputs, or with their
+    mean products where there is no bias to fit.
+
+    Args:
+        weight: ``W``, ``[o, d]``.
+        keep: Boolean ``[d]``, true for the inputs ``K`` that stay, false for ``Z``.
+        halves: Moments of two halves of the inputs.
+        intercept: Whether the bias is fitted as well.
+        damping: ``λ`` relative to the mean diagonal of ``G_KK``; ``"auto"`` takes the one of five
+            values with the smallest error when each half is fitted and the other one predicted.
+
+    Returns:
+        The fit.
+
+    Raises:
+        NumericalError: If the inputs are not finite.
+
+    Cost: ``k³/3 + o k²`` for ``k`` inputs that stay, eleven times that for ``"auto"``.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 2.0], [2.0, 4.0], [3.0, 6.0], [5.0, 10.0]])
+        >>> halves = Moments.zeros(2, x.device), Moments.zeros(2, x.device)
+        >>> halves[0].add(x[:2]), halves[1].add(x[2:])
+        (None, None)
+        >>> keep = torch.tensor([True, False])
+        >>> fit = least_squares(torch.ones(1, 2), keep, halves, intercept=True)
+        >>> fit.weight.round(decimals=4)
+        tensor([[3., 0.]], dtype=torch.float64)
+    """
+    weight = weight.double()
+    whole = halves[0] + halves[1]
+    second = whole.second(centred=intercept)
+    if isinstance(damping, str):
+        damping = _best_damping(weight, keep, halves, intercept)
+    moved = _moved(weight, keep, second, damping)
+    return Fit(
+        weight=moved,
+        shift=(weight - moved) @ whole.mean() * float(intercept),
+        cut_error=_error(weight * ~keep, second),
+        error=_error(weight - moved, second),
+        damping=damping,
+    )
+
+
+def _moved(weight: Tensor, keep: Tensor, second: Tensor, damping: float) -> Tensor:
+    """``W_K + W_Z G_ZK (G_KK + λI)⁻¹``, with zeros for ``Z``."""
+    moved = weight * keep
+    inner = second[keep][:, keep]
+    scale = float(inner.diagonal().mean()) if len(inner) else 0.0
+    if scale <= 0.0:  # inputs that never vary predict nothing
+        return moved
+    inner.diagonal().add_(damping * scale)
+    wanted = second[keep][:, ~keep] @ weight[:, ~keep].T
+    moved[:, keep] += torch.cholesky_solve(wanted, safe_cholesky(inner)).T
+    return moved
+
+
+def _error(difference: Tensor, second: Tensor) -> float:
+    return max(float(((difference @ second) * difference).sum()), 0.0)
+
+
+def _best_damping(
+    weight: Tensor, keep: Tensor, halves: tuple[Moments, Moments], intercept: bool
+) -> float:
+    if not halves[0].count or not halves[1].count:
+        return _DAMPINGS[-1]
+    seconds = [half.second(centred=intercept) for half in halves]
+    errors = [
+        sum(
+            _error(weight - _moved(weight, keep, fitted, damping), unseen)
+            for fitted, unseen in (seconds, seconds[::-1])
+        )
+        for damping in _DAMPINGS
+    ]
+    return _DAMPINGS[errors.index(min(errors))]

@@ -1,0 +1,136 @@
+"""What a layer reads, as rows of one matrix product: patches of a convolution, vectors of others.
+
+In plain words: every layer that reads units computes ``rows @ matrix.T + bias``. Here are the rows,
+the matrix, and the way back from a matrix to a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from torchprune_bayes.params import is_hf_conv1d
+
+_CHUNK_BYTES = 2**24
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether a layer is one matrix product over rows of its input.
+
+    Example:
+        >>> is_readable(nn.Conv2d(2, 2, 3)), is_readable(nn.Bilinear(2, 2, 2))
+        (True, False)
+    """
+    plain = isinstance(module, nn.Linear) or is_hf_conv1d(module)
+    return plain or (isinstance(module, _ConvNd) and module.groups == 1)
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a layer's weight as ``[outputs, entries of a row]``."""
+    if is_hf_conv1d(module):
+        return weight.T
+    if isinstance(module, _ConvTransposeNd):  # a convolution with the flipped kernel
+        return weight.flip(tuple(range(2, weight.dim()))).transpose(0, 1).flatten(1)
+    return weight.flatten(1)
+
+
+def as_weight(module: nn.Module, matrix: Tensor, like: Tensor) -> Tensor:
+    """Return a matrix of :func:`as_matrix` in the shape, type and place of the weight ``like``."""
+    if is_hf_conv1d(module):
+        weight = matrix.T
+    elif isinstance(module, _ConvTransposeNd):
+        shape = (like.shape[1], like.shape[0], *like.shape[2:])
+        weight = matrix.reshape(shape).transpose(0, 1).flip(tuple(range(2, like.dim())))
+    else:
+        weight = matrix.reshape(like.shape)
+    return weight.to(like).contiguous()
+
+
+def taps_of(module: Any) -> int:
+    """Return how many entries of a row belong to each input channel or feature."""
+    return int(module.weight[0, 0].numel()) if isinstance(module, _ConvNd) else 1
+
+
+def rows_of(
+    module: nn.Module, inputs: Tensor, per_sample: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield what the layer multiplies its matrix with, ``[rows, entries]``, a few MiB at a time.
+
+    Args:
+        module: A layer that :func:`is_readable`.
+        inputs: Its input, with the samples along the first dimension.
+        per_sample: Rows of each sample at most; if it has more (positions of a convolution or a
+            sequence), so many are drawn.
+        generator: Draws them.
+
+    Cost: a convolution's patches are copied.
+    """
+    if not isinstance(module, _ConvNd):
+        rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+        chosen = _drawn(rows.shape[1], per_sample, generator, inputs.device)
+        yield (rows if chosen is None else rows[:, chosen]).flatten(0, 1)
+        return
+    spatial = len(module.kernel_size)
+    if inputs.dim() == spatial + 1:
+        inputs = inputs.unsqueeze(0)
+    for part in inputs.split(_samples_at_once(module, inputs, per_sample)):
+        windows = _windows(module, part)
+        sizes = windows.shape[2 : 2 + spatial]
+        chosen = _drawn(sizes.numel(), per_sample, generator, inputs.device)
+        if chosen is None:
+            chosen = torch.arange(sizes.numel(), device=inputs.device)
+        places = torch.unravel_index(chosen, sizes)
+        yield windows[_index(2, places)].transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _index(skipped: int, rest: Iterable[Any]) -> Any:
+    """An index with all of the first dimensions."""
+    return (*[slice(None)] * skipped, *rest)
+
+
+def _drawn(
+    size: int, wanted: int, generator: torch.Generator, device: torch.device
+) -> Tensor | None:
+    """So many of ``size`` places, or ``None`` for all of them."""
+    if size <= wanted:
+        return None
+    return torch.randperm(size, generator=generator)[:wanted].to(device)
+
+
+def _samples_at_once(module: Any, inputs: Tensor, per_sample: int) -> int:
+    row = 8 * taps_of(module) * inputs.shape[1]
+    return max(1, _CHUNK_BYTES // (row * min(per_sample, inputs[0, 0].numel())))
+
+
+def _windows(module: Any, inputs: Tensor) -> Tensor:
+    """Views of what lies under the kernel, ``[samples, channels, *positions, *taps]``."""
+    spatial = len(module.kernel_size)
+    stride = module.stride
+    if isinstance(module, _ConvTransposeNd):
+        inputs, stride = _spread(module, inputs), (1,) * spatial
+    else:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        inputs = pad(inputs, module._reversed_padding_repeated_twice, mode)
+    for axis in range(spatial):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
+        inputs = inputs.unfold(2 + axis, reach, stride[axis])[..., :: module.dilation[axis]]
+    return inputs
+
+
+def _spread(module: Any, inputs: Tensor) -> Tensor:
+    """Inputs of a transposed convolution, ``stride`` apart with zeros between, and padded."""
+    shape = [
+        (size - 1) * step + 1 for size, step in zip(inputs.shape[2:], module.stride, strict=True)
+    ]
+    wide = inputs.new_zeros(*inputs.shape[:2], *shape)
+    wide[_index(2, [slice(None, None, step) for step in module.stride])] = inputs
+    margins: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) - module.padding[axis]
+        margins += [reach, reach + module.output_padding[axis]]
+    return pad(wide, margins)

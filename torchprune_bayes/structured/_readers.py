@@ -1,0 +1,231 @@
+"""Layers that read units: watching their inputs, fitting them, and trying other tensors in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchprune_bayes._numerics.input_moments import Fit, Moments, least_squares
+from torchprune_bayes.calibration import Batch, Calibration, batch_size
+from torchprune_bayes.calibration._batches import cut
+from torchprune_bayes.structured._layer_inputs import (
+    as_matrix,
+    as_weight,
+    is_readable,
+    rows_of,
+    taps_of,
+)
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.slicing import first_names
+
+Tensors: TypeAlias = dict[nn.Module, dict[str, Tensor]]
+"""Parameters and buffers by local name, for some modules."""
+
+_ROWS_PER_ENTRY, _LEAST_ROWS = 32, 16384
+
+
+class Statistics(NamedTuple):
+    """Mean and variance of each channel, float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def matched(norm: Any, before: Statistics, now: Statistics) -> dict[str, Tensor]:
+    """Return running statistics with which a batch norm's outputs keep their mean and variance.
+
+    Where the norm's statistics are those of its inputs, as in a trained network, this is taking
+    them again. Where they are not (before training, or on other data) it changes nothing that the
+    inputs did not.
+
+    Args:
+        norm: The batch norm.
+        before: Statistics of its inputs that its running statistics go with.
+        now: Statistics of its inputs now.
+    """
+    mean, variance = (norm._buffers[key].double() for key in ("running_mean", "running_var"))
+    ratio = (now.variance + norm.eps) / (before.variance + norm.eps)
+    moved = now.mean + (mean - before.mean) * ratio.sqrt()
+    scaled = ((variance + norm.eps) * ratio - norm.eps).clamp_min(0.0)
+    return {
+        "running_mean": moved.to(norm._buffers["running_mean"]),
+        "running_var": scaled.to(norm._buffers["running_var"]),
+    }
+
+
+@dataclass
+class Reader:
+    """A layer that reads units.
+
+    Attributes:
+        name: First qualified name of its weight.
+        path: Qualified name of the layer.
+        module: The layer.
+        dim: Dimension of the weight along its inputs.
+        norm: The batch norm that takes its output as it is, if there is one.
+        halves: Moments of two halves of its inputs, once they were watched.
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    dim: int
+    norm: nn.Module | None = None
+    halves: tuple[Moments, Moments] | None = None
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._seen = 0
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is in the forward pass."""
+        weight: Any = self.module._parameters["weight"]
+        return torch.Tensor.detach(weight)
+
+    def observe(self, inputs: Tensor, samples: int) -> None:
+        """Count inputs in, every other sample for either half.
+
+        Args:
+            inputs: What the layer is called with.
+            samples: How many samples there are in all; many rows of few samples are thinned out.
+        """
+        size = self.weight.shape[self.dim] * taps_of(self.module)
+        if self.halves is None:
+            self.halves = Moments.zeros(size, inputs.device), Moments.zeros(size, inputs.device)
+        per_sample = -(-max(_ROWS_PER_ENTRY * size, _LEAST_ROWS) // samples)
+        for half, moments in enumerate(self.halves):
+            part = inputs[(half + self._seen) % 2 :: 2]
+            if part.numel():
+                for rows in rows_of(self.module, part, per_sample, self._generator):
+                    moments.add(rows)
+        self._seen += len(inputs)
+
+    def fit(self, keep: Tensor, damping: float | str) -> tuple[Fit, dict[str, Tensor]]:
+        """Fit the layer on some of its inputs.
+
+        Args:
+            keep: Boolean, one for each input channel or feature.
+            damping: See :func:`~torchprune_bayes._numerics.input_moments.least_squares`.
+
+        Returns:
+            The fit, and the new weight and bias by local name.
+        """
+        assert self.halves is not None
+        weight, bias = self.weight, self.module._parameters.get("bias")
+        fit = least_squares(
+            as_matrix(self.module, weight),
+            keep.repeat_interleave(taps_of(self.module)).to(weight.device),
+            self.halves,
+            intercept=bias is not None or self.norm is not None,
+            damping=damping,
+        )
+        found = {"weight": as_weight(self.module, fit.weight, weight)}
+        if bias is not None:
+            found["bias"] = (bias.detach().double() + fit.shift).to(bias)
+        return fit, found
+
+    def output_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
+        """Mean and variance of the layer's outputs with a weight and bias, from its inputs'."""
+        assert self.halves is not None
+        whole = self.halves[0] + self.halves[1]
+        matrix = as_matrix(self.module, tensors["weight"]).double()
+        bias = tensors.get("bias", self.module._parameters.get("bias"))
+        mean = matrix @ whole.mean() + (0.0 if bias is None else bias.detach().double())
+        return Statistics(mean, ((matrix @ whole.second(centred=True)) * matrix).sum(1))
+
+
+def readers_of(
+    model: nn.Module, groups: Sequence[UnitGroup]
+) -> tuple[dict[str, Reader], list[str]]:
+    """Return the layers that read units, by the first name of their weight, and those unserved."""
+    first, _ = first_names(model)
+    found: dict[str, Reader] = {}
+    unserved: list[str] = []
+    for group in groups:
+        for piece in group.slices:
+            if piece.role != "consumer":
+                continue
+            path, _, local = piece.name.rpartition(".")
+            module = model.get_submodule(path)
+            if local == "weight" and is_readable(module):
+                name = first[piece.name]
+                found.setdefault(name, Reader(name, path, module, piece.dim))
+            else:
+                unserved.append(path)
+    return found, list(dict.fromkeys(unserved))
+
+
+@contextmanager
+def installed(tensors: Tensors) -> Iterator[None]:
+    """Let modules use other parameters and buffers whenever a calibration calls them.
+
+    A calibration runs its model on values of its own, which it takes away after each pass; so what
+    is put in when a module is called stays until the pass ends. ``tensors`` may grow meanwhile.
+    """
+
+    def install(module: nn.Module, args: tuple[Any, ...]) -> None:
+        for key, tensor in tensors.get(module, {}).items():
+            table: dict[str, Any] = (
+                module._parameters if key in module._parameters else module._buffers
+            )
+            table[key] = tensor
+
+    with ExitStack() as stack:
+        for module in tensors:
+            stack.callback(module.register_forward_pre_hook(install).remove)
+        yield
+
+
+def survey(calibration: Calibration, sample: Batch, readers: Sequence[Reader]) -> int:
+    """Look at one sample: note which readers feed a batch norm; return the largest layer's bytes.
+
+    Args:
+        calibration: With the model as it is.
+        sample: A batch of one.
+        readers: Their ``norm`` is set.
+    """
+    owners = {reader.module: reader for reader in readers}
+    outputs: dict[int, tuple[Reader, Tensor]] = {}  # the tensors are held, so that ids are unique
+    largest = 1
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal largest
+        seen = [each for each in (*args, output) if isinstance(each, Tensor)]
+        largest = max(largest, sum(each.nbytes for each in seen))
+        if isinstance(module, _BatchNorm) and args and id(args[0]) in outputs:
+            outputs[id(args[0])][0].norm = module
+        if module in owners and isinstance(output, Tensor):
+            outputs[id(output)] = (owners[module], output)
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in calibration.model.modules():
+            if not any(True for _ in module.children()):
+                stack.callback(module.register_forward_hook(note).remove)
+        calibration.loss(None, sample)
+    return largest
+
+
+def first_samples(calibration: Calibration, most: int) -> Iterator[Batch]:
+    """Yield the first samples of a calibration, so many at most, in its batches.
+
+    Raises:
+        CalibrationError: If there are none, or fewer than it says.
+    """
+    left = most
+    for batch in calibration.batches():
+        yield cut(batch, 0, left)
+        left -= batch_size(batch)
+        if left <= 0:
+            return
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first tensor that a layer is called with."""
+    return next((each for each in [*args, *kwargs.values()] if isinstance(each, Tensor)), None)

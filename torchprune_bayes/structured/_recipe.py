@@ -1,0 +1,156 @@
+"""How a model is shrunk: what scores units, what shares the loss out, and what makes up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_bayes._checks import check_choice, check_count
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
+from torchprune_bayes.structured._forward import ForwardFunction
+from torchprune_bayes.structured.allocation import (
+    ALLOCATIONS,
+    Allocation,
+    isomorphic_ranks,
+    per_price,
+    unit_prices,
+)
+from torchprune_bayes.structured.curves import LossCurve, measure_curves
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.ranking import Line, line_up
+from torchprune_bayes.structured.unit_costs import Resource, UnitCosts
+
+if TYPE_CHECKING:
+    from torchprune_bayes.structured.importance import UnitImportance
+
+Repairing: TypeAlias = Literal["auto", "least_squares", "none"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All choices but how much is removed.
+
+    Attributes:
+        importance: Scores the units.
+        calibration: Data for curves and repair, ``None`` where there is none.
+        allocation: What units of different groups are compared by.
+        repair: Whether the layers behind are fitted anew.
+        evaluations: Points of all measured curves together.
+        min_keep: Units that every group keeps.
+        round_to: Multiple for the units left in a group that loses some.
+    """
+
+    importance: UnitImportance
+    calibration: Calibration | None
+    allocation: Allocation
+    repair: Repairing
+    evaluations: int
+    min_keep: int
+    round_to: int
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        importance: UnitImportance | Calibration | Any,
+        calibration: Calibration | None,
+        allocation: Allocation | None,
+        repair: Repairing,
+        *,
+        tracing: tuple[Any, ForwardFunction | None],
+        evaluations: int,
+        min_keep: int,
+        round_to: int,
+    ) -> Recipe:
+        """Fill in what was not said.
+
+        Raises:
+            ArgumentError: If an option is impossible, or needs a calibration that is missing.
+            ArgumentTypeError: If there is neither an importance nor a calibration.
+            AlignmentError: If the calibration is of another model.
+        """
+        from torchprune_bayes.structured._host_importance import as_unit_importance
+        from torchprune_bayes.structured.importances import ConsumerGateFisherImportance
+
+        check_choice("repair", repair, ("auto", "least_squares", "none"))
+        if allocation is not None:
+            check_choice("allocation", allocation, ALLOCATIONS)
+        check_count("evaluations", evaluations)
+        check_count("min_keep", min_keep)
+        check_count("round_to", round_to)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise ArgumentTypeError(f"Expected a Calibration, got {type(calibration).__name__}.")
+        if isinstance(importance, Calibration):
+            calibration = importance if calibration is None else calibration
+            importance = ConsumerGateFisherImportance(importance)
+            allocation = allocation or "measured"
+        scorer = as_unit_importance(importance, *tracing)
+        held = getattr(scorer, "calibration", None)
+        if calibration is None and isinstance(held, Calibration):
+            calibration = held
+        if calibration is not None and calibration.model is not model:
+            raise AlignmentError(
+                "Expected to shrink the model of the calibration, got another one."
+            )
+        for name, value in (("allocation", allocation), ("repair", repair)):
+            if calibration is None and value in ("measured", "least_squares"):
+                raise ArgumentError(
+                    f"Expected a calibration for {name}={value!r}, got none: pass "
+                    "`calibration=Calibration(model, data, loss_fn)`."
+                )
+        return cls(
+            scorer, calibration, allocation or "global", repair, evaluations, min_keep, round_to
+        )
+
+    def line(
+        self,
+        model: nn.Module,
+        groups: Sequence[UnitGroup],
+        scores: Mapping[str, Tensor],
+        costs: UnitCosts,
+        resource: Resource | None,
+        step: int,
+    ) -> tuple[Line, list[LossCurve]]:
+        """Put all units in one line, and return the curves that were measured for it.
+
+        Args:
+            model: The model as it is.
+            groups: Its groups.
+            scores: Scores by the name of the group.
+            costs: Costs of the model at the start.
+            resource: What the units are paid in; ``None`` compares scores themselves.
+            step: How many steps went before; later ones draw other samples.
+        """
+        curves: list[LossCurve] = []
+        values: Mapping[str, Tensor] | None = None
+        if self.allocation == "measured" and self.calibration is not None:
+            curves = measure_curves(
+                self.calibration.fresh(step),
+                groups,
+                {name: score.argsort(stable=True) for name, score in scores.items()},
+                evaluations=self.evaluations,
+                min_keep=self.min_keep,
+            )
+            values = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+            values |= {curve.group: curve.slopes() for curve in curves}
+        elif self.allocation == "isomorphic":
+            ranks = isomorphic_ranks(model, groups, scores)
+            values = {name: rank.sort().values for name, rank in ranks.items()}
+        elif self.allocation == "global" and self.importance.joint:
+            values = {name: score.double().cpu().sort().values for name, score in scores.items()}
+        if values is not None and self.allocation != "isomorphic" and resource is not None:
+            values = per_price(values, unit_prices(costs, groups, resource))
+        line = line_up(
+            groups,
+            scores,
+            values=values,
+            scope="layer" if self.allocation == "layer" else "global",
+            min_keep=self.min_keep,
+            round_to=self.round_to,
+        )
+        return line, curves

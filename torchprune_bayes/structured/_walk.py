@@ -1,0 +1,210 @@
+"""One forward pass in which every layer that reads removed units is fitted as it is reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from torchprune_bayes.calibration import Batch, Calibration, batch_size
+from torchprune_bayes.calibration._batches import cut, joined
+from torchprune_bayes.structured._readers import (
+    Reader,
+    Statistics,
+    Tensors,
+    first_samples,
+    first_tensor,
+    installed,
+    matched,
+    survey,
+)
+from torchprune_bayes.structured.slicing import first_names
+
+_LIVE_ACTIVATIONS = 4  # of the largest layer, inputs and outputs, in a pass without gradients
+_LEAST_SAMPLES, _MOST_SAMPLES = 256, 4096
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """How well a layer's outputs can be had without the units that go.
+
+    Attributes:
+        name: The layer.
+        cut_error: Mean squared change of its outputs when the units are cut off, summed over the
+            outputs, with the mean of what leaves in the bias where there is one.
+        error: The same after the fit.
+        damping: The ridge that was taken, see :func:`repair`.
+    """
+
+    name: str
+    cut_error: float
+    error: float
+    damping: float
+
+
+@dataclass
+class _Norm:
+    """A batch norm behind repaired layers."""
+
+    path: str
+    module: Any
+    before: Statistics | None = None
+    parts: list[Tensor] = field(default_factory=list)
+
+    def observe(self, inputs: Tensor, samples: int) -> None:
+        """Count inputs in."""
+        rows = inputs.transpose(0, 1).flatten(1).double()
+        count = torch.full_like(rows[:, 0], rows.shape[1])
+        self.parts.append(torch.stack([count, rows.sum(1), rows.square().sum(1)]))
+
+    def statistics(self) -> Statistics:
+        """Statistics of all inputs since the last call."""
+        count, total, squares = torch.stack(self.parts).sum(0)
+        self.parts.clear()
+        mean = total / count
+        return Statistics(mean, (squares / count - mean.square()).clamp_min(0.0))
+
+
+class _ReachedError(Exception):
+    """Leaves a forward pass at the layer that was waited for."""
+
+
+def _noting(norm: _Norm) -> Any:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = first_tensor(args, kwargs)
+        if inputs is not None:
+            norm.observe(inputs, 0)
+
+    return note
+
+
+class Walk:
+    """Forward passes that settle one layer after the other, in the order in which they are called.
+
+    With a single batch this is one pass: a layer is settled when the pass comes to it, and the pass
+    goes on with its new weights. With several batches each layer takes a pass over all of them that
+    ends there, because its fit needs them all.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        readers: Mapping[str, Reader],
+        keeps: Mapping[str, Tensor],
+        damping: float | str,
+    ) -> None:
+        self._calibration, self._damping, self._keeps = calibration, damping, keeps
+        norms = [
+            _Norm(path, module)
+            for path, module in calibration.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        ]
+        self._sites: list[Reader | _Norm] = [*readers.values(), *norms]
+        self._tensors: Tensors = {site.module: {} for site in self._sites}
+        self._open = {site.module for site in self._sites}
+        self._current: Reader | _Norm | None = None
+        self._samples, self._whole = 0, False
+        self.fits: list[LayerRepair] = []
+
+    def run(self) -> None:
+        """Settle all layers that are called."""
+        batches = self._batches()
+        self._whole = len(batches) == 1
+        self._take_reference(batches)
+        with ExitStack() as stack:
+            for site in self._sites:
+                hook = self._arrival(site)
+                handle = site.module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(installed(self._tensors))  # after the hooks that settle
+            while True:
+                self._current = None
+                for batch in batches:
+                    self._pass(batch)
+                if self._current is None:
+                    return
+                self._settle(self._current)
+
+    def values(self) -> dict[str, Tensor]:
+        """All new tensors by first qualified name."""
+        first, _ = first_names(self._calibration.model)
+        return {
+            first[f"{site.path}.{key}" if site.path else key]: tensor
+            for site in self._sites
+            for key, tensor in self._tensors[site.module].items()
+        }
+
+    def _take_reference(self, batches: Sequence[Batch]) -> None:
+        """Note what each batch norm is given before anything has changed."""
+        norms = [site for site in self._sites if isinstance(site, _Norm)]
+        if not norms:
+            return
+        with ExitStack() as stack:
+            for norm in norms:
+                handle = norm.module.register_forward_pre_hook(_noting(norm), with_kwargs=True)
+                stack.callback(handle.remove)
+            for batch in batches:
+                self._pass(batch)
+        for norm in norms:
+            if norm.parts:
+                norm.before = norm.statistics()
+
+    def _pass(self, batch: Batch) -> None:
+        try:
+            with torch.no_grad():
+                self._calibration.loss(None, batch)
+        except _ReachedError:
+            pass
+
+    def _arrival(self, site: Reader | _Norm) -> Any:
+        def arrive(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = first_tensor(args, kwargs)
+            if module not in self._open or inputs is None:
+                return
+            if isinstance(site, _Norm) and not self.fits:  # nothing in front of it has changed
+                self._open.discard(module)
+            elif self._current in (None, site):
+                self._meet(site, inputs)
+
+        return arrive
+
+    def _meet(self, site: Reader | _Norm, inputs: Tensor) -> None:
+        site.observe(inputs, self._samples)
+        if self._whole:
+            self._settle(site)
+        else:
+            self._current = site
+            raise _ReachedError
+
+    def _settle(self, site: Reader | _Norm) -> None:
+        self._open.discard(site.module)
+        if isinstance(site, _Norm):
+            if site.before is not None:
+                self._tensors[site.module] = matched(site.module, site.before, site.statistics())
+            return
+        fit, self._tensors[site.module] = site.fit(self._keeps[site.name], self._damping)
+        self.fits.append(LayerRepair(site.path, fit.cut_error, fit.error, fit.damping))
+        site.halves = None
+
+    def _batches(self) -> list[Batch]:
+        """As many samples as fit into memory at once, as one batch; a least number in any case."""
+        pieces = list(first_samples(self._calibration, _MOST_SAMPLES))
+        readers = [site for site in self._sites if isinstance(site, Reader)]
+        largest = survey(self._calibration, cut(pieces[0], 0, 1), readers)
+        room = self._calibration.memory_mb * 2**20 / 2
+        fitting = max(1, int(room // (_LIVE_ACTIVATIONS * largest)))
+        whole = joined(pieces)
+        if whole is not None:
+            pieces = [cut(whole, 0, max(fitting, _LEAST_SAMPLES))]
+        batches = [
+            cut(piece, start, start + fitting)
+            for piece in pieces
+            for start in range(0, batch_size(piece), fitting)
+        ]
+        self._samples = sum(batch_size(batch) for batch in batches)
+        return batches

@@ -1,0 +1,236 @@
+"""Loss curves: how the loss rises while one group loses its units, measured on calibration data.
+
+In plain words: scores are local; what half of a layer is really worth is found by trying. For each
+group a few numbers of units are removed, worst first, the layers that read them are fitted anew,
+and the loss is taken. The curves are made convex, and their slopes are what units of different
+groups are compared by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from torchprune_bayes._checks import check_count
+from torchprune_bayes.calibration import Calibration, batch_size
+from torchprune_bayes.calibration._batches import cut
+from torchprune_bayes.errors import ArgumentError, CalibrationError
+from torchprune_bayes.structured._readers import (
+    Reader,
+    Tensors,
+    first_samples,
+    first_tensor,
+    installed,
+    matched,
+    readers_of,
+    survey,
+)
+from torchprune_bayes.structured._space import space_of
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.slicing import first_names
+
+_POINTS = 8
+_MOST_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """Loss against units removed from one group, all others whole.
+
+    Attributes:
+        group: Name of the group.
+        units: Units it has.
+        removed: How many units were removed at each point, ascending, from 0.
+        loss: The loss there; the first one is that of the whole model.
+    """
+
+    group: str
+    units: int
+    removed: tuple[int, ...]
+    loss: tuple[float, ...]
+
+    def slopes(self) -> Tensor:
+        """Rise of the convex curve for each further unit, float64 ``[units]``, never falling.
+
+        The curve is replaced by its lower convex hull, with no point below the start. Between the
+        middles of the hull's segments the slope is interpolated, so that a segment does not go as a
+        whole; past the last point it stays the last slope.
+
+        Example:
+            >>> LossCurve("0", 4, (0, 2, 4), (1.0, 1.0, 3.0)).slopes()
+            tensor([0.0000, 0.2500, 0.7500, 1.0000], dtype=torch.float64)
+        """
+        hull = _lower_hull(
+            [
+                (float(count), max(value - self.loss[0], 0.0))
+                for count, value in zip(self.removed, self.loss, strict=True)
+            ]
+        )
+        if len(hull) < 2:
+            return torch.zeros(self.units, dtype=torch.float64)
+        steps = list(pairwise(hull))
+        middles = [(left[0] + right[0]) / 2 for left, right in steps]
+        slopes = [(right[1] - left[1]) / (right[0] - left[0]) for left, right in steps]
+        return _interpolated(torch.arange(self.units).double() + 0.5, middles, slopes)
+
+
+def measure_curves(
+    calibration: Calibration,
+    groups: Sequence[UnitGroup],
+    orders: Mapping[str, Tensor],
+    *,
+    evaluations: int = 60,
+    min_keep: int = 1,
+    damping: float = 1e-3,
+) -> list[LossCurve]:
+    """Measure the loss curves of groups.
+
+    Args:
+        calibration: Data, model and loss, of which the first 1024 samples are used. There is a
+            progress bar if its ``progress`` says so.
+        groups: Groups of its model.
+        orders: For each group, its units in the order in which they go; groups that are missing
+            have no curve.
+        evaluations: Largest number of points, shared between the groups, eight each at most and
+            one each at least.
+        min_keep: Units that every group keeps.
+        damping: Ridge of the fits, as in :func:`~torchprune_bayes.structured.repair`.
+
+    Returns:
+        The curves, in the order of the groups.
+
+    Raises:
+        ArgumentError: If there are fewer evaluations than groups.
+        CalibrationError: If the loss of the whole model is not finite.
+
+    Cost: one evaluation of the loss for each point, and one for the whole model; one pass for the
+    inputs' moments of all layers, or one per group if memory demands it.
+    """
+    check_count("evaluations", evaluations)
+    chosen = [group for group in groups if group.name in orders and group.units > min_keep]
+    if chosen and evaluations < len(chosen):
+        raise ArgumentError(
+            f"Expected at least one evaluation for each of {len(chosen)} groups, got "
+            f"evaluations={evaluations}."
+        )
+    if not chosen:
+        return []
+    space, _ = space_of(
+        calibration.model, [p for group in chosen for p in group.slices if p.role != "norm"]
+    )
+    trials = _Trials(calibration.with_space(space), damping)
+    whole = trials.loss({})
+    if not whole < float("inf"):
+        raise CalibrationError(f"Expected a finite loss of the whole model, got {whole}.")
+    each = evaluations // len(chosen)
+    counts = [_counts(group.units - min_keep, each) for group in chosen]
+    curves = []
+    with tqdm(total=sum(map(len, counts)), unit="point", disable=not calibration.progress) as bar:
+        for group, points in zip(chosen, counts, strict=True):
+            trials.watch(group)
+            losses = [whole]
+            for removed in points:
+                losses.append(trials.loss(trials.without(group, orders[group.name][:removed])))
+                bar.update()
+            curves.append(LossCurve(group.name, group.units, (0, *points), tuple(losses)))
+    return curves
+
+
+class _Trials:
+    """Losses of a model in which the readers of one group are fitted without some of its units."""
+
+    def __init__(self, calibration: Calibration, damping: float) -> None:
+        self._calibration, self._damping = calibration, damping
+        self._batches = list(first_samples(calibration, _MOST_SAMPLES))
+        self._samples = sum(batch_size(batch) for batch in self._batches)
+        self._readers: dict[str, Reader] = {}
+        self._first, _ = first_names(calibration.model)
+
+    def loss(self, tensors: Tensors) -> float:
+        """Mean loss over all samples with other tensors in the model; infinite if it is NaN."""
+        total = 0.0
+        with torch.no_grad(), installed(tensors):
+            for batch in self._batches:
+                total += float(self._calibration.loss(None, batch)) * batch_size(batch)
+        return total / self._samples if total == total else float("inf")
+
+    def watch(self, group: UnitGroup) -> None:
+        """Take the moments of what reads a group, in the whole model."""
+        self._readers, _ = readers_of(self._calibration.model, [group])
+        readers = list(self._readers.values())
+        survey(self._calibration, cut(self._batches[0], 0, 1), readers)
+        with ExitStack() as stack:
+            for reader in readers:
+                hook = _watching(reader, self._samples)
+                handle = reader.module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            self.loss({})
+
+    def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
+        """Readers that do without some units, with the batch norms directly behind them."""
+        found: Tensors = {}
+        for reader in self._readers.values():
+            keep = torch.ones(reader.weight.shape[reader.dim], dtype=torch.bool)
+            for piece in group.slices:
+                if piece.role == "consumer" and self._first[piece.name] == reader.name:
+                    keep[piece.positions.cpu()[gone.cpu()].flatten()] = False
+            if reader.halves is None:  # it is not called; the loss does not depend on it
+                continue
+            _, found[reader.module] = reader.fit(keep, self._damping)
+            norm: Any = reader.norm
+            if norm is not None and norm.running_mean is not None:
+                before = reader.output_statistics({"weight": reader.weight})
+                now = reader.output_statistics(found[reader.module])
+                found[norm] = matched(norm, before, now)
+        return found
+
+
+def _watching(reader: Reader, samples: int) -> Any:
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = first_tensor(args, kwargs)
+        if inputs is not None:
+            reader.observe(inputs, samples)
+
+    return watch
+
+
+def _counts(removable: int, points: int) -> tuple[int, ...]:
+    """Numbers of units to remove, evenly spread, the last one all that may go."""
+    points = min(points, _POINTS, removable)
+    return tuple(round(removable * (index + 1) / points) for index in range(points))
+
+
+def _lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Lower convex hull of points with ascending first entries, ends included."""
+    hull: list[tuple[float, float]] = []
+    for point in points:
+        if point[1] == float("inf"):
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _above(
+    left: tuple[float, float], middle: tuple[float, float], right: tuple[float, float]
+) -> bool:
+    rise = (right[1] - left[1]) * (middle[0] - left[0])
+    return (middle[1] - left[1]) * (right[0] - left[0]) >= rise
+
+
+def _interpolated(at: Tensor, places: Sequence[float], values: Sequence[float]) -> Tensor:
+    """Piecewise linear interpolation; constant outside."""
+    x, y = (torch.tensor(list(each), dtype=torch.float64) for each in (places, values))
+    if len(x) == 1:
+        return y.expand(len(at)).clone()
+    right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
+    share = ((at - x[right - 1]) / (x[right] - x[right - 1])).clamp(0.0, 1.0)
+    return y[right - 1] + share * (y[right] - y[right - 1])

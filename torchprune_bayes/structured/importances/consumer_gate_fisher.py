@@ -1,0 +1,94 @@
+"""Units by the empirical Fisher of a gate on all that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.joint_cost import sums_of_units
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.importances._calibrated import (
+    CalibratedImportance,
+    pieces_of,
+    space_of,
+)
+
+
+class ConsumerGateFisherImportance(CalibratedImportance):
+    """Predicted rise of the loss ``½ mean_n (Σ w·g_n)²`` when nothing reads a unit any more.
+
+    Multiply every weight that reads unit ``u``, in all layers, by a gate ``c_u``, which is 1; at 0
+    the unit is gone, whatever lies before it: norms, additions, attention, activations. With the
+    weights ``w_u`` of these columns, the loss ``ℓ_n`` of sample ``n`` has the derivative
+    ``∂ℓ_n/∂c_u = w_uᵀ g_n``, where ``g_n`` is its gradient by ``w_u``. To second order
+
+        ``L(c_u = 0) - L(c_u = 1) ≈ -mean_n ∂ℓ_n/∂c_u + ½ ∂²L/∂c_u²``.
+
+    At a trained network the mean derivative is near zero, and what there is of it is noise of the
+    samples, so the first term is left out. For the negative log-likelihood the second derivative is
+    approximated by the empirical Fisher of the gates, ``mean_n (∂ℓ_n/∂c_u)²``, which gives the
+    score. Unlike the sum of the diagonal Fisher ``Σ_i w_i² mean_n g_ni²`` over the weights of a
+    unit (Theis et al., 2018, https://arxiv.org/abs/1801.05787, take it for one weight or feature
+    map), the square is taken after the sum over the unit: the weights of a unit go together, and
+    their effects cancel or add up. Molchanov et al. (2019, https://arxiv.org/abs/1906.10771)
+    square the same derivative, with gates behind batch norms only.
+
+    Being an estimate of the loss for the whole unit, the scores of a head and a hidden unit can be
+    compared, and divided by what the units cost.
+
+    Args:
+        calibration: Data, model and loss; one gradient for each mini-batch of it, so that
+            ``mini_batch=1`` gives the formula.
+
+    Raises:
+        ArgumentTypeError: If there is no calibration.
+
+    Cost: one pass of gradients of the reading layers' weights; ``N d`` for ``d`` such weights.
+
+    Example:
+        >>> from torch import nn
+        >>> from torchprune_bayes.structured import find_groups
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        >>> with torch.no_grad():
+        ...     model[2].weight[:, 1] = 0.0
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+        >>> calibration = Calibration(model, data, nn.functional.cross_entropy)
+        >>> [group] = find_groups(model, torch.zeros(1, 4))
+        >>> ConsumerGateFisherImportance(calibration).score(group, model) > 0
+        tensor([ True, False,  True])
+    """
+
+    joint = True
+
+    def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
+        """The scores of all groups, in one pass of gradients."""
+        readers = {group.name: pieces_of(group, "consumer") for group in groups}
+        space, names = space_of(calibration.model, [p for held in readers.values() for p in held])
+        calibration = calibration.with_space(space)
+        place = {"dtype": calibration.dtype, "device": calibration.device}
+        weights = {name: value.to(**place) for name, value in space.values().items()}  # type: ignore[call-overload]
+        sizes = [value.numel() for value in weights.values()]
+        totals = {
+            group.name: torch.zeros(group.units, dtype=torch.float64, device=calibration.device)
+            for group in groups
+        }
+        for rows in calibration.gradients():
+            products = {
+                name: part.unflatten(1, value.shape).mul_(value)
+                for (name, value), part in zip(
+                    weights.items(), rows.split(sizes, dim=1), strict=True
+                )
+            }
+            for group in groups:
+                changes = torch.stack(
+                    [
+                        sums_of_units(products[names[piece.name]], [(piece.dim, piece.positions)])
+                        for piece in readers[group.name]
+                    ]
+                )
+                totals[group.name] += changes.sum(0).double().square().sum(0)
+        return {name: 0.5 * total / calibration.num_gradients for name, total in totals.items()}

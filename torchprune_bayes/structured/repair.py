@@ -1,0 +1,219 @@
+"""Making up for removed units: every layer that read them is fitted anew on the units that stay.
+
+In plain words: a forward pass on calibration data stops at each layer that reads removed units.
+What it read from them is predicted from its other inputs by least squares, the prediction is added
+to its weights and its bias, and the pass goes on with these. So a later layer is fitted on what it
+will really be given. Batch norms behind take their statistics anew on the way.
+
+He, Zhang and Sun, 2017, "Channel Pruning for Accelerating Very Deep Neural Networks",
+https://arxiv.org/abs/1707.06168, for all layers that read a unit, in one pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_bayes._checks import check_choice, check_positive
+from torchprune_bayes.calibration import Calibration, MeanLoss
+from torchprune_bayes.structured._readers import Reader, readers_of
+from torchprune_bayes.structured._replacement import Change
+from torchprune_bayes.structured._space import space_of
+from torchprune_bayes.structured._walk import LayerRepair, Walk
+from torchprune_bayes.structured.groups import Kept, UnitGroup
+from torchprune_bayes.structured.slicing import ShrinkPlan, apply_plan, plan_of
+
+__all__ = ["LayerRepair", "Repair", "RepairReport", "cut_with", "repair"]
+
+logger = logging.getLogger("torchprune_bayes")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """New values that make up for units about to be cut off.
+
+    Attributes:
+        values: By first qualified name, with the shapes before the cut: weights (zero where they
+            read what goes), biases, and statistics of batch norms.
+        layers: What was fitted, in the order of the forward pass.
+        skipped: Layers that read what goes and are cut without a fit, because the forward pass
+            does not call them as modules, or they are no plain matrix product.
+    """
+
+    values: dict[str, Tensor]
+    layers: tuple[LayerRepair, ...]
+    skipped: tuple[str, ...]
+
+
+def repair(
+    calibration: Calibration,
+    groups: Sequence[UnitGroup],
+    kept: Kept,
+    *,
+    damping: float | str = "auto",
+) -> Repair:
+    """Fit all layers that read units about to be removed, on the units that stay.
+
+    Each layer ``y = Wx + b`` gets ``W' = W_K + W_Z G_ZK (G_KK + λI)⁻¹`` and the bias
+    ``b + (W - W')·mean(x)``, where ``G`` is the covariance of its inputs on the calibration
+    samples (of a convolution: of the patches under its kernel), ``K`` what stays and ``Z`` what
+    goes. A layer without a bias takes mean products in place of covariances, unless a batch norm
+    directly behind it swallows the mean. Layers are fitted in the order of the forward pass, each
+    on the inputs that the repaired layers before it give. Running statistics of batch norms are
+    taken again, such that the outputs of each have the mean and variance that they had before.
+
+    The model is not changed: hand ``values`` to
+    :func:`~torchprune_bayes.structured.apply_plan`. :func:`~torchprune_bayes.structured.shrink`
+    does all this itself.
+
+    Args:
+        calibration: Data and model, without the labels; of its samples the first 4096, or as many
+            as fit into its memory at once, but 256 in any case.
+        groups: The groups of its model.
+        kept: The units that stay.
+        damping: ``λ`` relative to the mean diagonal of ``G_KK``; ``"auto"`` chooses one of five
+            values for each layer by predicting half of the samples from the other half.
+
+    Returns:
+        The new values, and how well they do.
+
+    Raises:
+        ArgumentError: If an argument has an impossible value or does not fit the model.
+        CalibrationError: If the data gives no usable activations.
+
+    Cost: one forward pass over the samples, and one for batch norms, where the samples fit into
+    memory at once, else about half a pass for each layer. For a layer with ``d`` inputs (times the
+    kernel's size) ``n d²`` in float64 for the covariance, where ``n`` is at most
+    ``max(32 d, 16384)`` rows drawn from all samples, and a few times ``d³/3`` for the fit.
+
+    Example:
+        >>> from torchprune_bayes.structured import apply_plan, find_groups, plan_of
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))  # 8 units of rank 4
+        >>> x = torch.randn(64, 4)
+        >>> before = model(x)
+        >>> calibration = Calibration(model, [(x, x[:, :2])], nn.functional.mse_loss)
+        >>> groups = find_groups(model, x)
+        >>> kept = {"0": torch.arange(4)}
+        >>> found = repair(calibration, groups, kept, damping=1e-9)
+        >>> _ = apply_plan(model, plan_of(model, groups, kept), values=found.values)
+        >>> bool(torch.allclose(model(x), before, atol=1e-3))
+        True
+    """
+    if isinstance(damping, str):
+        check_choice("damping", damping, ("auto",))
+    else:
+        check_positive("damping", damping)
+    model = calibration.model
+    readers, skipped = readers_of(model, groups)
+    keeps = _keeps(model, groups, kept, readers)
+    readers = {name: reader for name, reader in readers.items() if name in keeps}
+    if not readers:
+        return Repair({}, (), tuple(skipped))
+    space, _ = space_of(model, [p for group in groups for p in group.slices if p.role != "norm"])
+    walk = Walk(calibration.with_space(space), readers, keeps, damping)
+    walk.run()
+    done = {fit.name for fit in walk.fits}
+    skipped += [reader.path for reader in readers.values() if reader.path not in done]
+    if skipped:
+        logger.warning(
+            "Not repaired, because the forward pass does not call them as plain layers: %s.",
+            ", ".join(skipped),
+        )
+    return Repair(walk.values(), tuple(walk.fits), tuple(skipped))
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did to the loss.
+
+    Attributes:
+        layers: The layers that were fitted, in the order of the forward pass.
+        skipped: Layers that were cut without a fit.
+        loss_cut: Mean loss of the shrunk model without the repair.
+        loss_repaired: And with it.
+        samples: Held-out samples that these were taken from.
+        in_sample: Whether there were none, so that they are those of the fit.
+    """
+
+    layers: tuple[LayerRepair, ...]
+    skipped: tuple[str, ...]
+    loss_cut: float
+    loss_repaired: float
+    samples: int
+    in_sample: bool
+
+    @property
+    def taken(self) -> bool:
+        """Whether the model has the repaired weights; not if its loss is higher with them."""
+        return bool(self.layers) and self.loss_repaired <= self.loss_cut
+
+    def __str__(self) -> str:
+        verdict = "repaired" if self.taken else "repair not taken"
+        return (
+            f"{verdict}: loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
+            f"{len(self.layers)} layers were fitted anew"
+        )
+
+
+def cut_with(
+    calibration: Calibration, groups: Sequence[UnitGroup], plan: ShrinkPlan, found: Repair
+) -> tuple[Change, RepairReport]:
+    """Cut a model, with the values of a repair if the loss is no higher with them.
+
+    Args:
+        calibration: Its model is cut.
+        groups: The groups before the cut.
+        plan: What stays.
+        found: The repair for this plan.
+
+    Returns:
+        The cut, done, and what the losses were.
+    """
+    change = apply_plan(calibration.model, plan)
+    try:
+        loss_cut = _held_out(calibration, groups)
+        change.undo()
+        change, plain = apply_plan(calibration.model, plan, values=found.values), change
+        loss_repaired = _held_out(calibration, groups)
+    except BaseException:
+        change.undo()
+        raise
+    report = RepairReport(
+        found.layers,
+        found.skipped,
+        loss_cut.value,
+        loss_repaired.value,
+        loss_repaired.samples,
+        loss_repaired.in_sample,
+    )
+    if not report.taken:
+        change.undo()
+        plain.redo()
+        change = plain
+        logger.warning("The repair is not taken, because it does not lower the loss: %s.", report)
+    return change, report
+
+
+def _held_out(calibration: Calibration, groups: Sequence[UnitGroup]) -> MeanLoss:
+    pieces = [piece for group in groups for piece in group.slices if piece.role != "norm"]
+    space, _ = space_of(calibration.model, pieces)
+    return calibration.with_space(space).held_out_loss()
+
+
+def _keeps(
+    model: nn.Module, groups: Sequence[UnitGroup], kept: Kept, readers: Mapping[str, Reader]
+) -> dict[str, Tensor]:
+    """Which inputs stay, of the readers that lose some."""
+    plan = plan_of(model, groups, kept)
+    keeps = {}
+    for name, reader in readers.items():
+        indices = plan.kept.get(name, {}).get(reader.dim)
+        if indices is not None:
+            keeps[name] = torch.zeros(plan.shapes[name][reader.dim], dtype=torch.bool)
+            keeps[name][indices] = True
+    return keeps
