@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, TrainingArguments
+
+from torchprune_bayes.gates import attach_gates
 
 
 class Sentences(Dataset[dict[str, Any]]):
@@ -32,6 +35,20 @@ def classifier(seed: int = 0) -> DistilBertForSequenceClassification:
         vocab_size=30, dim=16, hidden_dim=24, n_layers=1, n_heads=2, max_position_embeddings=8
     )
     return DistilBertForSequenceClassification(config)
+
+
+class Gated(nn.Module):
+    """A network with gates and the interface of a Hugging Face model."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+        attach_gates(self.body)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.body(input_ids.float() / 30)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:

@@ -9,10 +9,9 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import Trainer, TrainerCallback
 
-from tests.integrations.hf_cases import Sentences, arguments, classifier
+from tests.integrations.hf_cases import Gated, Sentences, arguments, classifier
 from torchprune_bayes import prunable_parameters
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.gates import attach_gates
 from torchprune_bayes.integrations.hf import GateCallback, SpaMCallback, calibrate_on
 from torchprune_bayes.training import GateTraining, SpaM, gate_parameter_groups
 
@@ -66,20 +65,6 @@ def test_spam_ends_training_when_the_evidence_stops_rising(tmp_path: Path) -> No
     assert isinstance(callback.training, SpaM)
     assert callback.training.finished
     assert run.state.global_step == 4 * len(callback.training.history) < 160
-
-
-class Gated(nn.Module):
-    """A network with gates and the interface of a Hugging Face model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-        attach_gates(self.body)
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.body(input_ids.float() / 30)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 GATES: dict[str, Any] = {"data_size": 32, "amount": 0.5, "beyond": True}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from tests.integrations.hf_cases import Sentences, classifier
+from tests.integrations.hf_cases import Sentences, arguments, classifier
 from torchprune_bayes import (
     Calibration,
     GradualPruner,
@@ -21,8 +22,8 @@ from torchprune_bayes import (
     prunable_parameters,
     prune_global,
 )
-from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.integrations.hf import merge_adapters
+from torchprune_bayes.errors import AlignmentError, ArgumentError
+from torchprune_bayes.integrations.hf import PruningCallback, merge_adapters
 from torchprune_bayes.params import ParameterSpace
 
 pytestmark = pytest.mark.filterwarnings(
@@ -176,3 +177,35 @@ def test_adapters_learn_around_a_base_that_is_pruned(mode: str) -> None:
         assert not any(map(torch.equal, before, adapters))
     zeros = sum(int((v == 0).sum()) for v in ParameterSpace(model).values().values())
     assert zeros == round(0.5 * pruner.space.numel)
+
+
+def test_a_trainer_prunes_the_base(tmp_path: Path) -> None:
+    model = adapted()
+    callback = PruningCallback("magnitude", one_shot(0.5, at=2))
+    run = Trainer(
+        model,
+        arguments(tmp_path, save_strategy="steps", save_steps=4),
+        train_dataset=Sentences(),
+        callbacks=[callback],
+    )
+    run.train()
+    assert callback.sparsity == pytest.approx(0.5, abs=1e-3)
+    again = Trainer(
+        adapted(),
+        arguments(tmp_path),
+        train_dataset=Sentences(),
+        callbacks=[PruningCallback("magnitude", one_shot(0.5, at=2))],
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    torch.testing.assert_close(logits(again.model), logits(model), rtol=0, atol=0)
+    other = adapted()
+    with torch.no_grad():
+        prunable_parameters(other)[0][0].get_parameter("weight").add_(1.0)
+    foreign = Trainer(
+        other,
+        arguments(tmp_path),
+        train_dataset=Sentences(),
+        callbacks=[PruningCallback("magnitude", one_shot(0.5, at=2))],
+    )
+    with pytest.raises(AlignmentError, match="a checkpoint of adapters does not hold them"):
+        foreign.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

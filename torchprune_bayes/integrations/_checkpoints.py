@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from torchprune_bayes._files import read_tensors, save_tensors
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.training import GradualPruner
@@ -48,31 +47,53 @@ def record_of(pruner: GradualPruner) -> dict[str, Any]:
         "sparsity": pruner.sparsity,
         "masks": sorted(state["masks"]),
         "sha256": fingerprint(state["masks"]),
+        "frozen": frozen_fingerprint(pruner.space, state["masks"]),
     }
+
+
+def frozen_fingerprint(space: ParameterSpace, masks: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 of the frozen weights under ``masks``, which checkpoints of adapters do not hold.
+
+    ``None`` where no weight is frozen.
+    """
+    held = {
+        tensor.name: (tensor.value + 0.0).to("cpu").contiguous()  # no negative zeros
+        for tensor in space.with_masks(masks)
+        if not tensor.leaf.requires_grad
+    }
+    return hashlib.sha256(save(held)).hexdigest() if held else None
+
+
+def check_frozen(space: ParameterSpace, masks: Masks, record: Mapping[str, Any]) -> None:
+    """Refuse frozen weights that do not become those of the record under its masks.
+
+    Raises:
+        AlignmentError: In this case.
+    """
+    if record.get("frozen") not in (None, frozen_fingerprint(space, masks)):
+        raise AlignmentError(
+            "Expected the frozen weights that the checkpoint was made with, got others: a "
+            "checkpoint of adapters does not hold them, so load the same ones first."
+        )
 
 
 def save_pruner(pruner: GradualPruner, path: str | Path) -> None:
     """Write masks, step and history as one safetensors file; the file is whole or not there."""
-    path = Path(path)
-    masks = {n: mask.cpu().contiguous() for n, mask in pruner.state_dict()["masks"].items()}
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(masks, partial, {"pruner": json.dumps(record_of(pruner))})
-    os.replace(partial, path)
+    masks = pruner.state_dict()["masks"]
+    save_tensors(path, masks, {"pruner": json.dumps(record_of(pruner))})
 
 
 def read_pruner(path: str | Path) -> tuple[dict[str, Any], Masks]:
     """Read the record and the masks that :func:`save_pruner` wrote.
 
     Raises:
-        ArgumentError: If the file is of another kind, or its masks are not those of its record.
+        ArgumentError: If the file cannot be read or is of another kind, or its masks are not those
+            of its record.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    if "pruner" not in metadata:
-        raise ArgumentError(f"Expected masks of a pruner in {path}, got a file without its record.")
-    record: dict[str, Any] = json.loads(metadata["pruner"])
-    if record["sha256"] != fingerprint(masks):
+    stored = read_tensors(path, "masks of a pruner")
+    record: dict[str, Any] = stored.json("pruner", dict)
+    masks = dict(stored.tensors)
+    if record.get("sha256") != fingerprint(masks):
         raise ArgumentError(f"Expected the masks that {path} has on record, got others.")
     return record, masks
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._extras import optional
@@ -28,9 +28,10 @@ def calibrate_on(
     """Say what to calibrate on before there is a model; a callback makes the calibration from it.
 
     Args:
-        dataset: What a Trainer takes as ``train_dataset``; columns that the model's ``forward``
-            does not name are left out.
-        num_samples: Samples drawn at random from it.
+        dataset: What a Trainer takes as ``train_dataset``, streams too; columns that the model's
+            ``forward`` does not name are left out.
+        num_samples: Samples drawn at random from it, or the first of a stream, which is not
+            shuffled: shuffle it before.
         collator: Makes a batch of samples; default that of the Trainer without a tokenizer.
         batch_size: Samples that are collated, and padded, together.
         options: Further arguments of :class:`~torchprune_bayes.Calibration`.
@@ -59,7 +60,8 @@ def calibrate_on(
             kept = [{key: s[key] for key in s if key in known} for s in samples]
             return join(kept)
 
-        loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, collate_fn=collate)
+        shuffle = not isinstance(dataset, IterableDataset)
+        loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=collate)
         return Calibration(model, loader, params=params, num_samples=num_samples, **options)
 
     return make

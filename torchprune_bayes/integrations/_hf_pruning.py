@@ -16,11 +16,13 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import (
     MASK_FILE,
+    check_frozen,
     check_zeros,
     record_of,
     save_pruner,
     state_from,
 )
+from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog
 from torchprune_bayes.integrations._hf_metrics import CalibrationMetrics
 from torchprune_bayes.integrations._hf_resume import (
     RECORD,
@@ -30,6 +32,7 @@ from torchprune_bayes.integrations._hf_resume import (
     masks_on_record,
     resume_folders,
     warn_of,
+    zeros_at_start,
 )
 from torchprune_bayes.integrations._ranks import refuse_sharded, step_together
 from torchprune_bayes.methods.host import unstructured_method
@@ -39,13 +42,13 @@ from torchprune_bayes.training import GradualPruner, bare_optimizer
 from torchprune_bayes.types import Masks, ParameterPairs
 
 with optional("transformers", "hf"):
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 Schedules: TypeAlias = Schedule | Mapping[str, Schedule]
 CalibrationFactory: TypeAlias = Callable[[nn.Module, ParameterPairs], Calibration]
 
 
-class PruningCallback(TrainerCallback):
+class PruningCallback(FirstToLog, AtEpochEnds):
     """Prune a model while ``transformers.Trainer`` trains it, with any method and schedule.
 
     Zeros are the mask: weights stay plain, so checkpoints, ``from_pretrained`` and other callbacks
@@ -54,6 +57,13 @@ class PruningCallback(TrainerCallback):
     ``pruning_masks.safetensors`` and a fingerprint of them in ``trainer_state.json``. On resume
     the masks must be those of the checkpoint, or training does not go on. Where the file is
     missing the zeros in the weights are taken, and what differs from the record is reported.
+
+    A model that comes with zeros, pruned by another callback or loaded from where it was saved,
+    keeps them: they count as pruned from the start. Of a model with adapters (``peft``) the base is
+    pruned, which its checkpoints do not hold: load the same one before resuming.
+
+    What is due at the end of an epoch is done at the end of its last step, so that the checkpoint
+    of that step has it. The sparsity is logged, to the trackers of ``report_to`` too.
 
     When something is pruned, the best metric so far is forgotten, so that
     ``load_best_model_at_end`` and early stopping compare models of one sparsity, and never bring
@@ -71,6 +81,7 @@ class PruningCallback(TrainerCallback):
         calibration: A :class:`~torchprune_bayes.Calibration` of the model in training, or a
             function ``(model, params) -> Calibration`` such as :func:`calibrate_on` makes.
         forget_best: Whether the best metric is forgotten when something is pruned.
+        keep_zeros: Whether exact zeros that the weights have at the start count as pruned.
         options: Further arguments of the method.
 
     Attributes:
@@ -101,6 +112,7 @@ class PruningCallback(TrainerCallback):
         exclude: Sequence[str] = (),
         calibration: Calibration | CalibrationFactory | None = None,
         forget_best: bool = True,
+        keep_zeros: bool = True,
         **options: Any,
     ) -> None:
         check_choice("unit", unit, ("step", "epoch"))
@@ -111,7 +123,7 @@ class PruningCallback(TrainerCallback):
                 "calibrate_on(dataset, num_samples=512), got none."
             )
         self.unit = unit
-        self.forget_best = forget_best
+        self.forget_best, self.keep_zeros = forget_best, keep_zeros
         self.pruner: GradualPruner | None = None
         self._method = kind
         self._schedule = schedule
@@ -149,16 +161,19 @@ class PruningCallback(TrainerCallback):
         if getattr(args, "deepspeed", None):
             raise ParameterError("Expected no DeepSpeed, whose optimizer keeps weights of its own.")
         refuse_sharded(model)
-        earlier = self._masks_held_in(model)
         self._optimizer = bare_optimizer(optimizer)
-        self.pruner = self._new_pruner(unwrap(model), args, state)
+        earlier, self.pruner = self.pruner, self._new_pruner(unwrap(model), args, state)
         if state.global_step:
-            self.pruner.load_state_dict(self._resumed(args, state))
+            found = self._resumed(args, state)
         else:
-            self.pruner.load_state_dict({"step": 0, "history": [], "masks": earlier})
+            found = {"step": 0, "history": [], "masks": self._masks_at_start(earlier)}
+        if earlier is not None:
+            earlier.remove()
+        self.pruner.load_state_dict(found)
         self._record = record_of(self.pruner)
         if not state.global_step:
             self._advance(state)
+        self._move_to_front()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -166,10 +181,9 @@ class PruningCallback(TrainerCallback):
         """Prune if it is due after this update; the optimizer's hook has kept the zeros."""
         if self.unit == "step":
             self._advance(state)
+        super().on_step_end(args, state, control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
         """Prune if it is due after this epoch."""
         if self.unit == "epoch":
             self._advance(state)
@@ -182,28 +196,25 @@ class PruningCallback(TrainerCallback):
         if self.pruner is not None and args.should_save and folder.is_dir():
             save_pruner(self.pruner, folder / MASK_FILE)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Add the sparsity to what is logged."""
-        if logs is not None and self.pruner is not None:
-            logs["sparsity"] = state.log_history[-1]["sparsity"] = self.sparsity
+    def numbers(self) -> dict[str, float]:
+        """The sparsity."""
+        return {} if self.pruner is None else {"sparsity": self.sparsity}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Make sure that masks and weights are of one checkpoint, also if the best was loaded."""
+        """Make sure that masks and weights are of one checkpoint, also if the best was loaded.
+
+        Zeros are held no longer than that; :func:`~torchprune_bayes.keep_sparse` holds them in
+        training of another kind.
+        """
         if self.pruner is None:
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             follow_best(self.pruner, Path(state.best_model_checkpoint))
             self._record = record_of(self.pruner)
         check_zeros(self.pruner.space, self.pruner.state_dict()["masks"])
+        self.pruner.remove()
         if not self.pruner.finished:
             warn_of(
                 f"Training ended before its schedule did, at a sparsity of {self.sparsity:.4f}."
@@ -250,13 +261,17 @@ class PruningCallback(TrainerCallback):
             warn_of("The checkpoint was not made with this callback: pruning starts from dense.")
             return {"step": done + 1, "history": [], "masks": {}}
         masks = masks_on_record(self.pruner.space, record, resume_folders(args, state))
-        check_zeros(self.pruner.space, masks)
+        trained = {t.name for t in self.pruner.space.subset(masks) if t.leaf.requires_grad}
+        check_zeros(self.pruner.space, {name: masks[name] for name in trained})
+        check_frozen(self.pruner.space, masks, record)
         return state_from(record, masks)
 
-    def _masks_held_in(self, model: nn.Module) -> Masks:
-        if self.pruner is None or self.pruner.space.model is not unwrap(model):
-            return {}
-        return dict(self.pruner.state_dict()["masks"])
+    def _masks_at_start(self, earlier: GradualPruner | None) -> Masks:
+        """Those of this callback's last training of the same model, or what its zeros say."""
+        assert self.pruner is not None
+        if earlier is not None and earlier.space.model is self.pruner.space.model:
+            return dict(earlier.state_dict()["masks"])
+        return zeros_at_start(self.pruner.space) if self.keep_zeros else {}
 
 
 def _one_later(schedule: Any) -> Any:

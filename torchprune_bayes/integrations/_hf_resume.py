@@ -10,6 +10,7 @@ from warnings import warn
 from torchprune_bayes.errors import ArgumentError, TorchPruneBayesWarning
 from torchprune_bayes.integrations._checkpoints import (
     MASK_FILE,
+    check_frozen,
     check_zeros,
     fingerprint,
     read_pruner,
@@ -79,11 +80,28 @@ def follow_best(pruner: GradualPruner, folder: Path) -> None:
         return
     reached = pruner.sparsity
     check_zeros(pruner.space, masks)
+    check_frozen(pruner.space, masks, record)
     pruner.load_state_dict(state_from(record, masks))
     warn_of(
         f"The best checkpoint, {folder.name}, has a sparsity of {record['sparsity']:.4f}; "
         f"training had reached {reached:.4f}. Its own masks hold now."
     )
+
+
+def zeros_at_start(space: ParameterSpace) -> Masks:
+    """Masks of a model that was pruned before, which take its exact zeros as pruned.
+
+    A tensor that is zero throughout is taken as new, such as a head that starts at zero, and that
+    is said.
+    """
+    masks = {tensor.name: tensor.leaf.detach() != 0 for tensor in space}
+    blank = [name for name, mask in masks.items() if not bool(mask.any())]
+    if blank:
+        warn_of(
+            f"Every entry of `{blank[0]}` is zero ({len(blank)} such tensors), which counts as new "
+            "and not as pruned: leave it out with `exclude` if it is to stay so."
+        )
+    return {n: mask for n, mask in masks.items() if n not in blank and not bool(mask.all())}
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:

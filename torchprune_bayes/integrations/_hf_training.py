@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,19 +10,21 @@ from torch import nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._extras import optional
+from torchprune_bayes._files import reading, write_whole
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, resume_folders
 from torchprune_bayes.integrations._ranks import refuse_sharded
 from torchprune_bayes.params import prunable_parameters, unwrap
-from torchprune_bayes.training import GateTraining, SpaM, bare_optimizer
+from torchprune_bayes.training import GateTraining, SpaM
 from torchprune_bayes.types import ParameterPairs
 
 with optional("transformers", "hf"):
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
-class _Kept(TrainerCallback):
+class _Kept(FirstToLog, AtEpochEnds):
     """Keeps the state of what it drives in each checkpoint, and takes it from there on resume."""
 
     file_name: str
@@ -36,9 +37,8 @@ class _Kept(TrainerCallback):
         folder = checkpoint_folder(args, state)
         if self.training is None or not args.should_save or not folder.is_dir():
             return
-        partial = folder / f"{self.file_name}.partial"
-        torch.save(self.training.state_dict(), partial)
-        os.replace(partial, folder / self.file_name)
+        held = self.training.state_dict()
+        write_whole(folder / self.file_name, lambda draft: torch.save(held, draft))
 
     def _take_up(self, args: TrainingArguments, state: TrainerState) -> None:
         if not state.global_step:
@@ -50,12 +50,16 @@ class _Kept(TrainerCallback):
                 f"Expected `{self.file_name}` in {folders[0]} to go on from, got none: put it "
                 "there, beside the checkpoint that is resumed."
             )
-        held = torch.load(found / self.file_name, map_location="cpu", weights_only=True)
+        with reading(found / self.file_name, "the state of a callback"):
+            held = torch.load(found / self.file_name, map_location="cpu", weights_only=True)
         self.training.load_state_dict(held)
 
 
 class SpaMCallback(_Kept):
     """Learn prior precisions by the marginal likelihood, once per epoch, while a Trainer trains.
+
+    An epoch's update is done at the end of its last step, so that the checkpoint of that step has
+    it. The last log marginal likelihood is logged.
 
     The prior is the weight decay, so ``TrainingArguments(weight_decay=0.0)``. Afterwards prune with
     :class:`~torchprune_bayes.OPD` and ``posterior=callback.training.posterior()``.
@@ -100,39 +104,33 @@ class SpaMCallback(_Kept):
         refuse_sharded(model)
         inner = unwrap(model)
         calibration = self._calibration(inner, self._params(inner))
-        self.training = SpaM(bare_optimizer(optimizer), calibration, **self._options)
+        if self.training is not None:  # of a training before this one
+            self.training.remove()
+        self.training = SpaM(optimizer, calibration, **self._options)
         self._take_up(args, state)
+        self._move_to_front()
+        control.should_training_stop |= self.training.finished
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
         """Update the prior if it is due; stop when the evidence no longer rises."""
         assert self.training is not None
         self.training.step()
         control.should_training_stop |= self.training.finished
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Add the last log marginal likelihood to what is logged."""
-        if logs is None or self.training is None or not self.training.history:
-            return
-        found = self.training.history[-1]["log_marginal_likelihood"]
-        logs["log_marginal_likelihood"] = found
-        state.log_history[-1]["log_marginal_likelihood"] = found
+    def numbers(self) -> dict[str, float]:
+        """The last log marginal likelihood."""
+        if self.training is None or not self.training.history:
+            return {}
+        return {"log_marginal_likelihood": self.training.history[-1]["log_marginal_likelihood"]}
 
 
 class GateCallback(_Kept):
     """Learn and close noise gates while a Trainer trains; the algorithm of BMRS.
 
-    Attach the gates to the model before the Trainer is made. Their penalty depends on them alone,
-    so its gradient is added right before the update, after clipping and averaging over processes.
-    To let gates learn faster, hand the Trainer an optimizer over
+    Gates close at the end of an epoch's last step, so that the checkpoint of that step has them
+    closed. Attach the gates to the model before the Trainer is made. Their penalty depends on them
+    alone, so its gradient is added right before the update, after clipping and averaging over
+    processes. To let gates learn faster, hand the Trainer an optimizer over
     :func:`~torchprune_bayes.training.gate_parameter_groups`.
 
     Args:
@@ -170,6 +168,7 @@ class GateCallback(_Kept):
         refuse_sharded(model)
         self.training = GateTraining(unwrap(model), **self._options)
         self._take_up(args, state)
+        self._move_to_front()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -191,9 +190,7 @@ class GateCallback(_Kept):
         assert self.training is not None
         self.training.step()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
         """Close gates if it is due."""
         assert self.training is not None
         self.training.end_epoch()
@@ -201,16 +198,9 @@ class GateCallback(_Kept):
         if left == self._finetune_epochs and not self.training.finetuning:
             self.training.begin_finetuning()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Add the share of closed gates to what is logged."""
-        if logs is None or self.training is None:
-            return
+    def numbers(self) -> dict[str, float]:
+        """The share of closed gates."""
+        if self.training is None:
+            return {}
         gates = self.training.gates
-        logs["closed_gates"] = state.log_history[-1]["closed_gates"] = gates.closed / gates.units
+        return {"closed_gates": gates.closed / gates.units}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.gates import Criterion, Gates, find_criterion, gates_of
+from torchprune_bayes.training._pruner_state import is_list_of_events
 
 logger = logging.getLogger("torchprune_bayes")
 
@@ -182,14 +183,18 @@ class GateTraining:
         Raises:
             ArgumentError: If ``state`` is no state of this class.
         """
-        if set(state) != _STATE:
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {sorted(state)}.")
+        if not isinstance(state, Mapping) or set(state) != _STATE:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {found}.")
         check_count("step", state["step"], minimum=0)
-        self._step = int(state["step"])
-        self.finetuning = bool(state["finetuning"])
-        self.history = [dict(event) for event in state["history"]]
+        if not is_list_of_events(state["history"]):
+            raise ArgumentError(f"Expected a list as history, got {state['history']!r:.80}.")
         best = state["best"]
+        if best is not None and not (len(best) == 2 and isinstance(best[1], Mapping)):
+            raise ArgumentError(f"Expected a metric and a model as best, got {best!r:.80}.")
         self._best = None if best is None else (float(best[0]), dict(best[1]))
+        self.history = [dict(event) for event in state["history"]]
+        self.finetuning, self._step = bool(state["finetuning"]), int(state["step"])
 
     def _scaled_kl(self) -> Tensor:
         if self.kl == "mean":

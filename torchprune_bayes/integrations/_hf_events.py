@@ -1,0 +1,87 @@
+"""When a Trainer's callbacks are called, as far as it matters to those here.
+
+In plain words: the trackers of ``report_to`` come before the callbacks of the user and would log
+before these have added their numbers; and the checkpoint of an epoch's last step is written before
+the Trainer says that the epoch has ended.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+from torchprune_bayes._extras import optional
+
+with optional("transformers", "hf"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+
+
+class FirstToLog(TrainerCallback):
+    """A callback whose numbers reach all others, trackers that ``report_to`` names included.
+
+    When training begins it moves to the front of the Trainer's callbacks.
+    """
+
+    def numbers(self) -> dict[str, float]:
+        """What to add to everything that is logged."""
+        return {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add the numbers to what is logged."""
+        if logs is not None:
+            found = self.numbers()
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def _move_to_front(self) -> None:
+        handler = _calling_handler(self)
+        if handler is not None:
+            # A new list: the handler is in the midst of the old one.
+            handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
+
+
+class AtEpochEnds(TrainerCallback):
+    """A callback with something to do once per epoch, before the checkpoint of its last step.
+
+    So a run that is resumed from that checkpoint has it done, as the run that was not interrupted.
+    """
+
+    _ended_at: int | None = None
+
+    def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
+        """Do it."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Do it if this was the last step of an epoch."""
+        if state.epoch is not None and float(state.epoch).is_integer():
+            self._ended_at = state.global_step
+            self.end_epoch(state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Do it if the epoch ended early, or was of a stream, whose end nobody knows before."""
+        if self._ended_at != state.global_step:
+            self.end_epoch(state, control)
+
+
+def _calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
+    """The handler that is calling ``callback``; transformers tells callbacks of none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, CallbackHandler) and any(c is callback for c in found.callbacks):
+            return found
+        frame = frame.f_back
+    return None
