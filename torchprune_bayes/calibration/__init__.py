@@ -1,6 +1,31 @@
 """From a model, data and a loss to gradients: see :class:`Calibration`."""
 
-from torchprune_bayes.calibration._batches import Batch, batch_size
+from torchprune_bayes.calibration._batches import (
+    Batch,
+    batch_size,
+    cut,
+    grouped,
+    joined,
+    map_tensors,
+    sizes,
+)
+from torchprune_bayes.calibration._functional import LossFunction, preserved
 from torchprune_bayes.calibration.calibration import Calibration, MeanLoss
+from torchprune_bayes.calibration.labels import IGNORED, LabelLayout, layout_of
 
-__all__ = ["Batch", "Calibration", "MeanLoss", "batch_size"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Calibration",
+    "LabelLayout",
+    "LossFunction",
+    "MeanLoss",
+    "batch_size",
+    "cut",
+    "grouped",
+    "joined",
+    "layout_of",
+    "map_tensors",
+    "preserved",
+    "sizes",
+]

@@ -7,32 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from torchprune_bayes.calibration._batches import Batch
 from torchprune_bayes.calibration._functional import FunctionalModel
+from torchprune_bayes.calibration.labels import IGNORED, layout_of
 from torchprune_bayes.errors import CalibrationError
-
-_IGNORED = -100  # as in torch.nn.functional.cross_entropy and in Hugging Face's collators
 
 
 class FisherTargets:
     """The labels of one pass: the data's own, or for the true Fisher drawn from the model.
 
-    Draws replace integer labels by classes from the softmax of the model's logits; labels of -100
-    stay. A language model whose loss compares the logits at ``t`` with the label at ``t + 1`` gets
-    its draws at ``t + 1``. One uniform number is drawn per label, so that the draws do not depend
-    on how the samples are cut into batches.
+    Draws replace labels by classes from the model's predictions; ignored labels stay. A language
+    model whose loss compares the logits at ``t`` with the label at ``t + 1`` gets its draws at
+    ``t + 1``. One uniform number is drawn per label, so that the draws do not depend on how the
+    samples are cut into batches.
 
     Args:
         functional: The model.
         fisher: ``"empirical"`` or ``"true"``.
         seed: Seed of the draws.
+        ignore_index: Label without a term in the loss.
     """
 
-    def __init__(self, functional: FunctionalModel, fisher: str, seed: int) -> None:
+    def __init__(
+        self, functional: FunctionalModel, fisher: str, seed: int, ignore_index: int = IGNORED
+    ) -> None:
         self._functional = functional
         self._fisher = fisher
+        self._ignore_index = ignore_index
         self._generator = torch.Generator().manual_seed(seed)
 
     def put_into(
@@ -41,8 +43,7 @@ class FisherTargets:
         """Return the batch, an ``(input, target)`` pair or a mapping, with the labels in it.
 
         Raises:
-            CalibrationError: If logits ``[*labels.shape, classes]`` do not fit the labels, or the
-                loss is not their mean cross-entropy.
+            CalibrationError: If the loss is not the mean cross-entropy of labels and logits.
         """
         if self._fisher == "empirical":
             return batch
@@ -51,42 +52,18 @@ class FisherTargets:
             loss = self._functional.loss_of(output, target)
         logits = getattr(output, "logits", output)
         labels: Any = batch.get("labels") if isinstance(batch, Mapping) else target
-        _check_fit(logits, labels)
-        drawn = self._draw(logits, labels, _label_shift(loss, logits, labels))
+        layout = layout_of(loss, logits, labels, self._ignore_index)
+        if layout is None:
+            raise CalibrationError(
+                "Expected the mean cross-entropy of the logits, of shape [*labels, C], [B, C, ...] "
+                "or [*labels], and integer labels for fisher='true', got another loss "
+                f"({float(loss):.6g}) of {_described(logits)} and {_described(labels)}: labels "
+                "drawn from the model would not belong to it. Labels without a term in the loss "
+                "are named by ignore_index."
+            )
+        drawn = layout.as_labels(layout.draw(logits, self._generator), labels)
         return {**batch, "labels": drawn} if isinstance(batch, Mapping) else (batch[0], drawn)
 
-    def _draw(self, logits: Tensor, labels: Tensor, shift: int) -> Tensor:
-        uniform = torch.rand(labels.shape, generator=self._generator).to(logits)
-        below = logits.softmax(-1).cumsum(-1) < uniform.unsqueeze(-1)
-        drawn = below.sum(-1).clamp_max(logits.shape[-1] - 1).to(labels.dtype)
-        if shift:
-            drawn = torch.cat([labels[..., :shift], drawn[..., :-shift]], dim=-1)
-        return torch.where(labels == _IGNORED, labels, drawn)
 
-
-def _label_shift(loss: Tensor, logits: Tensor, labels: Tensor) -> int:
-    """How many places the loss moves the labels against the logits: 0, or 1 in language models."""
-    for shift in range(min(labels.ndim, 2)):
-        length = labels.shape[-1] - shift
-        kept = logits[..., :length, :].flatten(0, -2)
-        plain = cross_entropy(kept, labels[..., shift:].flatten(), ignore_index=_IGNORED)
-        if torch.isclose(plain.to(loss), loss, rtol=1e-5, atol=1e-7, equal_nan=True):
-            return shift
-    raise CalibrationError(
-        "Expected the mean cross-entropy of the logits as the loss for fisher='true', got another "
-        f"loss ({float(loss):.6g}): labels drawn from a softmax would not belong to it."
-    )
-
-
-def _check_fit(logits: object, labels: object) -> None:
-    fits = (
-        isinstance(logits, Tensor)
-        and isinstance(labels, Tensor)
-        and not labels.is_floating_point()
-        and logits.shape[:-1] == labels.shape
-    )
-    if not fits:
-        raise CalibrationError(
-            "Expected logits [*labels.shape, classes] and integer labels for fisher='true', "
-            f"got {tuple(getattr(logits, 'shape', ()))} and {tuple(getattr(labels, 'shape', ()))}."
-        )
+def _described(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -31,6 +31,7 @@ from torchprune_bayes.calibration._verification import (
     check_finite_gradients,
     check_num_samples,
 )
+from torchprune_bayes.calibration.labels import IGNORED
 from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import ParameterPairs
@@ -68,7 +69,9 @@ class Calibration:
         mini_batch: Samples averaged into one gradient (the papers' fisher mini-batch size m).
         seed: Seeds the drawing of samples and labels.
         fisher: ``"empirical"`` uses the data's labels, ``"true"`` draws labels from the model's
-            own predictive distribution (classification with integer labels).
+            own predictive distribution (a mean cross-entropy of labels, dense or binary ones too).
+        ignore_index: Label without a term in the loss, for all that counts or draws labels: the
+            true Fisher, :class:`~torchprune_bayes.LayerCurvature` and what is made of it.
         vectorize: ``"auto"``, or force (``True``) or forbid (``False``) ``torch.func.vmap``.
         device: Where to compute; default is where the model is. The model itself stays.
         memory_mb: Budget in MiB for gradients and activations held at one time.
@@ -106,6 +109,7 @@ class Calibration:
         seed: int = 0,
         *,
         fisher: str = "empirical",
+        ignore_index: int = IGNORED,
         vectorize: bool | str = "auto",
         device: torch.device | str | None = None,
         memory_mb: float = 1024.0,
@@ -125,6 +129,7 @@ class Calibration:
         self._num_samples = num_samples
         self.mini_batch = mini_batch
         self.fisher = fisher
+        self.ignore_index = ignore_index
         self.memory_mb = memory_mb
         self.progress = progress
         self._vectorize = vectorize
@@ -378,9 +383,18 @@ class Calibration:
                 )
         return self._engine
 
+    @property
+    def functional(self) -> FunctionalModel:
+        """The model as a function of its weights, for other passes than those above."""
+        return self._functional
+
+    def randomness(self) -> IsolatedRandomness:
+        """Random states in which a pass runs, the same for all; use with ``preserved``."""
+        return self._randomness()
+
     def _randomness(self) -> IsolatedRandomness:
         # The same for all batches and candidates, so that their losses can be compared.
         return IsolatedRandomness(self.seed + 1, self.device)
 
     def _targets(self) -> FisherTargets:
-        return FisherTargets(self._functional, self.fisher, self.seed + 1)
+        return FisherTargets(self._functional, self.fisher, self.seed + 1, self.ignore_index)

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice, check_count
-from torchprune_bayes.calibration import Batch, Calibration, batch_size
-from torchprune_bayes.calibration._batches import cut, grouped, joined, map_tensors, sizes
-from torchprune_bayes.calibration._functional import LossFunction
+from torchprune_bayes.calibration import (
+    IGNORED,
+    Batch,
+    Calibration,
+    LossFunction,
+    batch_size,
+    cut,
+    grouped,
+    joined,
+    sizes,
+)
+from torchprune_bayes.calibration.normalisation import differing_samples
 from torchprune_bayes.curvature.layer_statistics import LayerStatistics
 from torchprune_bayes.curvature.layers.coverage import (
     coverage_of,
     unverified_routes,
     verified_routes,
 )
+from torchprune_bayes.curvature.layers.normalisation import MOST_EXAMPLES, NormalisationCheck
 from torchprune_bayes.curvature.layers.parameters import trainable_parameters
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
 from torchprune_bayes.curvature.layers.sums import BatchSums, needed
@@ -56,6 +66,8 @@ class LayerCurvature(LayerStatistics):
     happens within it is added up before it is squared. Its loss is the batch loss of it alone,
     except that where labels are sequences and the loss is their mean over a batch, it is the sum
     over the sample's own labels (``token_loss="sum"``): minus the log-likelihood of the sequence.
+    Whether a batch loss is a mean over labels or over samples is found out on samples that differ;
+    what is neither (class weights, masks that the labels do not show) is refused.
 
     *Which layers.* Linear, Hugging Face's ``Conv1D``, convolutions, embeddings, layer, RMS, group
     and (in eval mode) batch norms; weights that are tied, or used twice, have one gradient. All
@@ -70,7 +82,7 @@ class LayerCurvature(LayerStatistics):
             the diagonal of all else; or ``"both"``: these factors, and the diagonal of everything.
         draws: Labels drawn per sample for ``"monte_carlo"``.
         token_loss: ``"sum"`` or ``"mean"`` over the labels of a sample.
-        ignore_index: Label that does not count.
+        ignore_index: Label that does not count; default the calibration's.
         factor_limit: Rows of a Kronecker factor at most; larger layers have a diagonal.
         batch_size: Samples of a pass at most; batches of the data are not joined.
         mini_batch: Samples whose mean loss is differentiated as one, with ``"empirical"``: a sample
@@ -80,14 +92,7 @@ class LayerCurvature(LayerStatistics):
         verify: Whether the rules are checked on two samples, once for a model: not again where the
             same parameters are fitted by this object again.
 
-    Attributes:
-        calibration: Where the samples came from; ``None`` after ``load``.
-        masks: Entries that were alive, by qualified name.
-        count: ``N``.
-        sums: Sums over the samples, in the calibration's dtype: ``"diagonal:<parameter>"``,
-            ``"inputs:<layer>"`` and ``"outputs:<layer>"`` with ``"positions:<layer>"``, ``"terms"``
-            and ``"loss:<kind>"``.
-        coverage: How gradients were found, by qualified name; empty after ``load``.
+    Attributes are those of :class:`~torchprune_bayes.curvature.LayerStatistics`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -111,7 +116,7 @@ class LayerCurvature(LayerStatistics):
         *,
         draws: int = 1,
         token_loss: str = "sum",
-        ignore_index: int = -100,
+        ignore_index: int | None = None,
         factor_limit: int = 8192,
         batch_size: int = 64,
         mini_batch: int = 1,
@@ -178,6 +183,7 @@ class LayerCurvature(LayerStatistics):
             num_samples,
             seed=seed,
             device=device,
+            ignore_index=IGNORED if self.ignore_index is None else self.ignore_index,
             check_deterministic=False,
         )
         return self.fit(calibration)
@@ -206,9 +212,12 @@ class LayerCurvature(LayerStatistics):
         masks = calibration.space.masks() if masks is None else masks
         calibration = calibration.with_space(calibration.space.subset(masks))
         batches = self._batches(calibration, weights)
-        first = next(batches)
-        passes = self._passes(calibration, weights, first)
-        routes = self._routes_of(passes, first)
+        head = self._head(batches)
+        passes = self._passes(calibration, weights, head[0])
+        check = NormalisationCheck(passes)
+        if self.verify:
+            check.examine(joined(head) or head[0])
+        routes = self._routes_of(passes, head[0], couples=check.couples)
         taken, factors = needed(routes, self.structure, self.factor_limit)
         total = BatchSums(
             passes,
@@ -220,7 +229,9 @@ class LayerCurvature(LayerStatistics):
             stream=self.stream,
         )
         samples = 0
-        for batch in chain([first], batches):
+        for batch in chain(head, batches):
+            if self.verify:
+                check.examine(batch)
             total.add(batch)
             samples += batch_size(batch) // self.mini_batch
         sums = total.finished(masks)
@@ -229,13 +240,13 @@ class LayerCurvature(LayerStatistics):
         self._routes = routes
         return self
 
-    def _routes_of(self, passes: Passes, first: Batch) -> Routes:
-        space, before = passes.calibration.space, self.calibration
+    def _routes_of(self, passes: Passes, first: Batch, *, couples: bool) -> Routes:
         if not self.verify:
-            return unverified_routes(space)
-        if before is not None and before.model is space.model and before.pairs() == space.pairs():
-            return self._routes
-        return verified_routes(passes, self._two_of(first))
+            return unverified_routes(passes.calibration.space)
+        if self.calibration is None or not _same_task(self.calibration, passes.calibration):
+            two = self._examples(first, passes.losses.ignore_index, 2)
+            return verified_routes(passes, two, couples=couples)
+        return self._routes
 
     def _batches(
         self, calibration: Calibration, weights: Mapping[str, Tensor] | None
@@ -257,26 +268,34 @@ class LayerCurvature(LayerStatistics):
                 )
             yield from parts
 
-    def _two_of(self, batch: Batch) -> Batch:
-        """Two samples, of those that have most labels that count."""
+    def _head(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The first batch, or more where it holds one sample, which proves nothing alone."""
+        head = [next(batches)]
+        if batch_size(head[0]) < 2 * self.mini_batch:
+            head += islice(batches, MOST_EXAMPLES - 1)
+        return head
+
+    def _examples(self, batch: Batch, ignore_index: int, most: int) -> Batch:
+        """Samples, or mini-batches, that differ and have labels that count."""
         if self.mini_batch > 1:
-            return cut(batch, 0, 2 * self.mini_batch)
-        labels = batch.get("labels") if isinstance(batch, Mapping) else batch[1]
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            return cut(batch, 0, 2)
-        counts = (labels != self.ignore_index).reshape(len(labels), -1).sum(1)
-        chosen = counts.argsort(descending=True, stable=True)[:2]
-        return map_tensors(batch, lambda tensor: tensor[chosen])
+            return cut(batch, 0, most * self.mini_batch)
+        return differing_samples(batch, ignore_index, most)
 
     def _passes(
         self, calibration: Calibration, weights: Mapping[str, Tensor] | None, first: Batch
     ) -> Passes:
-        average = self.token_loss == "mean"
+        ignored = calibration.ignore_index if self.ignore_index is None else self.ignore_index
         return Passes(
             calibration,
             weights,
-            cut(first, 0, 2 * self.mini_batch),
-            average=average,
-            ignore_index=self.ignore_index,
+            self._examples(first, ignored, MOST_EXAMPLES),
+            average=self.token_loss == "mean",
+            ignore_index=ignored,
             group=self.mini_batch,
         )
+
+
+def _same_task(before: Calibration, now: Calibration) -> bool:
+    """Whether two calibrations have model, parameters and loss in common."""
+    same_model = before.model is now.model and before.pairs() == now.pairs()
+    return same_model and before.loss_fn is now.loss_fn

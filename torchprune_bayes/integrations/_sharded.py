@@ -154,7 +154,7 @@ class _Share(Calibration):
 
     def _targets(self) -> FisherTargets:
         seed = self.seed + 1 + _RANK_STRIDE * rank()
-        return FisherTargets(self._functional, self.fisher, seed)
+        return FisherTargets(self._functional, self.fisher, seed, self.ignore_index)
 
 
 class EveryNth:

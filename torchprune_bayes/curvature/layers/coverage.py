@@ -29,7 +29,7 @@ def unverified_routes(space: ParameterSpace) -> Routes:
     return Routes(layers, singles=[name for name in space.names if name not in known])
 
 
-def verified_routes(passes: Passes, two: Batch) -> Routes:
+def verified_routes(passes: Passes, two: Batch, *, couples: bool = False) -> Routes:
     """Routes that give what autograd gives for two samples by themselves.
 
     What no rule is right about is tried in one copy per sample, which suits parameters that the
@@ -39,16 +39,17 @@ def verified_routes(passes: Passes, two: Batch) -> Routes:
     Args:
         passes: The model.
         two: A batch of two samples.
+        couples: Whether the loss of several is not made of theirs, so that no rule applies.
 
     Cost: about ten passes over two samples, and two gradients.
     """
     space = passes.calibration.space
-    layers = layers_of(space)
+    layers = [] if couples else layers_of(space)
     exact = _exact_squares(passes, two, space.names)
     found = _squares_by_rules(passes, two, layers)
     right = _agreeing(found, exact, space.masks())
     rest = [name for name in space.names if name not in right]
-    expanded = _expandable(passes, two, rest, exact)
+    expanded = {} if couples else _expandable(passes, two, rest, exact)
     singles = [name for name in rest if name not in expanded]
     whole = _right_as_a_whole(passes, two, _restricted(layers, set(singles)))
     routes = Routes(_restricted(layers, right), whole, expanded, singles)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot, pad
+from torch.nn.functional import one_hot
 
-from torchprune_bayes.calibration import Batch, batch_size
-from torchprune_bayes.calibration._functional import LossFunction
-from torchprune_bayes.calibration._targets import _label_shift
+from torchprune_bayes.calibration import Batch, LabelLayout, LossFunction, batch_size
+from torchprune_bayes.calibration.normalisation import Normaliser, counted_labels, labels_in
 from torchprune_bayes.errors import CalibrationError
 
 
@@ -47,26 +46,26 @@ class SampleLosses:
 
     Attributes:
         loss_fn: ``loss_fn(output, target)``, or ``None`` for the model's own.
-        shift: Places by which the loss moves labels against logits: 1 for language models.
-        is_cross_entropy: Whether the loss is the mean cross-entropy of the logits.
+        layout: How the loss reads logits and labels, where it is a mean log-likelihood of these.
         average: Whether the loss of a sample is the mean of its terms, and not their sum.
         ignore_index: Label without a term in the loss.
         group: Samples of a mini-batch, which is taken for one sample.
+        normaliser: What the batch's loss is the mean of.
     """
 
     loss_fn: LossFunction | None
-    shift: int
-    is_cross_entropy: bool
+    layout: LabelLayout | None
     average: bool
     ignore_index: int
     group: int = 1
+    normaliser: Normaliser = "terms"
 
     def evaluated(self, output: Any, target: Any, loss: Tensor, batch: Batch) -> Evaluated:
         """Count the terms of a batch and note what it gave."""
-        if isinstance(batch, Mapping):
-            target = batch.get("labels")
+        labels = labels_in(batch)
+        target = labels if target is None else target
         logits = getattr(output, "logits", output)
-        terms = self._terms(target, loss, batch)
+        terms = self._terms(target, batch_size(batch), loss)
         if self.group > 1:
             terms = terms.unflatten(0, (-1, self.group)).sum(1)
         return Evaluated(output, logits, target, loss, terms)
@@ -81,31 +80,39 @@ class SampleLosses:
         return weights / terms.clamp_min(1) if self.average else weights
 
     def sampled(self, batch: Evaluated, generator: torch.Generator) -> Tensor:
-        """``v [B, ..., C]`` with ``E[v_n v_nᵀ] = ∂²ℓ_n/∂f_n²`` for the outputs ``f``.
+        """``v``, shaped like the outputs ``f``, with ``E[v_n v_nᵀ] = ∂²ℓ_n/∂f_n²``.
 
-        For a cross-entropy, ``softmax(f)`` less a label drawn from it; otherwise ``S z`` with
-        ``S Sᵀ`` the second derivative and independent signs ``z``.
-        """
-        if self.is_cross_entropy:
-            return self._drawn_residuals(batch, generator)
-        root = self.root(batch)
-        signs = torch.randint(2, root[..., 0].shape, generator=generator).to(root) * 2 - 1
-        return (root @ signs.unsqueeze(-1)).squeeze(-1)
-
-    def root(self, batch: Evaluated) -> Tensor:
-        """``S [B, C, C]`` with ``S_n S_nᵀ = ∂²ℓ_n/∂f_n²``.
+        For a log-likelihood of labels, the predictions less labels drawn from them; otherwise
+        ``S z`` with ``S Sᵀ`` the second derivative and independent signs ``z``.
 
         Raises:
-            CalibrationError: If the output is not ``[B, C]``, or there is no ``loss_fn``.
+            CalibrationError: If the loss is no log-likelihood, and the output not ``[B, C]``.
+        """
+        if self.layout is not None:
+            return self._drawn_residuals(self.layout, batch, generator)
+        root = self.root(batch, "kind='empirical', or a mean cross-entropy as the loss")
+        signs = torch.randint(2, root[..., 0].shape, generator=generator).to(root) * 2 - 1
+        return (root @ signs.unsqueeze(-1)).reshape(batch.logits.shape)
+
+    def root(self, batch: Evaluated, instead: str) -> Tensor:
+        """``S [B, C, C]`` with ``S_n S_nᵀ = ∂²ℓ_n/∂f_n²``; outputs ``[B]`` have ``C = 1``.
+
+        Args:
+            batch: What the model gave.
+            instead: What the error recommends.
+
+        Raises:
+            CalibrationError: If the output is not ``[B, C]`` or ``[B]``, or there is no
+                ``loss_fn``.
         """
         logits = batch.logits
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
+        if not isinstance(logits, Tensor) or logits.ndim not in (1, 2):
             found = tuple(getattr(logits, "shape", ()))
             raise CalibrationError(
-                "Expected outputs [B, C] for second derivatives of the loss, got shape "
-                f"{found}: take kind='monte_carlo' with a cross-entropy, or kind='empirical'."
+                "Expected outputs [B, C] or [B] for second derivatives of the loss, got shape "
+                f"{found}: take {instead}."
             )
-        if self.is_cross_entropy:
+        if self.layout == LabelLayout(-1, 0, self.ignore_index):
             p = logits.detach().to(batch.loss).softmax(-1)
             # (D - p1ᵀD)(D - p1ᵀD)ᵀ with D = diag(√p), because Σp = 1
             root = torch.diag_embed(p.sqrt()) - p.unsqueeze(2) * p.sqrt().unsqueeze(1)
@@ -117,63 +124,39 @@ class SampleLosses:
             )
         return _numerical_root(self.loss_fn, logits.detach(), batch.target, batch.terms.sum())
 
-    def _drawn_residuals(self, batch: Evaluated, generator: torch.Generator) -> Tensor:
+    def _drawn_residuals(
+        self, layout: LabelLayout, batch: Evaluated, generator: torch.Generator
+    ) -> Tensor:
         dtype = torch.promote_types(batch.logits.dtype, torch.float32)
-        p = batch.logits.detach().to(dtype).softmax(-1)
-        uniform = torch.rand(p.shape[:-1], generator=generator).to(p).unsqueeze(-1)
-        drawn = (p.cumsum(-1) < uniform).sum(-1).clamp_max(p.shape[-1] - 1)
-        counted = batch.target != self.ignore_index
-        if self.shift:
-            counted = pad(counted[..., self.shift :], (0, self.shift))
-        residuals = (p - one_hot(drawn, p.shape[-1])) * counted.unsqueeze(-1)
+        logits = batch.logits.detach().to(dtype)
+        drawn, last = layout.draw(logits, generator), layout.classes_last(logits)
+        if layout.classes is None:
+            # A sample's loss is the mean over its labels, and so is its second derivative.
+            residuals = (last.sigmoid() - drawn) / (last[0].numel() ** 0.5)
+            return residuals.to(batch.logits.dtype)
+        p = last.softmax(-1)
+        residuals = (p - one_hot(drawn, p.shape[-1])) * layout.counted(batch.target).unsqueeze(-1)
         if self.average:
             terms = batch.terms.clamp_min(1).view(-1, *[1] * (p.ndim - 1))
             residuals = residuals / terms
-        return residuals.to(batch.logits.dtype)
+        return layout.as_logits(residuals).to(batch.logits.dtype)
 
-    def _terms(self, target: Any, loss: Tensor, batch: Batch) -> Tensor:
-        if not isinstance(target, Tensor) or target.is_floating_point():
-            return torch.ones(batch_size(batch), device=loss.device, dtype=loss.dtype)
-        labels = target[..., self.shift :] if self.shift else target
-        return (labels != self.ignore_index).reshape(len(labels), -1).sum(1).to(loss)
-
-
-def losses_of(
-    output: Any,
-    target: Any,
-    loss: Tensor,
-    batch: Batch,
-    loss_fn: LossFunction | None,
-    *,
-    average: bool,
-    ignore_index: int,
-    group: int = 1,
-) -> SampleLosses:
-    """Find out, from one evaluated batch, what the loss does with logits and labels."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else target
-    logits = getattr(output, "logits", output)
-    shift = _shift_of(logits, labels, loss)
-    return SampleLosses(loss_fn, shift or 0, shift is not None, average, ignore_index, group)
-
-
-def _shift_of(logits: Any, labels: Any, loss: Tensor) -> int | None:
-    fits = isinstance(logits, Tensor) and isinstance(labels, Tensor)
-    if not fits or labels.is_floating_point() or logits.shape[:-1] != labels.shape:
-        return None
-    if int(labels.max()) >= logits.shape[-1]:  # they number something else than classes
-        return None
-    try:
-        return _label_shift(loss.detach(), logits.detach(), labels)
-    except CalibrationError:
-        return None
+    def _terms(self, target: Any, samples: int, loss: Tensor) -> Tensor:
+        shift = self.layout.shift if self.layout else 0
+        counts = counted_labels(target, self.ignore_index, shift)
+        binary = self.layout is not None and self.layout.classes is None
+        if counts is None or binary or self.normaliser == "samples":
+            return torch.ones(samples, device=loss.device, dtype=loss.dtype)
+        return counts.to(loss)
 
 
 def _numerical_root(
     loss_fn: Callable[[Any, Any], Tensor], outputs: Tensor, target: Any, terms: Tensor
 ) -> Tensor:
-    f = outputs.requires_grad_()
+    f = outputs.reshape(len(outputs), -1).requires_grad_()
     with torch.enable_grad():
-        (slope,) = torch.autograd.grad(loss_fn(f, target) * terms, f, create_graph=True)
+        loss = loss_fn(f.view(outputs.shape), target) * terms
+        (slope,) = torch.autograd.grad(loss, f, create_graph=True)
         rows = [
             torch.autograd.grad(column.sum(), f, retain_graph=True, materialize_grads=True)[0]
             if column.requires_grad
@@ -201,4 +184,7 @@ def cotangents(
         for _ in range(draws):
             yield losses.sampled(batch, generator) / draws**0.5
     else:
-        yield from losses.root(batch).to(batch.logits.dtype).unbind(2)
+        instead = "kind='monte_carlo' with a mean cross-entropy, or kind='empirical'"
+        root = losses.root(batch, instead).to(batch.logits.dtype)
+        for column in root.unbind(2):
+            yield column.reshape(batch.logits.shape)

@@ -11,12 +11,19 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from torchprune_bayes.calibration import Batch, Calibration, batch_size
-from torchprune_bayes.calibration._batches import cut, map_tensors
-from torchprune_bayes.calibration._functional import preserved
+from torchprune_bayes.calibration import (
+    Batch,
+    Calibration,
+    batch_size,
+    cut,
+    layout_of,
+    map_tensors,
+    preserved,
+)
+from torchprune_bayes.calibration.normalisation import labels_in
 from torchprune_bayes.curvature._leaves import leaves_of
 from torchprune_bayes.curvature.layers.gradients import add_squares, new_total
-from torchprune_bayes.curvature.layers.losses import Evaluated, SampleLosses, losses_of
+from torchprune_bayes.curvature.layers.losses import Evaluated, SampleLosses
 from torchprune_bayes.curvature.layers.recording import Layer, Recording, recorded
 
 _ROW_BYTES = 2**26
@@ -49,7 +56,7 @@ class Passes:
     Args:
         calibration: Model and loss.
         weights: Values by qualified name; default the model's own.
-        first: A batch, from which it is found out what the loss does with the labels.
+        examples: Samples from which it is found out what the loss does with the labels.
         average: Whether the loss of a sample is the mean of its terms, and not their sum.
         ignore_index: Label without a term in the loss.
         group: Samples of a mini-batch, whose mean loss is what is differentiated; with more than
@@ -60,7 +67,7 @@ class Passes:
         self,
         calibration: Calibration,
         weights: Mapping[str, Tensor] | None,
-        first: Batch,
+        examples: Batch,
         *,
         average: bool,
         ignore_index: int,
@@ -68,22 +75,20 @@ class Passes:
     ) -> None:
         self.calibration = calibration
         self.group = group
-        self._functional = calibration._functional
-        self._randomness = calibration._randomness()
+        self._functional = calibration.functional
+        self._randomness = calibration.randomness()
         self.leaves = leaves_of(calibration, weights)
         _, self._constants = self._functional.bind(None)
         with self._isolated(), torch.no_grad():
-            output, target = self._functional.output(self.leaves, self._constants, first)
+            output, target = self._functional.output(self.leaves, self._constants, examples)
             loss = self._functional.loss_of(output, target)
-        self.losses: SampleLosses = losses_of(
-            output,
-            target,
-            loss,
-            first,
+        logits, labels = getattr(output, "logits", output), labels_in(examples)
+        self.losses = SampleLosses(
             self._functional.loss_fn,
-            average=average or group > 1,
-            ignore_index=ignore_index,
-            group=group,
+            layout_of(loss, logits, labels, ignore_index),
+            average or group > 1,
+            ignore_index,
+            group,
         )
 
     def forward(self, batch: Batch, routes: Routes) -> tuple[Evaluated, Recording]:
@@ -95,6 +100,12 @@ class Passes:
             for name, inserted in routes.expanded.items():
                 leaves[name] = recording.expand(name, leaves[name], inserted)
             return self._evaluated(leaves, batch), recording
+
+    def loss_and_terms(self, batch: Batch) -> tuple[float, float]:
+        """Loss of a batch, and how many terms it is the mean of."""
+        with self._isolated(), torch.no_grad():
+            evaluated = self._evaluated(self.leaves, batch)
+        return float(evaluated.loss.detach()), float(evaluated.terms.sum())
 
     def squares(self, batch: Batch, routes: Routes) -> dict[str, Tensor]:
         """``Σ_n g_n²`` of the samples' own losses, by the layers and copies of ``routes``."""

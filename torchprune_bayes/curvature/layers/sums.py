@@ -105,13 +105,18 @@ class BatchSums:
         for layer in list(self._outputs):
             sums[f"outputs:{layer}"] = self._outputs.pop(layer).matrix()
             sums[f"inputs:{layer}"] = self._inputs.pop(layer).matrix()
+        if not self._terms:
+            raise CalibrationError(
+                "Expected labels that count, got none in all samples: all are equal to "
+                f"ignore_index={self._passes.losses.ignore_index}."
+            )
         sums |= {**self._notes, "terms": self._terms, f"loss:{self._kind}": self._loss}
         # NaN is both the least and the greatest; no tensor of truth values is made.
         bad = [
             key for key, value in sums.items() if not torch.stack(value.aminmax()).isfinite().all()
         ]
         if bad:
-            names = dict.fromkeys(key.partition(":")[2] or key for key in bad)
+            names = dict.fromkeys(map(_what, bad))
             raise CalibrationError(
                 f"Expected a finite curvature, got NaN or infinite entries in {', '.join(names)}: "
                 "check the loss, the data and the weights."
@@ -166,6 +171,13 @@ class BatchSums:
         self._notes[count] = self._notes.get(count, self._terms.new_zeros(())) + positions
         if use.inputs_left:
             self._notes[f"inputs first:{layer}"] = self._terms.new_ones(())
+
+
+def _what(key: str) -> str:
+    kind, _, name = key.partition(":")
+    if kind in ("inputs", "outputs"):
+        return f"{name}.weight" if name else "weight"
+    return name if kind == "diagonal" else "the loss"
 
 
 def needed(routes: Routes, structure: str, limit: int) -> tuple[Routes, dict[str, Layer]]:

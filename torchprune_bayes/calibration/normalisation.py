@@ -1,0 +1,98 @@
+"""What a batch's loss is the mean of, found out on samples that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.calibration._batches import Batch, batch_size, map_tensors
+
+Normaliser = Literal["terms", "samples"]
+"""A mean over all labels that count, or over samples whatever their number of labels."""
+
+_OF_THE_SPREAD = 1e-3
+_ROUNDING = 1e-5
+
+
+def labels_in(batch: Batch) -> Any:
+    """Labels of a batch, if it has some: the entry ``"labels"`` of a mapping, else the target."""
+    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+
+
+def counted_labels(labels: Any, ignore_index: int, shift: int = 0) -> Tensor | None:
+    """Labels of each sample that count, ``[B]``; ``None`` where labels are no classes.
+
+    Example:
+        >>> counted_labels(torch.tensor([[1, -100], [2, 3]]), -100)
+        tensor([1, 2])
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or not labels.ndim:
+        return None
+    labels = labels[..., shift:] if shift else labels
+    return (labels != ignore_index).reshape(len(labels), -1).sum(1)
+
+
+def differing_samples(batch: Batch, ignore_index: int, most: int) -> Batch:
+    """Up to ``most`` samples that differ in the number of their labels, and in these.
+
+    Samples without labels that count are left out, unless there are no others.
+    """
+    labels = labels_in(batch)
+    counts = counted_labels(labels, ignore_index)
+    if counts is None:
+        return map_tensors(batch, lambda tensor: tensor[:most])
+    flat = labels.reshape(len(labels), -1).double()
+    sums = torch.where(flat == ignore_index, 0.0, flat).sum(1)
+    order = sums.argsort(stable=True)
+    order = order[counts[order].argsort(stable=True)]
+    order = order[counts[order] > 0] if bool(counts.any()) else order
+    places = torch.linspace(0, len(order) - 1, min(most, len(order))).round().long()
+    chosen = order[places.to(order.device)]
+    return map_tensors(batch, lambda tensor: tensor[chosen.to(tensor.device)])
+
+
+def differences_in(batch: Batch, ignore_index: int) -> frozenset[str]:
+    """In what the samples of a batch differ, ``"number of labels"`` and ``"labels"``."""
+    labels = labels_in(batch)
+    counts = counted_labels(labels, ignore_index)
+    if counts is None or batch_size(batch) < 2:
+        return frozenset()
+    found = set()
+    if bool((counts != counts[0]).any()):
+        found.add("number of labels")
+    if bool((labels != labels[:1]).any()):
+        found.add("labels")
+    return frozenset(found)
+
+
+def normaliser_of(
+    loss: float, singles: Sequence[float], terms: Sequence[float]
+) -> Normaliser | None:
+    """What the loss of several samples is the mean of.
+
+    Args:
+        loss: The loss of all of them as one batch.
+        singles: The losses of each by itself.
+        terms: Labels of each that count.
+
+    Returns:
+        ``"terms"`` where both are right; ``None`` if neither is.
+
+    Example:
+        >>> normaliser_of(2.5, [1.0, 3.0], [1, 3]), normaliser_of(2.0, [1.0, 3.0], [1, 3])
+        ('terms', 'samples')
+        >>> normaliser_of(1.2, [1.0, 3.0], [1, 3]) is None  # class weights
+        True
+    """
+    if not isfinite(loss) or not all(map(isfinite, singles)) or not sum(terms):
+        return "terms"  # for others to complain about
+    size = max(abs(value) for value in (loss, *singles))
+    room = _OF_THE_SPREAD * (max(singles) - min(singles)) + _ROUNDING * size
+    by_terms = sum(m * value for m, value in zip(terms, singles, strict=True)) / sum(terms)
+    if abs(by_terms - loss) <= room:
+        return "terms"
+    return "samples" if abs(sum(singles) / len(singles) - loss) <= room else None

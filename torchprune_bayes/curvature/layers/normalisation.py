@@ -1,0 +1,91 @@
+"""Whether the loss of a batch is made of losses of its samples as it is assumed to be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torchprune_bayes.calibration import Batch, batch_size, cut
+from torchprune_bayes.calibration.normalisation import (
+    differences_in,
+    differing_samples,
+    normaliser_of,
+)
+from torchprune_bayes.curvature.layers.passes import Passes
+from torchprune_bayes.errors import CalibrationError
+
+MOST_EXAMPLES = 8
+
+
+class NormalisationCheck:
+    """Compares the losses of single samples with that of a batch, on samples that differ.
+
+    Samples that are alike would prove nothing: class weights cancel among samples of one class, and
+    a mean over tokens is one over sequences where all have equally many. So a later batch is
+    compared as well if its samples are the first to differ in some way.
+
+    Args:
+        passes: The model; its ``losses`` are changed to what is found.
+
+    Attributes:
+        couples: Whether mini-batches have losses that do not make up that of a batch. Their
+            gradients are then taken one by one.
+
+    Cost: at most three times a forward pass of twice 8 samples, or mini-batches.
+    """
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        self._seen: frozenset[str] | None = None
+        self.couples = False
+
+    def examine(self, batch: Batch) -> None:
+        """Compare samples of a batch, unless it has none that differ in a new way.
+
+        Raises:
+            CalibrationError: If the loss is a mean neither over labels nor over samples; or of
+                other kinds in other batches.
+        """
+        losses = self._passes.losses
+        differences = differences_in(batch, losses.ignore_index)
+        first = self._seen is None
+        if not first and differences <= (self._seen or frozenset()):
+            return
+        before = self._seen or frozenset()
+        self._seen = before | differences
+        group = losses.group
+        if batch_size(batch) < 2 * group:
+            return
+        if group == 1:
+            examples = differing_samples(batch, losses.ignore_index, MOST_EXAMPLES)
+        else:
+            examples = cut(batch, 0, group * min(MOST_EXAMPLES, batch_size(batch) // group))
+        self._compare(examples, first=first)
+
+    def _compare(self, examples: Batch, *, first: bool) -> None:
+        passes, group = self._passes, self._passes.losses.group
+        loss, _ = passes.loss_and_terms(examples)
+        found = [
+            passes.loss_and_terms(cut(examples, start, start + group))
+            for start in range(0, batch_size(examples), group)
+        ]
+        singles, terms = [single for single, _ in found], [count for _, count in found]
+        normaliser = normaliser_of(loss, singles, terms)
+        if normaliser is None and group > 1:
+            self.couples = True
+        elif normaliser is None:
+            raise CalibrationError(
+                "Expected a loss that is a mean over samples, or over labels other than "
+                f"ignore_index={passes.losses.ignore_index}, got {loss:.6g} for {len(singles)} "
+                f"samples whose own losses are {', '.join(f'{one:.4g}' for one in singles)}. Name "
+                "the label without a term by `ignore_index`; with class weights divide by the "
+                "number of samples, `cross_entropy(..., weight=weight, reduction='none').mean()`; "
+                "a loss that compares samples with each other has no curvature of single ones."
+            )
+        elif first:
+            passes.losses = replace(passes.losses, normaliser=normaliser)
+        elif passes.losses.normaliser != normaliser:
+            raise CalibrationError(
+                "Expected one rule by which the loss counts labels, got a mean over samples "
+                "in batches whose samples differ in their number, which the first ones did not "
+                "show: shuffle the data, or take token_loss='mean'."
+            )
