@@ -32,6 +32,7 @@ from torchprune_bayes.structured.slicing import (
     plan_of,
     zero_units,
 )
+from torchprune_bayes.structured.torch_pruning_repair import repairing
 from torchprune_bayes.structured.tracing import find_groups
 from torchprune_bayes.structured.unit_costs import UnitCosts
 
@@ -66,6 +67,7 @@ __all__ = [
     "measure_curves",
     "plan_of",
     "repair",
+    "repairing",
     "save_shrunk",
     "shrink",
     "slice_ema",
