@@ -18,7 +18,8 @@ Collect
 
 Draw
     :func:`plot_accuracy_against_sparsity` compares methods in one figure, and
-    :func:`plot_accuracy_against_compression` rankings of units, with their stopping points; both
+    :func:`plot_accuracy_against_compression` rankings of units, with their stopping points;
+    :func:`plot_loss_curves` shows what each group of units can spare. All
     need matplotlib, ``python -m pip install ".[plots]"`` in a checkout.
 
 Example:
@@ -44,6 +45,7 @@ from torchprune_bayes.reports.compression import (
 )
 from torchprune_bayes.reports.compression_plot import plot_accuracy_against_compression
 from torchprune_bayes.reports.evaluation import collect_sums, evaluate
+from torchprune_bayes.reports.loss_curves import plot_loss_curves
 from torchprune_bayes.reports.metrics import (
     ClassificationMetrics,
     MetricSums,
@@ -74,6 +76,7 @@ __all__ = [
     "perplexity",
     "plot_accuracy_against_compression",
     "plot_accuracy_against_sparsity",
+    "plot_loss_curves",
     "rank_correlations",
     "stopping_points",
     "sweep_p1",

@@ -1,0 +1,66 @@
+"""A figure of measured loss curves: what each group can spare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from math import isfinite, nan
+from os import PathLike
+from pathlib import Path
+
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.reports.plots import (
+    COLOURS,
+    MARKERS,
+    checked_path,
+    draw_legend,
+    draw_line,
+    new_figure,
+    save_figure,
+)
+from torchprune_bayes.structured import LossCurve
+
+
+def plot_loss_curves(
+    curves: Sequence[LossCurve], path: str | PathLike[str], *, title: str | None = None
+) -> Path:
+    """Draw the loss of a model against the units removed from one of its groups, for each group.
+
+    Args:
+        curves: ``report.curves`` of :func:`~torchprune_bayes.structured.shrink`, or of
+            :func:`~torchprune_bayes.structured.measure_curves`.
+        path: File to write, ending in ``.png``, ``.svg`` or ``.pdf``.
+        title: Heading, if any.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ArgumentError: If the suffix is another or there is no curve.
+        MissingExtraError: If matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> curve = LossCurve("layer1.conv1", 16, (0, 8, 15), (0.1, 0.2, 1.3))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_loss_curves([curve], f"{folder}/curves.svg").name
+        'curves.svg'
+    """
+    path = checked_path(path)
+    if not curves:
+        raise ArgumentError(
+            "Expected loss curves to draw, got none: shrink with allocation='measured'."
+        )
+    figure, axes = new_figure("fraction of the units removed", "loss", title)
+    entries = []
+    for curve, colour, marker in zip(curves, cycle(COLOURS), cycle(MARKERS), strict=False):
+        points = [
+            (removed / curve.units, loss, nan)
+            for removed, loss in zip(curve.removed, curve.loss, strict=True)
+            if isfinite(loss)
+        ]
+        entries.append((draw_line(axes, points, colour, marker), curve.group))
+    axes.set_yscale("log")
+    draw_legend(axes, entries)
+    save_figure(figure, path)
+    return path
