@@ -38,7 +38,9 @@ print(f"dense: {accuracy(model):.3f}")
 
 # The posterior: Kronecker-factored curvature, and per layer the prior of highest evidence.
 calibration = Calibration(model, train, loss_fn)
-posterior = fit_posterior(calibration, curvature="kron", kind="ggn").with_best_prior("layerwise")
+posterior = fit_posterior(calibration, structure="kronecker", kind="ggn").with_best_prior(
+    "layerwise"
+)
 print(f"log marginal likelihood: {posterior.log_marginal_likelihood():.0f}")
 
 # 80 % of the weights, with PyTorch's own function.

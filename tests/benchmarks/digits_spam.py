@@ -1,7 +1,7 @@
 """SpaM on scikit-learn's digits: what each prior structure leaves of the accuracy after pruning.
 
     python -m tests.benchmarks.digits_spam
-    python -m tests.benchmarks.digits_spam --priors diag --curvature kron --seeds 1
+    python -m tests.benchmarks.digits_spam --priors diag --structure kronecker --seeds 1
 
 A multilayer perceptron 64-128-128-10, 1200 images to train on and 597 to test, 120 epochs of Adam,
 one-shot pruning of the weights without fine-tuning. Accuracy in percent, mean and sample standard
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Formatter)
     parser.add_argument("--priors", nargs="+", choices=PRIORS, default=PRIORS)
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.8, 0.9, 0.95, 0.98])
-    parser.add_argument("--curvature", choices=["diag", "kron"], default="diag")
+    parser.add_argument("--structure", choices=["diagonal", "kronecker"], default="diagonal")
     parser.add_argument("--kind", choices=["ggn", "monte_carlo", "empirical"], default="ggn")
     parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--burn-in", type=int, default=20)
@@ -100,7 +100,7 @@ def trained(
         "layerwise" if prior == "map" else prior,
         burn_in=arguments.burn_in,
         every=arguments.every,
-        curvature=arguments.curvature,
+        structure=arguments.structure,
         kind=arguments.kind,
         enabled=prior != "map",
     )

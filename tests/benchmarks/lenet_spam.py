@@ -150,7 +150,7 @@ def train_model(model: nn.Module, prior: str, train: Data, arguments: Any) -> Po
         "layerwise" if prior == "map" else prior,
         burn_in=arguments.burn_in,
         every=arguments.every,
-        curvature=arguments.curvature,
+        structure=arguments.structure,
         kind=arguments.kind,
         num_data=len(train[1]),
         enabled=prior != "map",
@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=CRITERIA[:4])
     parser.add_argument("--sparsities", nargs="*", type=float, default=[0.8, 0.9, 0.95, 0.99])
     parser.add_argument("--structured", nargs="*", type=float, default=[0.4, 0.7, 0.9])
-    parser.add_argument("--curvature", choices=["diag", "kron"], default="diag")
+    parser.add_argument("--structure", choices=["diagonal", "kronecker"], default="diagonal")
     parser.add_argument(
         "--kind", choices=["ggn", "monte_carlo", "empirical"], default="monte_carlo"
     )

@@ -22,7 +22,12 @@ from torchprune_bayes.training import SpaM
 Batch = tuple[Tensor, Tensor]
 SIZE, ROUNDS, EPOCHS = 4, 4, 4
 STRUCTURES = ["scalar", "layerwise", "unitwise", "diag"]
-CURVATURES = [("diag", "ggn"), ("kron", "ggn"), ("kron", "empirical"), ("diag", "monte_carlo")]
+FORMS = [
+    ("diagonal", "ggn"),
+    ("kronecker", "ggn"),
+    ("kronecker", "empirical"),
+    ("diagonal", "monte_carlo"),
+]
 
 
 def _network() -> nn.Sequential:
@@ -56,13 +61,13 @@ def _described(posterior: Posterior) -> dict[str, Any]:
 
 
 def _posteriors(calibration: Calibration, **options: Any) -> dict[str, Any]:
-    """Evidence, scores and priors of every structure and curvature."""
+    """Evidence, scores and priors of every structure and form."""
     found = {}
-    for curvature, kind in CURVATURES:
-        fitted = fit_posterior(calibration, curvature=curvature, kind=kind, **options)
+    for form, kind in FORMS:
+        fitted = fit_posterior(calibration, structure=form, kind=kind, **options)
         for structure in STRUCTURES:
             better = fitted.with_best_prior(structure)
-            found[f"{curvature} {kind} {structure}"] = _described(better)
+            found[f"{form} {kind} {structure}"] = _described(better)
     return found
 
 
@@ -82,8 +87,8 @@ def _trained(model: Any, optimizer: Any, spam: SpaM, data: list[Batch]) -> dict[
     return {"weights": weights, "masks": masks, "history": spam.history, **_described(posterior)}
 
 
-def _spam(optimizer: Any, calibration: Calibration, curvature: str, **options: Any) -> SpaM:
-    every: dict[str, Any] = {"every": 1, "burn_in": 1, "kind": "ggn", "curvature": curvature}
+def _spam(optimizer: Any, calibration: Calibration, form: str, **options: Any) -> SpaM:
+    every: dict[str, Any] = {"every": 1, "burn_in": 1, "kind": "ggn", "structure": form}
     return SpaM(optimizer, calibration, "diag", **every, **options)
 
 
@@ -97,18 +102,18 @@ def _on_ranks(path: Path) -> None:
         "exchanged": _posteriors(calibration),
         "added": _posteriors(calibration.local, all_reduce=True, num_data=2 * SIZE * ROUNDS),
     }
-    for curvature in ("diag", "kron"):
+    for form in ("diagonal", "kronecker"):
         model = _network()
         calibration = calibrate(acc, model, data, cross_entropy, params=trainable_parameters(model))
         prepared, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.3))
         spam = _spam(
             optimizer.optimizer,
             calibration.local,
-            curvature,
+            form,
             all_reduce=True,
             num_data=2 * SIZE * ROUNDS,
         )
-        found[f"trained {curvature}"] = _trained(prepared, optimizer, spam, share)
+        found[f"trained {form}"] = _trained(prepared, optimizer, spam, share)
     save_from(acc.process_index, found, path)
 
 
@@ -144,19 +149,19 @@ def test_priors_are_the_same_to_the_bit_on_both_ranks(ranks: list[dict[str, Any]
         torch.testing.assert_close(first[way], second[way], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("curvature", ["diag", "kron"])
+@pytest.mark.parametrize("form", ["diagonal", "kronecker"])
 def test_training_prunes_as_one_process_with_larger_batches(
-    ranks: list[dict[str, Any]], curvature: str
+    ranks: list[dict[str, Any]], form: str
 ) -> None:
     model = _network()
     data = _together(_batches())
     calibration = Calibration(model, data, cross_entropy, params=trainable_parameters(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    spam = _spam(optimizer, calibration, curvature)
+    spam = _spam(optimizer, calibration, form)
     expected = _trained(model, optimizer, spam, data)
     assert len(expected["history"]) == EPOCHS - 1
     for found in ranks:
-        trained = found[f"trained {curvature}"]
+        trained = found[f"trained {form}"]
         _assert_close(trained["weights"], expected["weights"])
         for name in expected["precisions"]:  # held in single precision
             found_precision, precision = (run["precisions"][name] for run in (trained, expected))

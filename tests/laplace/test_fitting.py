@@ -53,8 +53,8 @@ def test_subsets_of_the_data_are_scaled_to_all() -> None:
     torch.testing.assert_close(large.curvature("0.weight"), 10 * small.curvature("0.weight"))
 
 
-@pytest.mark.parametrize("curvature", ["diag", "kron"])
-def test_the_evidence_of_a_linear_regression_is_exact(curvature: str) -> None:
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker"])
+def test_the_evidence_of_a_linear_regression_is_exact(structure: str) -> None:
     noise, precision = 0.8, torch.full((3, 5), 1.7, dtype=torch.float64)
     model = nn.Linear(5, 3, bias=False).double()
     with torch.no_grad():
@@ -68,10 +68,10 @@ def test_the_evidence_of_a_linear_regression_is_exact(curvature: str) -> None:
         loss_scale=3 / 2,  # the mean over three outputs as half a sum
         outputs=3,
         kind="ggn",
-        curvature=curvature,
+        structure=structure,
     )
     exact = reference.regression_log_evidence(X, TARGETS, precision, noise)
-    if curvature == "kron":
+    if structure == "kronecker":
         assert posterior.log_marginal_likelihood() == pytest.approx(exact, abs=1e-10)
     else:
         expected = X.square().sum(0).expand(3, 5) / noise**2
@@ -93,7 +93,9 @@ def test_takes_kronecker_factors_where_there_are_any() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
     pairs = [(module, name) for module in model for name, _ in module.named_parameters()]
     calibration = _calibration(model, params=pairs)
-    posterior = fit_posterior(calibration, curvature="kron", kind="ggn").with_best_prior("unitwise")
+    posterior = fit_posterior(calibration, structure="kronecker", kind="ggn").with_best_prior(
+        "unitwise"
+    )
     assert posterior.is_exact
     assert set(posterior.names) == {name for name, _ in model.named_parameters()}
 
@@ -113,7 +115,7 @@ def test_refuses_impossible_options() -> None:
     calibration = _calibration(_classifier())
     for options, word in (
         ({"kind": "hessian"}, "kind"),
-        ({"curvature": "full"}, "curvature"),
+        ({"structure": "full"}, "structure"),
         ({"num_data": 0}, "num_data"),
         ({"temperature": -1.0}, "temperature"),
         ({"noise": 1.0, "kind": "empirical"}, "no Hessian"),

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.laplace import JointPosterior, Posterior
+from torchprune_bayes.laplace import JointPosterior, Posterior, posterior_from_laplace
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of that package and of what it imports
@@ -78,7 +78,7 @@ def test_has_its_evidence_precisions_and_variances(
     generator = torch.Generator().manual_seed(2)
     precision = torch.rand(PRECISIONS[prior], generator=generator).double() + 0.5
     fitted = _fitted(likelihood, structure, precision, prior_mean=0.1)
-    posterior = Posterior.from_laplace(fitted)
+    posterior = posterior_from_laplace(fitted)
     # Its full GGN of a classification is symmetric to float32 only.
     precise: dict[str, Any] = (
         {"rtol": 1e-5, "atol": 1e-6} if structure == "full" else {"rtol": 1e-10, "atol": 1e-9}
@@ -95,7 +95,7 @@ def test_has_its_evidence_precisions_and_variances(
 @pytest.mark.parametrize("structure", ["full", "kron", "diag"])
 def test_takes_the_last_layer(structure: str) -> None:
     fitted = _fitted("classification", structure, torch.tensor(3.0), subset_of_weights="last_layer")
-    posterior = Posterior.from_laplace(fitted)
+    posterior = posterior_from_laplace(fitted)
     assert posterior.names == ["2.weight", "2.bias"]
     assert posterior.log_marginal_likelihood() == pytest.approx(
         float(fitted.log_marginal_likelihood()), abs=1e-6
@@ -116,7 +116,7 @@ def test_takes_a_subnetwork(structure: str, prior: int) -> None:
         subset_of_weights="subnetwork",
         subnetwork_indices=chosen,
     )
-    posterior = Posterior.from_laplace(fitted)
+    posterior = posterior_from_laplace(fitted)
     assert posterior.log_marginal_likelihood() == pytest.approx(
         float(fitted.log_marginal_likelihood()), abs=1e-6
     )
@@ -150,7 +150,7 @@ def test_takes_the_low_rank_form() -> None:
         n_data=30,
         n_outputs=3,
     )
-    posterior = Posterior.from_laplace(fitted)
+    posterior = posterior_from_laplace(fitted)
     assert isinstance(posterior, JointPosterior)
     dense = vectors * values @ vectors.mT + 2 * torch.eye(PARAMETERS)
     torch.testing.assert_close(_flat(posterior, "precision"), dense.diagonal())
@@ -162,7 +162,7 @@ def test_takes_the_low_rank_form() -> None:
 
 def test_its_kronecker_factors_take_other_priors_too() -> None:
     fitted = _fitted("classification", "kron", torch.tensor(1.0))
-    posterior = Posterior.from_laplace(fitted)
+    posterior = posterior_from_laplace(fitted)
     found = [
         posterior.with_best_prior(structure).log_marginal_likelihood()
         for structure in ("scalar", "layerwise", "unitwise")
@@ -188,12 +188,12 @@ def test_names_of_pruned_models_are_those_of_dense_ones() -> None:
         n_data=30,
         n_outputs=3,
     )
-    assert "0.weight" in Posterior.from_laplace(fitted).names
+    assert "0.weight" in posterior_from_laplace(fitted).names
 
 
 def test_refuses_what_is_no_fitted_posterior() -> None:
     unfitted = laplace.Laplace(_model(), "classification", hessian_structure="diag")
     with pytest.raises(ArgumentError, match="before `fit`"):
-        Posterior.from_laplace(unfitted)
+        posterior_from_laplace(unfitted)
     with pytest.raises(ArgumentTypeError, match="without `mean`"):
-        Posterior.from_laplace(nn.Linear(2, 2))
+        posterior_from_laplace(nn.Linear(2, 2))

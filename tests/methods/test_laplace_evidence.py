@@ -113,10 +113,10 @@ def test_one_tensor_by_the_hosts_call():
     ("options", "error", "message"),
     [
         ({}, ArgumentTypeError, "Expected `calibration="),
-        ({"model": nn.Linear(2, 2)}, ArgumentTypeError, "`posterior=` with `model=`"),
+        ({"model": nn.Linear(2, 2)}, ArgumentTypeError, "with `model=`, got neither"),
         ({"amount": 1.5}, ArgumentError, "fraction in"),
         ({"kind": "exact"}, ArgumentError, "`kind` to be one of"),
-        ({"curvature": "full"}, ArgumentError, "`curvature` to be one of"),
+        ({"structure": "full"}, ArgumentError, "`structure` to be one of"),
     ],
 )
 def test_impossible_arguments(options, error, message):

@@ -32,15 +32,15 @@ def _kept(masks: dict[str, Tensor]) -> int:
 
 
 @pytest.mark.parametrize("mode", ["opd", "obd", "posterior"])
-@pytest.mark.parametrize("curvature", ["diag", "kron"])
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker"])
 @pytest.mark.parametrize("prior", ["scalar", "unitwise", "diag"])
-def test_prunes_what_scores_lowest_in_the_posterior(mode: str, curvature: str, prior: str) -> None:
+def test_prunes_what_scores_lowest_in_the_posterior(mode: str, structure: Any, prior: str) -> None:
     calibration = _calibration(_model())
     method = OPD(
-        0.6, calibration=calibration, mode=mode, prior=prior, curvature=curvature, kind="ggn"
+        0.6, calibration=calibration, mode=mode, prior=prior, structure=structure, kind="ggn"
     )
     decision = method.decide(calibration.space)
-    posterior = fit_posterior(calibration, curvature=curvature, kind="ggn").with_best_prior(prior)
+    posterior = fit_posterior(calibration, structure=structure, kind="ggn").with_best_prior(prior)
     weights = calibration.space.values()
     joined = []
     for name, weight in weights.items():
@@ -158,7 +158,7 @@ def test_smoothing_is_another_ranking() -> None:
         name: [(3 * torch.randn(f.shape, generator=generator)).exp() for f in found]
         for name, found in prior.factors.items()
     }
-    posterior = fit_posterior(calibration, prior.with_factors(factors), curvature="kron")
+    posterior = fit_posterior(calibration, prior.with_factors(factors), structure="kronecker")
     scores = [
         OPD(0.5, calibration=calibration, posterior=posterior, smoothed=smoothed)
         .decide(calibration.space)
@@ -197,7 +197,7 @@ def test_refuses_what_does_not_fit() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"mode": "saliency"}, "mode"),
         ({"prior": "blockwise"}, "prior structure"),
-        ({"curvature": "full"}, "curvature"),
+        ({"structure": "full"}, "structure"),
         ({"kind": "exact"}, "kind"),
         ({"pattern": "4:2"}, "pattern"),
         ({"scope": "network"}, "scope"),

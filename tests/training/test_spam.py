@@ -50,10 +50,10 @@ def _train(model: nn.Module, spam: SpaM, epochs: int = 1) -> list[Any]:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("curvature", ["diag", "kron"])
-def test_updates_the_prior_when_due(structure: str, curvature: str) -> None:
+@pytest.mark.parametrize("form", ["diagonal", "kronecker"])
+def test_updates_the_prior_when_due(structure: str, form: str) -> None:
     model = _model()
-    spam = _spam(model, prior=structure, curvature=curvature, burn_in=2, every=2)
+    spam = _spam(model, prior=structure, structure=form, burn_in=2, every=2)
     events = _train(model, spam, 5)
     assert [event is not None for event in events] == [False, False, False, True, False]
     event = events[3]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import safe_cholesky
+from torchprune_bayes._numerics.precision import wide
 
 
 class KroneckerInverse:
@@ -41,7 +42,7 @@ class KroneckerInverse:
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, damping: float, *, pi: bool = False) -> None:
-        rows, columns = rows.double(), columns.double()
+        rows, columns = wide(rows), wide(columns)
         ratio = _mean_eigenvalue_ratio(columns, rows) if pi else 1.0
         self._rows = safe_cholesky(_plus_identity(rows, math.sqrt(damping / ratio)))
         self._columns = safe_cholesky(_plus_identity(columns, math.sqrt(damping * ratio)))
@@ -72,7 +73,7 @@ class DiagonalInverse:
     """
 
     def __init__(self, diagonal: Tensor, damping: float) -> None:
-        self._inverse = (diagonal.double() + damping).reciprocal()
+        self._inverse = (wide(diagonal) + damping).reciprocal()
 
     def diagonal(self) -> Tensor:
         """Diagonal of the inverse as ``[rows, columns]``."""

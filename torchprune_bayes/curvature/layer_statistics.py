@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, distributed
 
+from torchprune_bayes._files import read_tensors, reading, save_tensors
 from torchprune_bayes._numerics.kronecker import DiagonalInverse, KroneckerInverse
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature.layers.sums import layer_of
@@ -192,15 +191,15 @@ class LayerStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write sums and masks as one safetensors file."""
-        tensors = {f"mask:{name}": mask.contiguous() for name, mask in self.masks.items()}
-        tensors |= {f"sum:{key}": value.contiguous() for key, value in self.sums.items()}
+        tensors = {f"mask:{name}": mask for name, mask in self.masks.items()}
+        tensors |= {f"sum:{key}": value for key, value in self.sums.items()}
         metadata = {
             "kind": type(self).__name__,
             "count": str(self.count),
             "masks": json.dumps(list(self.masks)),
             "sums": json.dumps(list(self.sums)),
         }
-        save_file(tensors, path, metadata)
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Self:
@@ -211,35 +210,26 @@ class LayerStatistics:
             device: Where the tensors are put.
 
         Raises:
-            ArgumentError: If the file is damaged, or holds something else.
+            ArgumentError: If the file is missing, damaged, or holds something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = cls._read(file, file.metadata() or {})
-        except SafetensorError as error:
-            raise ArgumentError(
-                f"Expected a file that {cls.__name__}.save wrote, got {path}, which is damaged or "
-                "of another format."
-            ) from error
-        return found.to(device)
+        stored = read_tensors(path, f"a {cls.__name__}")
+        found = stored.metadata.get("kind", "something else")
+        if found != cls.__name__:
+            raise ArgumentError(f"Expected a file of {cls.__name__}, got one of {found}.")
+        masks, sums = stored.prefixed("mask:"), stored.prefixed("sum:")
+        statistic = cls()
+        with reading(path, f"a {cls.__name__}"):
+            statistic.count = int(stored.metadata["count"])
+            statistic.masks = {name: masks[name] for name in stored.json("masks", list)}
+            statistic.sums = {key: sums[key] for key in stored.json("sums", list)}
+            statistic.kind = next(key[5:] for key in sums if key.startswith("loss:"))
+        return statistic.to(device)
 
     def to(self, device: torch.device | str) -> Self:
         """Move masks and sums to a device, in place; returns itself."""
         self.masks = {name: mask.to(device) for name, mask in self.masks.items()}
         self.sums = {key: value.to(device) for key, value in self.sums.items()}
         return self
-
-    @classmethod
-    def _read(cls, file: Any, metadata: Mapping[str, str]) -> Self:
-        if metadata.get("kind") != cls.__name__:
-            found = metadata.get("kind", "something else")
-            raise ArgumentError(f"Expected a file of {cls.__name__}, got one of {found}.")
-        statistic = cls()
-        statistic.count = int(metadata["count"])
-        statistic.masks = {n: file.get_tensor(f"mask:{n}") for n in json.loads(metadata["masks"])}
-        statistic.sums = {k: file.get_tensor(f"sum:{k}") for k in json.loads(metadata["sums"])}
-        statistic.kind = next(key[5:] for key in statistic.sums if key.startswith("loss:"))
-        return statistic
 
     def _has_factors(self, name: str) -> bool:
         layer, _, own = name.rpartition(".")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 from torch import Tensor, distributed
 
@@ -17,8 +17,10 @@ from torchprune_bayes.laplace.posterior import Posterior
 from torchprune_bayes.laplace.priors import PriorPrecision
 from torchprune_bayes.types import Masks
 
-CURVATURES = {"diag": "diagonal", "kron": "kronecker"}
-KINDS = ("empirical", "monte_carlo", "ggn")
+Structure = Literal["diagonal", "kronecker"]
+Kind = Literal["empirical", "monte_carlo", "ggn"]
+STRUCTURES = get_args(Structure)
+KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class LaplaceOptions:
     """How a posterior is fitted.
 
     Attributes:
-        curvature: ``"diag"``; or ``"kron"``, where layers without Kronecker factors have diagonals.
+        structure: ``"diagonal"``; or ``"kronecker"``, where layers without Kronecker factors have
+            diagonals.
         kind: ``"empirical"`` Fisher; ``"monte_carlo"`` Fisher, which is the GGN in expectation; or
             ``"ggn"``, with one backward pass per output.
         num_data: ``N``, the number of samples the model is trained on, to which sums over the
@@ -44,8 +47,8 @@ class LaplaceOptions:
         ArgumentError: If an option has an impossible value.
     """
 
-    curvature: str = "diag"
-    kind: str = "monte_carlo"
+    structure: Structure = "diagonal"
+    kind: Kind = "monte_carlo"
     num_data: int | None = None
     temperature: float = 1.0
     loss_scale: float = 1.0
@@ -53,7 +56,7 @@ class LaplaceOptions:
     all_reduce: bool = False
 
     def __post_init__(self) -> None:
-        check_choice("curvature", self.curvature, CURVATURES)
+        check_choice("structure", self.structure, STRUCTURES)
         check_choice("kind", self.kind, KINDS)
         check_positive("temperature", self.temperature)
         check_positive("loss_scale", self.loss_scale)
@@ -97,8 +100,8 @@ def fit_posterior(
         calibration: Data, model and loss; the tensors are the calibration's.
         prior: Prior precisions of these; default one for all layers.
         noise: ``σ`` of the observations, for regression.
-        masks: Live entries; default those of the model. The others have weight and curvature zero,
-            but Kronecker factors do not depend on them.
+        masks: Remaining entries; default those of the model. The others have weight and curvature
+            zero, but Kronecker factors do not depend on them.
         options: See :class:`LaplaceOptions`.
 
     Raises:
@@ -119,11 +122,12 @@ def fit_posterior(
     """
     chosen = LaplaceOptions(**options)
     chosen.check_noise(noise)
-    masks = calibration.space.masks() if masks is None else masks
-    means = {name: value * masks[name] for name, value in calibration.space.values().items()}
+    space = calibration.space
+    masks = space.masks() if masks is None else masks
+    means = {name: value * masks[name] for name, value in space.values().items()}
     curvature = LayerCurvature(
         kind=chosen.kind,
-        structure=CURVATURES[chosen.curvature],
+        structure=chosen.structure,
         stream=rank() if chosen.all_reduce else 0,
     )
     if chosen.all_reduce:
@@ -131,17 +135,42 @@ def fit_posterior(
         curvature.all_reduce()
     else:
         curvature.fit(calibration, means, masks)
-    samples = chosen.num_data or curvature.count
+    return posterior_of(curvature, means, chosen, prior, noise=noise)
+
+
+def posterior_of(
+    curvature: LayerCurvature,
+    means: Mapping[str, Tensor],
+    options: LaplaceOptions | None = None,
+    prior: PriorPrecision | None = None,
+    *,
+    noise: float | None = None,
+) -> Posterior:
+    """The posterior that a fitted curvature gives, which may be a saved one: no data are needed.
+
+    Args:
+        curvature: Fitted at ``means``.
+        means: Weights by qualified name, zero where pruned.
+        options: How sums are scaled; structure and kind are the curvature's own.
+        prior: Prior precisions; default one for all layers.
+        noise: ``σ`` of the observations, for regression.
+
+    Raises:
+        ArgumentError: If there is a noise with the empirical Fisher.
+    """
+    options = replace(options or LaplaceOptions(), kind=cast(Kind, curvature.kind))
+    options.check_noise(noise)
+    samples = options.num_data or curvature.count
     # Squared gradients grow with the square of the loss, a Hessian with the loss itself.
-    power = 2 if chosen.kind == "empirical" else 1
+    power = 2 if options.kind == "empirical" else 1
     posterior = Posterior(
         means,
-        _summed(curvature, means, samples * chosen.loss_scale**power),
+        _summed(curvature, means, samples * options.loss_scale**power),
         prior,
-        loss=chosen.loss_scale * curvature.loss_sum * samples / curvature.count,
-        temperature=chosen.temperature,
+        loss=options.loss_scale * curvature.loss_sum * samples / curvature.count,
+        temperature=options.temperature,
         noise=noise,
-        observations=0 if noise is None else samples * chosen.outputs,
+        observations=0 if noise is None else samples * options.outputs,
     )
     posterior.labels_per_sample = curvature.num_terms / curvature.count
     return posterior
@@ -151,12 +180,11 @@ def _summed(
     curvature: LayerCurvature, means: Mapping[str, Tensor], samples: float
 ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
     with_factors = set(curvature.kronecker_names)
-    diagonals = curvature.diagonal()
     found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
-    for name in means:
+    for name, mean in means.items():
         if name in with_factors:
-            rows, columns = curvature.factors(name)
+            rows, columns = (factor.to(mean.device) for factor in curvature.factors(name))
             found[name] = (samples * rows, columns)
         else:
-            found[name] = samples * diagonals[name]
+            found[name] = samples * curvature.block_diagonal(name).to(mean.device)
     return found

@@ -18,14 +18,20 @@ from torchprune_bayes.params import mask_of
 
 
 def posterior_from_laplace(laplace: Any) -> Posterior:
-    """The posterior that laplace-torch has fitted, see ``Posterior.from_laplace``.
+    """The posterior of a fitted ``laplace.Laplace``, as far as it is one over weights.
+
+    Taken are all Hessian structures (full, kron, diag, lowrank) over all weights, those of the
+    last layer, or a subnetwork. Entries that a subnetwork leaves out are held fixed: they have
+    infinite precision, and go last.
 
     Args:
-        laplace: A fitted parametric posterior of laplace-torch.
+        laplace: A fitted posterior of laplace-torch; it is read, not kept.
 
     Raises:
         ArgumentError: If it is not fitted.
         ArgumentTypeError: If it is no Laplace posterior over weights.
+
+    Cost: for full an eigendecomposition of the Hessian, else one copy.
     """
     _check_parametric(laplace)
     shapes = _shapes(laplace)

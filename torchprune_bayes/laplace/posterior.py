@@ -226,27 +226,6 @@ class Posterior:
         best = maximise_evidence(prior, self._terms(), self.scale, **options)
         return self.with_prior(best)
 
-    @staticmethod
-    def from_laplace(laplace: Any) -> Posterior:
-        """The posterior of a fitted ``laplace.Laplace``, as far as it is one over weights.
-
-        Taken are all Hessian structures (full, kron, diag, lowrank) over all weights, those of the
-        last layer, or a subnetwork. Entries that a subnetwork leaves out are held fixed: they have
-        infinite precision, and go last.
-
-        Args:
-            laplace: A fitted posterior of laplace-torch; it is read, not kept.
-
-        Raises:
-            ArgumentError: If it is not fitted, or a Gaussian process over functions.
-
-        Cost: for full an eigendecomposition of the Hessian, else one copy.
-        """
-        # That module makes posteriors, of this class and of a subclass.
-        from torchprune_bayes.laplace.from_laplace import posterior_from_laplace
-
-        return posterior_from_laplace(laplace)
-
     def _terms(self) -> dict[str, EvidenceTerm]:
         return {
             name: EvidenceTerm(block, self._centred(name).reshape(block.shape))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 
 from torch import nn
 
 from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature import LayerCurvature
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
-from torchprune_bayes.laplace import Posterior
+from torchprune_bayes.laplace import (
+    LaplaceOptions,
+    Posterior,
+    PriorStructure,
+    fit_posterior,
+    posterior_of,
+)
+from torchprune_bayes.methods._curvature_holder import check_curvature_type
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.params import ParameterSpace, prunable_parameters, without_repeats
 from torchprune_bayes.types import ParameterPairs
@@ -17,18 +26,21 @@ _TOLERANCE = 1e-3  # of the largest weight: a posterior in half precision still 
 
 
 class PosteriorPruning(PruningMethod):
-    """Base class of the methods that work with a calibration, or with a posterior and its model.
+    """Base class of the methods that work with a calibration, or with what was fitted before.
 
     Args:
-        amount: Fraction or number of the live entries to prune.
-        calibration: Data, model and loss.
+        amount: Fraction or number of the remaining entries to prune.
+        calibration: Data, model and loss; by default the curvature's.
+        curvature: A curvature fitted at the model's weights, in the place of a pass over the data.
         posterior: A posterior at the model's weights, fitted already.
-        model: The model of ``posterior``, in the place of a calibration.
+        model: The model of ``posterior`` or ``curvature``, in the place of a calibration.
+        prior: Structure of the prior of highest evidence, where there is no posterior.
+        fit: How the posterior is fitted, where there is none.
         scope: ``"global"`` or ``"layer"``.
 
     Raises:
-        AlignmentError: If the posterior is of none of the model's tensors.
-        ArgumentTypeError: If there is a model without a posterior.
+        AlignmentError: If posterior or curvature are of none of the model's tensors.
+        ArgumentTypeError: If there is a model with neither, or the curvature is none.
     """
 
     def __init__(
@@ -36,17 +48,26 @@ class PosteriorPruning(PruningMethod):
         amount: float | int | Mapping[str, int],
         *,
         calibration: Calibration | None,
+        curvature: LayerCurvature | None,
         posterior: Posterior | None,
         model: nn.Module | None,
+        prior: str,
+        fit: LaplaceOptions,
         scope: str,
     ) -> None:
+        check_curvature_type(type(self).__name__, curvature, LayerCurvature)
+        if calibration is None and curvature is not None:
+            calibration = curvature.calibration
         super().__init__(amount, calibration=calibration, scope=scope)
-        if model is not None and posterior is None:
-            raise ArgumentTypeError("Expected `posterior=` with `model=`, got none.")
-        self.posterior = posterior
+        self.posterior, self.curvature = posterior, curvature
+        self.prior, self._fit = PriorStructure.of(prior), fit
         self._own_space: ParameterSpace | None = None
-        if model is not None and posterior is not None:
-            self._own_space = space_of_posterior(model, posterior)
+        if model is not None and self._fitted_names is None:
+            raise ArgumentTypeError(
+                "Expected `posterior=` or `curvature=` with `model=`, got neither."
+            )
+        if model is not None and self._fitted_names is not None:
+            self._own_space = _space_of_model(model, self._fitted_names)
 
     @property
     def space(self) -> ParameterSpace:
@@ -54,59 +75,85 @@ class PosteriorPruning(PruningMethod):
         return super().space if self._own_space is None else self._own_space
 
     def space_for(self, params: ParameterPairs | None) -> ParameterSpace:
-        """The tensors to decide on: with a posterior alone any of those that it is of.
+        """The tensors to decide on: without data any of those that there is a posterior of.
 
         Raises:
             AlignmentError: If tensors are not in the posterior, or not the calibration's.
             ArgumentTypeError: If there are neither pairs, a model, nor a calibration.
         """
-        if params is None or self.posterior is None or self.calibration is not None:
+        names = self._fitted_names
+        if params is None or names is None or self.calibration is not None:
             return super().space_for(params)
         if self._own_space is None:  # the pairs may know the model
-            return _in_posterior(ParameterSpace.of_pairs(params), self.posterior)
-        chosen = ParameterSpace(self._own_space.model, without_repeats(params))
-        return _in_posterior(chosen, self.posterior)
+            return _among(ParameterSpace.of_pairs(params), names)
+        return _among(ParameterSpace(self._own_space.model, without_repeats(params)), names)
+
+    def posterior_at(self, space: ParameterSpace) -> Posterior:
+        """The posterior at the weights of ``space``: the given one, or one fitted now.
+
+        Raises:
+            AlignmentError: If the given one is of other tensors or other weights.
+            CalibrationError: If the data gave no usable curvature.
+        """
+        posterior = self.posterior
+        if posterior is None:
+            masks = space.masks()
+            if self.curvature is not None:
+                self.curvature.check_fitted_to(masks)
+                fitted = posterior_of(self.curvature, space.values(), self._fit)
+            else:
+                fitted = fit_posterior(self.required_calibration, masks=masks, **asdict(self._fit))
+            posterior = fitted.with_best_prior(self.prior)
+        _check_fitted_to(posterior, space)
+        return posterior
 
     def release(self) -> None:
-        """Let go of model, data and posterior."""
+        """Let go of model, data, curvature and posterior."""
         super().release()
-        self.posterior = self._own_space = None
+        self.posterior = self.curvature = self._own_space = None
+
+    @property
+    def _fitted_names(self) -> Collection[str] | None:
+        if self.posterior is not None:
+            return self.posterior.names
+        return None if self.curvature is None else list(self.curvature.masks)
 
     def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:
         if self._own_space is None:
+            if self.calibration is None and self._fitted_names is not None:
+                return self.space_for([(module, name)])
             return super()._space_of(module, name)
         self._own_space = self._own_space.restricted(module, name)
         return self._own_space
 
 
-def space_of_posterior(model: nn.Module, posterior: Posterior) -> ParameterSpace:
-    """The prunable parameters of a model that are in a posterior.
-
-    Raises:
-        AlignmentError: If there are none.
-    """
+def _space_of_model(model: nn.Module, names: Collection[str]) -> ParameterSpace:
+    """The prunable parameters of a model that are among ``names``."""
     space = ParameterSpace(model, prunable_parameters(model))
-    found = [name for name in space.names if name in posterior.mean]
+    found = [name for name in space.names if name in names]
     if not found:
         raise AlignmentError(
-            "Expected a posterior of weights of the model, got one of "
-            f"{', '.join(posterior.names[:3])}."
+            f"Expected a posterior of weights of the model, got one of {_shortened(names)}."
         )
     return space.subset(found)
 
 
-def _in_posterior(space: ParameterSpace, posterior: Posterior) -> ParameterSpace:
-    missing = [name for name in space.names if name not in posterior.mean]
+def _among(space: ParameterSpace, names: Collection[str]) -> ParameterSpace:
+    missing = [name for name in space.names if name not in names]
     if missing:
         raise AlignmentError(
-            f"Expected tensors of the posterior ({', '.join(posterior.names[:3])}, ...), got "
+            f"Expected tensors of the posterior ({_shortened(names)}, ...), got "
             f"`{missing[0]}`: fit the posterior to it as well, or pass `model=` if the pairs do "
             "not know the model."
         )
     return space
 
 
-def check_fitted_to(posterior: Posterior, space: ParameterSpace) -> None:
+def _shortened(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:3])
+
+
+def _check_fitted_to(posterior: Posterior, space: ParameterSpace) -> None:
     """Refuse a posterior of other tensors or at other weights.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import LayerCurvature
-from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.methods._curvature_holder import CurvatureHolder
 from torchprune_bayes.methods._obd import obd_decision
 from torchprune_bayes.methods._target import Target
@@ -67,7 +67,7 @@ class DiagonalFisher(CurvatureHolder[LayerCurvature]):
         diagonal = fisher.diagonal()
         missing = [name for name in masks if name not in diagonal]
         if missing:
-            raise ParameterError(
+            raise ArgumentError(
                 f"Expected a curvature with the diagonal of `{missing[0]}`, got one with Kronecker "
                 "factors of it: fit it with structure='both'."
             )

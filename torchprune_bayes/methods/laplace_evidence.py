@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from torchprune_bayes._checks import check_choice
 from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.laplace import Posterior, PriorStructure, fit_posterior
-from torchprune_bayes.laplace.fitting import CURVATURES, KINDS
-from torchprune_bayes.methods._posterior import PosteriorPruning, check_fitted_to
+from torchprune_bayes.curvature import LayerCurvature
+from torchprune_bayes.laplace import LaplaceOptions, Posterior
+from torchprune_bayes.laplace.fitting import Kind, Structure
+from torchprune_bayes.methods._posterior import PosteriorPruning
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
@@ -38,12 +38,14 @@ class LaplaceEvidence(PosteriorPruning):
         calibration: Data, model and loss.
         posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted
             already.
-        model: The model of ``posterior``, in the place of a calibration; its
-            :func:`~torchprune_bayes.prunable_parameters` in the posterior are pruned.
+        model: The model of ``posterior`` or ``curvature``, in the place of a calibration; its
+            :func:`~torchprune_bayes.prunable_parameters` in these are pruned.
         tau: Evidence against the removal that is put up with; 0 is exact.
         prior: Structure of the prior to fit: ``"scalar"``, ``"layerwise"``, ``"unitwise"``,
             ``"diag"``.
-        curvature: What to fit: ``"diag"`` or ``"kron"``.
+        curvature: A :class:`~torchprune_bayes.LayerCurvature` at the model's weights, fitted
+            already, which takes the place of a pass over the data.
+        structure: Of the curvature to fit: ``"diagonal"`` or ``"kronecker"``.
         kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``.
         num_data: Samples the model was trained on; default those of the calibration. The evidence
             counts them, so that fewer prune more.
@@ -74,27 +76,27 @@ class LaplaceEvidence(PosteriorPruning):
         amount: float | int | Mapping[str, int] | None = None,
         *,
         calibration: Calibration | None = None,
+        curvature: LayerCurvature | None = None,
         posterior: Posterior | None = None,
         model: nn.Module | None = None,
         tau: float = 0.0,
         prior: str = "layerwise",
-        curvature: str = "diag",
-        kind: str = "monte_carlo",
+        structure: Structure = "diagonal",
+        kind: Kind = "monte_carlo",
         num_data: int | None = None,
         scope: str = "global",
     ) -> None:
         super().__init__(
             0.0 if amount is None else amount,
             calibration=calibration,
+            curvature=curvature,
             posterior=posterior,
             model=model,
+            prior=prior,
+            fit=LaplaceOptions(structure=structure, kind=kind, num_data=num_data),
             scope=scope,
         )
-        check_choice("curvature", curvature, CURVATURES)
-        check_choice("kind", kind, KINDS)
-        self.prior = PriorStructure.of(prior)
         self.tau = tau
-        self._fit = {"curvature": curvature, "kind": kind, "num_data": num_data}
         self._stops_itself = amount is None
 
     def decide(self, space: ParameterSpace) -> Decision:
@@ -108,11 +110,7 @@ class LaplaceEvidence(PosteriorPruning):
             CalibrationError: If the data gave no usable curvature.
         """
         masks = space.masks()
-        posterior = self.posterior
-        if posterior is None:
-            fitted = fit_posterior(self.required_calibration, masks=masks, **self._fit)  # type: ignore[arg-type]
-            posterior = fitted.with_best_prior(self.prior)
-        check_fitted_to(posterior, space)
+        posterior = self.posterior_at(space)
         scores = {name: -value for name, value in delta_f_of(posterior, space).items()}
         if self._stops_itself:
             kept = {name: mask & (scores[name] > self.tau) for name, mask in masks.items()}

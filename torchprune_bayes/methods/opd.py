@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 
 import torch
 from torch import nn
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.laplace.fitting import LaplaceOptions, fit_posterior
+from torchprune_bayes.curvature import LayerCurvature
+from torchprune_bayes.laplace.fitting import Kind, LaplaceOptions, Structure
 from torchprune_bayes.laplace.posterior import MODES, Posterior
-from torchprune_bayes.laplace.priors import PriorStructure
 from torchprune_bayes.methods._pattern import Pattern
-from torchprune_bayes.methods._posterior import PosteriorPruning, check_fitted_to
+from torchprune_bayes.methods._posterior import PosteriorPruning
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
@@ -39,14 +38,16 @@ class OPD(PosteriorPruning):
         amount: Fraction (float) or number (int) of the live entries to prune.
         calibration: Data, model and loss.
         posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted
-            already; of SpaM, or ``Posterior.from_laplace``.
-        model: The model of ``posterior``, in the place of a calibration; its
-            :func:`~torchprune_bayes.prunable_parameters` in the posterior are pruned.
+            already; of SpaM, or :func:`~torchprune_bayes.laplace.posterior_from_laplace`.
+        model: The model of ``posterior`` or ``curvature``, in the place of a calibration; its
+            :func:`~torchprune_bayes.prunable_parameters` in these are pruned.
         mode: ``"opd"``; ``"obd"``, ``s H_ii θ_i²``, leaves the prior out; ``"posterior"`` takes
             ``P_ii`` alone.
         prior: Structure of the prior to fit: ``"scalar"``, ``"layerwise"``, ``"unitwise"``,
             ``"diag"``.
-        curvature: What to fit: ``"diag"`` or ``"kron"``.
+        curvature: A :class:`~torchprune_bayes.LayerCurvature` at the model's weights, fitted
+            already, which takes the place of a pass over the data.
+        structure: Of the curvature to fit: ``"diagonal"`` or ``"kronecker"``.
         kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``, see
             :func:`~torchprune_bayes.laplace.fit_posterior`.
         num_data: Samples the model was trained on; default those of the calibration.
@@ -79,12 +80,13 @@ class OPD(PosteriorPruning):
         amount: float | int | Mapping[str, int] | None,
         *,
         calibration: Calibration | None = None,
+        curvature: LayerCurvature | None = None,
         posterior: Posterior | None = None,
         model: nn.Module | None = None,
         mode: str = "opd",
         prior: str = "layerwise",
-        curvature: str = "diag",
-        kind: str = "monte_carlo",
+        structure: Structure = "diagonal",
+        kind: Kind = "monte_carlo",
         num_data: int | None = None,
         smoothed: bool = False,
         pattern: str | None = None,
@@ -96,14 +98,15 @@ class OPD(PosteriorPruning):
         super().__init__(
             amount,  # type: ignore[arg-type]
             calibration=calibration,
+            curvature=curvature,
             posterior=posterior,
             model=model,
+            prior=prior,
+            fit=LaplaceOptions(structure=structure, kind=kind, num_data=num_data),
             scope=scope,
         )
         check_choice("mode", mode, MODES)
-        self.prior = PriorStructure.of(prior)
         self.mode, self.smoothed = mode, smoothed
-        self._fit = LaplaceOptions(curvature=curvature, kind=kind, num_data=num_data)
 
     def decide(self, space: ParameterSpace) -> Decision:
         """Rank the live entries of ``space``.
@@ -116,12 +119,7 @@ class OPD(PosteriorPruning):
             CalibrationError: If the data gave no usable curvature.
         """
         masks = space.masks()
-        posterior = self.posterior
-        if posterior is None:
-            calibration = self.required_calibration
-            posterior = fit_posterior(calibration, masks=masks, **asdict(self._fit))
-            posterior = posterior.with_best_prior(self.prior)
-        check_fitted_to(posterior, space)
+        posterior = self.posterior_at(space)
         found = posterior.scores(self.mode, smoothed=self.smoothed)
         scores = {name: found[name].to(mask.device) for name, mask in masks.items()}
         kept = self._kept(space, scores, masks)

@@ -34,7 +34,7 @@ class OPDImportance(PosteriorImportance):
             whenever weights have moved or were cut, with the prior of highest evidence. Or a
             posterior, as below.
         posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, of
-            :class:`~torchprune_bayes.training.SpaM` or ``Posterior.from_laplace``. Over the steps
+            :class:`~torchprune_bayes.training.SpaM` or ``posterior_from_laplace``. Over the steps
             of :func:`~torchprune_bayes.structured.shrink` it is cut along with the model; after a
             cut by another pruner it is refused.
         members: ``"rows"``, of the layers that make the units, as in the paper; ``"columns"``, of
