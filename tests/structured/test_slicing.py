@@ -244,7 +244,7 @@ def test_values_of_another_shape_are_refused():
 
 
 def test_layers_with_several_matrices_in_a_tensor_are_refused():
-    for layer in (nn.LSTM(2, 3), nn.GRUCell(2, 3), nn.MultiheadAttention(4, 2)):
+    for layer in (nn.Bilinear(2, 3, 4), nn.MultiheadAttention(4, 2)):
         with pytest.raises(ParameterError, match="one matrix per tensor, got `rnn`"):
             layer_sizes("rnn", layer, {})
 

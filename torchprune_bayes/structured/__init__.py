@@ -33,7 +33,7 @@ from torchprune_bayes.structured.slicing import (
     zero_units,
 )
 from torchprune_bayes.structured.torch_pruning_repair import repairing
-from torchprune_bayes.structured.tracing import find_groups
+from torchprune_bayes.structured.tracing import Units, find_groups, find_units
 from torchprune_bayes.structured.unit_costs import UnitCosts
 
 __all__ = [
@@ -58,9 +58,11 @@ __all__ = [
     "UnitGroup",
     "UnitImportance",
     "UnitSlice",
+    "Units",
     "WoodFisherImportance",
     "apply_plan",
     "find_groups",
+    "find_units",
     "groups_after",
     "halving_path",
     "load_shrunk",

@@ -2,64 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
+from torchprune_bayes._extras import optional
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
-from torchprune_bayes.structured._forward import ForwardFunction
-from torchprune_bayes.structured._host_groups import unit_group
-from torchprune_bayes.structured._host_tracing import trace
-from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.params import is_hf_conv1d
+from torchprune_bayes.structured._layer_sizes import is_depthwise
 from torchprune_bayes.structured.importance import UnitImportance
+from torchprune_bayes.wiring.groups import UnitGroup, UnitSlice
 
 
 class HostImportance(UnitImportance):
-    """Lets an importance of torch-pruning's score the host's groups, which it knows how to read.
+    """Lets an importance of torch-pruning's score groups, put into its own form for it.
 
     Args:
         importance: Called with a ``torch_pruning.dependency.Group``. Its weights and ``.grad`` are
             those of the model.
-        example_inputs: What the model is traced with.
-        forward_fn: How to call it otherwise.
-        timeout_seconds: Limit of the search for coupled layers.
     """
 
-    needs_recalibration = True
-
-    def __init__(
-        self,
-        importance: Callable[[Any], Any],
-        example_inputs: Any,
-        forward_fn: ForwardFunction | None = None,
-        timeout_seconds: float = 60.0,
-    ) -> None:
+    def __init__(self, importance: Callable[[Any], Any]) -> None:
         self._importance = importance
-        self._tracing = (example_inputs, forward_fn, timeout_seconds)
-        self._groups: dict[str, Any] = {}
-
-    def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
-        """Trace the model as it is now."""
-        traced = trace(model, *self._tracing)
-        converted = ((unit_group(group, traced.model), group) for group in traced.groups())
-        self._groups = {ours.name: group for ours, group in converted if ours is not None}
-        missing = [group.name for group in groups if group.name not in self._groups]
-        if missing:
-            raise ParameterError(
-                f"Expected groups that torch-pruning finds for an importance of its own, got "
-                f"`{missing[0]}`: use an importance of this library."
-            )
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
-        """Score a group as the host would."""
-        scores = self._importance(self._groups[group.name])
-        return scores if isinstance(scores, Tensor) and scores.dim() == 1 else None
+        """Score a group as the host would; a unit of several entries gets their mean.
+
+        Raises:
+            ParameterError: If the importance fails.
+        """
+        host_group = as_host_group(group, model)
+        if host_group is None:
+            return None
+        try:
+            scores = self._importance(host_group)
+        except Exception as error:
+            raise ParameterError(
+                f"Expected {type(self._importance).__name__} to score `{group.name}`, got "
+                f"{type(error).__name__}: {error}; use an importance of this library."
+            ) from error
+        if not isinstance(scores, Tensor) or scores.dim() != 1:
+            return None
+        return scores.reshape(group.units, -1).mean(dim=1)
 
 
-def as_unit_importance(
-    importance: Any, example_inputs: Any, forward_fn: ForwardFunction | None
-) -> UnitImportance:
+def as_host_group(group: UnitGroup, model: nn.Module) -> Any:
+    """Return a ``torch_pruning.dependency.Group`` with the layers of a group.
+
+    Entries of the first layer are its roots, in the order of the units. Layers with several
+    matrices in a tensor and single parameters are left out, as torch-pruning's importances do.
+
+    Args:
+        group: The group.
+        model: Its model.
+
+    Returns:
+        The group, or ``None`` if no layer is of a kind that torch-pruning knows.
+    """
+    with optional("torch-pruning", "torch-pruning"):
+        from torch_pruning._helpers import GroupItem
+        from torch_pruning.dependency import Group
+    result = Group()
+    width = 0
+    for layer, handler, piece in _layers(group, model):
+        positions = piece.positions
+        width = width or positions.shape[1]
+        entry = [place % width for place in range(positions.shape[1])]
+        item = GroupItem(_dependency(layer, handler), positions.reshape(-1).tolist())
+        item.root_idxs = [unit * width + each for unit in range(group.units) for each in entry]
+        result._group.append(item)
+    return result if len(result._group) else None
+
+
+def _dependency(layer: nn.Module, handler: Callable[..., Any]) -> Any:
+    from torch_pruning.dependency.dependency import Dependency
+    from torch_pruning.dependency.node import Node
+
+    node = Node(layer, None)
+    return Dependency(handler, handler, node, node)
+
+
+def _layers(
+    group: UnitGroup, model: nn.Module
+) -> Iterator[tuple[nn.Module, Callable[..., Any], UnitSlice]]:
+    """Yield the layers with their side, makers first as in the host's groups."""
+    pieces = sorted(group.slices, key=lambda piece: piece.role != "producer")
+    for piece in pieces:
+        path, _, key = piece.name.rpartition(".")
+        module = model.get_submodule(path)
+        handler = _handler(module, reads=piece.role == "consumer")
+        if key == "weight" and handler is not None:
+            yield _as_linear(module) if is_hf_conv1d(module) else module, handler, piece
+
+
+def _handler(module: nn.Module, *, reads: bool) -> Callable[..., Any] | None:
+    import torch_pruning as host
+
+    if isinstance(module, nn.Linear) or is_hf_conv1d(module):
+        return host.prune_linear_in_channels if reads else host.prune_linear_out_channels
+    if is_depthwise(module):
+        return host.prune_depthwise_conv_out_channels
+    if isinstance(module, _ConvNd):
+        return host.prune_conv_in_channels if reads else host.prune_conv_out_channels
+    if isinstance(module, _NormBase):
+        return host.prune_batchnorm_out_channels
+    if isinstance(module, nn.LayerNorm):
+        return host.prune_layernorm_out_channels
+    if isinstance(module, nn.GroupNorm):
+        return host.prune_groupnorm_out_channels
+    if isinstance(module, nn.Embedding):
+        return host.prune_embedding_out_channels
+    return None
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """A linear layer with the weights of a ``Conv1D``, whose outputs lie along the columns."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    assert weight is not None
+    layer = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    layer.weight = nn.Parameter(weight.detach().t())
+    if weight.grad is not None:
+        layer.weight.grad = weight.grad.t()
+    layer.register_parameter("bias", bias)
+    return layer
+
+
+def as_unit_importance(importance: Any) -> UnitImportance:
     """Return an importance of this library as it is, and wrap one of torch-pruning's.
 
     Raises:
@@ -72,4 +143,4 @@ def as_unit_importance(
             "Expected `importance` to be a UnitImportance or an importance of torch-pruning, got "
             f"{importance!r}."
         )
-    return HostImportance(importance, example_inputs, forward_fn)
+    return HostImportance(importance)

@@ -19,7 +19,7 @@ from torchprune_bayes.params import is_hf_conv1d
 
 Sizes: TypeAlias = dict[str, Any]
 
-_OPAQUE = (RNNBase, RNNCellBase, nn.MultiheadAttention, nn.Bilinear)
+_OPAQUE = (nn.MultiheadAttention, nn.Bilinear)
 
 
 def layer_sizes(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> Sizes:
@@ -109,6 +109,14 @@ def _embedding(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> S
     return {"num_embeddings": rows, "embedding_dim": columns}
 
 
+def _recurrent(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> Sizes:
+    layer = "_l0" if isinstance(module, RNNBase) else ""
+    return {
+        "input_size": tensors[f"weight_ih{layer}"].shape[1],
+        "hidden_size": tensors[f"weight_hh{layer}"].shape[1],
+    }
+
+
 def _a(*kinds: type[nn.Module]) -> Callable[[nn.Module], bool]:
     return lambda module: isinstance(module, kinds)
 
@@ -122,4 +130,5 @@ _RULES: tuple[tuple[Callable[[nn.Module], bool], Callable[..., Sizes]], ...] = (
     (_a(nn.LayerNorm, nn.RMSNorm), _layer_norm),
     (_a(nn.PReLU), _features("num_parameters")),
     (_a(nn.Embedding), _embedding),
+    (_a(RNNBase, RNNCellBase), _recurrent),
 )

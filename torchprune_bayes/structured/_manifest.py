@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -88,18 +88,6 @@ class Manifest:
             _mapping(content, "aliases", _name),
             _mapping(content, "attributes", _values),
         )
-
-
-def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield name, tensor and whether it belongs to the state, ties under each of their names."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield dot + name, parameter, True
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield dot + name, buffer, name not in module._non_persistent_buffers_set
 
 
 def numbers_of(module: nn.Module) -> dict[str, Value]:

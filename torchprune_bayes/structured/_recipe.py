@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torchprune_bayes._checks import check_choice, check_count
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
-from torchprune_bayes.structured._forward import ForwardFunction
 from torchprune_bayes.structured.allocation import (
     ALLOCATIONS,
     Allocation,
@@ -62,7 +61,6 @@ class Recipe:
         allocation: Allocation | None,
         repair: Repairing,
         *,
-        tracing: tuple[Any, ForwardFunction | None],
         evaluations: int,
         min_keep: int,
         round_to: int,
@@ -89,7 +87,7 @@ class Recipe:
             calibration = importance if calibration is None else calibration
             importance = ConsumerGateFisherImportance(importance)
             allocation = allocation or "measured"
-        scorer = as_unit_importance(importance, *tracing)
+        scorer = as_unit_importance(importance)
         held = getattr(scorer, "calibration", None)
         if calibration is None and isinstance(held, Calibration):
             calibration = held

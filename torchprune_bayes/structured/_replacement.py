@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.structured._layer_sizes import layer_sizes
-from torchprune_bayes.structured._manifest import all_tensors
+from torchprune_bayes.wiring._tensors import all_tensors
 
 Write: TypeAlias = tuple[dict[str, Any], str, Any, Any]
 """A table of a module (parameters, buffers or attributes), a key, its new and its old value."""
@@ -86,6 +86,7 @@ def replacement(
                 path, module, {k: built.get(names[id(t)], t) for k, t in own.items()}
             )
             writes += _numbers(path, module, sizes)
+            writes += _flat_weights(module, {k: built.get(names[id(t)], t) for k, t in own.items()})
     for path, numbers in attributes.items():
         writes += _numbers(path, model.get_submodule(path), numbers)
     change = Change(pairs, frozenset(built), tuple(writes))
@@ -104,6 +105,14 @@ def _numbers(path: str, module: nn.Module, values: Mapping[str, Any]) -> list[Wr
             f"Expected `{path or 'the model'}` to have a plain attribute `{missing[0]}`, got none."
         )
     return [(vars(module), key, value, vars(module)[key]) for key, value in values.items()]
+
+
+def _flat_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> list[Write]:
+    """Recurrent layers keep a list of their parameters beside the parameters themselves."""
+    if not isinstance(module, nn.RNNBase):
+        return []
+    fresh = [tensors.get(key) for key in module._flat_weights_names]
+    return [(vars(module), "_flat_weights", fresh, module._flat_weights)]
 
 
 def _successor(

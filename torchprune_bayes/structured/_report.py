@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import Kind
@@ -59,9 +59,12 @@ class ShrinkReport:
         flops: FLOPs of one forward pass on the example inputs; ``None`` without these.
         groups: What each group lost.
         plan: Which indices of which tensors stay, from the first model to the last.
-        difference: Largest difference, on the example inputs, between the outputs of the shrunk
-            model and of the whole one with the same units zeroed; ``None`` if not verified.
+        difference: Largest difference between the outputs of the shrunk model and of the whole one
+            with the same units zeroed, relative to the largest output, on copies with moved weights
+            and on two inputs; ``None`` if not verified.
         steps: How many steps removed something.
+        left_out: Groups that cannot be cut, by the layer that makes their units, each with the
+            reason.
         curves: The loss curves that the last step measured, see
             :class:`~torchprune_bayes.structured.curves.LossCurve`.
         repairs: What the repair of each step did.
@@ -76,6 +79,7 @@ class ShrinkReport:
     plan: ShrinkPlan
     difference: float | None
     steps: int
+    left_out: Mapping[str, str] = field(default_factory=dict)
     curves: Sequence[LossCurve] = ()
     repairs: Sequence[RepairReport] = ()
 
@@ -91,4 +95,5 @@ class ShrinkReport:
         lines += [
             f"  {group.name:<{width}}  {group.kind:<7}  {group.units}" for group in self.groups
         ]
+        lines += [f"left whole: `{name}`, since {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ParameterError
-from torchprune_bayes.structured._forward import ForwardFunction
 from torchprune_bayes.structured._recipe import Recipe
 from torchprune_bayes.structured._replacement import Change
-from torchprune_bayes.structured._verification import check_equal, outputs_of, padded_outputs
+from torchprune_bayes.structured._verification import check_equal
 from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.ranking import Line, blocks_below, blocks_to_reach
@@ -21,11 +19,11 @@ from torchprune_bayes.structured.repair import RepairReport, cut_with, repair
 from torchprune_bayes.structured.slicing import (
     ShrinkPlan,
     apply_plan,
-    first_names,
     groups_after,
     plan_of,
 )
 from torchprune_bayes.structured.unit_costs import UnitCosts
+from torchprune_bayes.wiring._forward import ForwardFunction
 
 Target: TypeAlias = Literal["params", "channels", "flops", "evidence"]
 
@@ -98,30 +96,18 @@ class Shrinking:
     def difference(
         self, plan: ShrinkPlan, example_inputs: Any, forward_fn: ForwardFunction | None
     ) -> float:
-        """Compare the present model with the whole one that has zeros in place of what is gone.
+        """Compare the whole model after the cut with itself, with zeros in place of what is gone.
 
         Raises:
-            ParameterError: If the present model does not run.
+            ArgumentError: If there is nothing to compare.
+            ParameterError: If the cut model does not run.
             NumericalError: If they compute different things.
         """
-        _, tensors = first_names(self.model)
-        moved = [name for change in self.changes for name in sorted(change.names)]
-        final: Mapping[str, Tensor] = {
-            name: tensors[name] for name in dict.fromkeys([*plan.kept, *moved])
-        }
-        try:
-            shrunk = outputs_of(self.model, example_inputs, forward_fn)
-        except Exception as error:
-            raise ParameterError(
-                f"Expected the shrunk model to run on the example inputs, got {error}: its wiring "
-                "is not understood, and the model is left as it was."
-            ) from error
         self.undo()
         try:
-            masked = padded_outputs(self.model, plan, final, example_inputs, forward_fn)
+            return check_equal(self.model, plan, example_inputs, forward_fn)
         finally:
             self._redo()
-        return check_equal(masked, shrunk)
 
     def undo(self) -> None:
         """Put everything back that was there at the start."""

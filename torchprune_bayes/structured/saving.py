@@ -24,10 +24,10 @@ from torchprune_bayes.structured._manifest import (
     Manifest,
     TensorRecord,
     Value,
-    all_tensors,
     dtype_of,
     numbers_of,
 )
+from torchprune_bayes.wiring._tensors import all_tensors
 
 TENSORS_FILE = "shrunk.safetensors"
 MANIFEST_FILE = "shrunk.json"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,7 +12,6 @@ from torchprune_bayes._checks import check_choice, check_count, check_fraction
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.structured._forward import ForwardFunction
 from torchprune_bayes.structured._recipe import Recipe, Repairing
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
 from torchprune_bayes.structured._shrinking import Shrinking, Target
@@ -20,8 +19,14 @@ from torchprune_bayes.structured.allocation import Allocation
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
 from torchprune_bayes.structured.slicing import ShrinkPlan
-from torchprune_bayes.structured.tracing import check_plain, find_groups, without_ignored
+from torchprune_bayes.structured.tracing import (
+    Units,
+    check_plain,
+    find_units,
+    without_ignored,
+)
 from torchprune_bayes.structured.unit_costs import UnitCosts
+from torchprune_bayes.wiring._forward import ForwardFunction
 
 if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
@@ -108,8 +113,8 @@ def shrink(
             served.
         NumericalError: If the shrunk model does not compute what the masked one computes.
 
-    Cost: scoring, and three forward passes; measured curves take an evaluation of the loss for each
-    point, and a repair about three. Old tensors are held until the end.
+    Cost: scoring, and about ten forward passes; measured curves take an evaluation of the loss for
+    each point, and a repair about three. Old tensors are held until the end.
 
     Example:
         >>> import torch
@@ -133,7 +138,6 @@ def shrink(
         calibration,
         allocation,
         repair,
-        tracing=(example_inputs, forward_fn),
         evaluations=evaluations,
         min_keep=min_keep,
         round_to=round_to,
@@ -142,9 +146,10 @@ def shrink(
     if verify and example_inputs is None:
         raise ArgumentError("Expected `example_inputs` to verify with, got None.")
     if groups is None:
-        found = find_groups(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
+        units = find_units(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
     else:
-        found = without_ignored(inner, groups, ignored)
+        units = Units(without_ignored(inner, groups, ignored))
+    found = units.groups
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
     run = Shrinking(inner, found, recipe, costs)
     try:
@@ -160,7 +165,8 @@ def shrink(
     except BaseException:
         run.undo()
         raise
-    return _report(run, target, sparsity, plan, difference, counted=example_inputs is not None)
+    counted = example_inputs is not None
+    return _report(run, target, sparsity, plan, difference, units.left_out, counted=counted)
 
 
 def _shrinkable(model: nn.Module) -> nn.Module:
@@ -220,6 +226,7 @@ def _report(
     sparsity: float | None,
     plan: ShrinkPlan,
     difference: float | None,
+    left_out: Mapping[str, str],
     *,
     counted: bool,
 ) -> ShrinkReport:
@@ -237,6 +244,7 @@ def _report(
         plan=plan,
         difference=difference,
         steps=run.steps,
+        left_out=left_out,
         curves=run.curves,
         repairs=run.repairs,
     )

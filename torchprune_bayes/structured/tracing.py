@@ -1,32 +1,41 @@
-"""Finding the units of a traced model, such as the channels of a convolutional network.
+"""Finding the units of a model: read off a served family's blocks, or seen in a run.
 
-In plain words: torch-pruning follows a forward pass and tells which rows and columns must go
-together. Its findings are turned into lists of positions once; after that it is not needed.
-
-Fang, Ma, Song, Mi and Wang, 2023, "DepGraph: Towards Any Structural Pruning",
-https://arxiv.org/abs/2301.12900.
+In plain words: a run of the model shows which entries of which tensors go together, and every group
+of units found so is tried once on a copy. What breaks the copy is left out, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from torchprune_bayes._checks import check_positive
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.structured._forward import ForwardFunction
 from torchprune_bayes.structured._host_groups import unit_group
-from torchprune_bayes.structured._host_tracing import Trace, trace
-from torchprune_bayes.structured._norm_groups import whole_norm_groups
-from torchprune_bayes.structured.groups import AttributeRule, UnitGroup
+from torchprune_bayes.structured._verification import failing_groups
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.trace import observe
+from torchprune_bayes.wiring.units import groups_of
+from torchprune_bayes.wiring.unseen import read_unseen
 
-__all__ = ["find_groups", "unit_group"]
+__all__ = ["Units", "find_groups", "find_units", "unit_group"]
 
-_MODEL_NUMBERS = ("num_features", "head_hidden_size", "last_channel")
+
+@dataclass(frozen=True)
+class Units:
+    """The groups of a model, and what was left out.
+
+    Attributes:
+        groups: Groups that can be cut.
+        left_out: Why others cannot, by the name of the layer that makes their units.
+    """
+
+    groups: Sequence[UnitGroup]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_groups(
@@ -35,16 +44,18 @@ def find_groups(
     *,
     ignored: Collection[nn.Module | str] = (),
     forward_fn: ForwardFunction | None = None,
-    timeout_seconds: float = 60.0,
 ) -> list[UnitGroup]:
     """List the units of a model that can be removed without changing what the others compute.
 
-    A transformer of a served family is read off its blocks. Any other model is traced by
-    torch-pruning in evaluation mode. Left alone are then: units that are outputs of the model;
-    units in front of a norm over all units (``LayerNorm`` and the like), whose removal would change
-    the statistics of the others; convolutions with groups that are not depthwise; layers that run
-    more than once in a forward pass; tied parameters; and units that do not own equally many
-    entries. In front of a ``GroupNorm`` a unit is all that one of its groups takes statistics over.
+    A transformer of a served family is read off its blocks. Any other model runs once on the
+    example inputs, in evaluation mode, and every operation shows which entries go together: the
+    channels that an addition meets, the entries of an attention head that a product sums over, the
+    halves of a gated layer. Left alone are units that are outputs of the model, units whose
+    statistics a norm takes together (``LayerNorm`` and the like; in front of a ``GroupNorm`` a unit
+    is all that one of its groups takes statistics over), and whatever goes through an operation
+    that is not known. Branches that the example does not run are run as in training, if that
+    works; what they may read otherwise stays whole. Each group is tried once on a copy; see
+    :func:`find_units` for what that leaves out and why.
 
     Args:
         model: The model; wrappers are looked through. It comes out as it went in.
@@ -54,41 +65,56 @@ def find_groups(
             all inside it; its outputs are kept, its inputs are not protected.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for models that are called in
             another way.
-        timeout_seconds: Limit of the search for coupled layers, which does not end on some graphs.
 
     Returns:
         The groups, in the order of the modules that make the units.
 
     Raises:
-        ArgumentError: If a name in ``ignored`` is none of the model's, or the limit is reached.
-        ParameterError: If the model is masked or parametrized, or counts heads of an attention that
-            is not known.
-        MissingExtraError: If torch-pruning is needed and not installed.
+        ArgumentError: If a name in ``ignored`` is none of the model's.
+        ParameterError: If the model is masked or parametrized, or cannot be copied.
 
-    Cost: one forward pass; parameters are not copied.
+    Cost: three forward passes and a copy of the model. No time limit: it is linear in the size of
+    the model.
 
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
         ...                       nn.Linear(16, 2))
-        >>> [group] = find_groups(model, torch.zeros(1, 3, 4, 4))
+        >>> [group] = find_groups(model, torch.ones(1, 3, 4, 4))
         >>> group.name, group.units, [(piece.name, piece.role) for piece in group.slices][:2]
         ('0', 4, [('0.weight', 'producer'), ('0.bias', 'producer')])
         >>> group.slices[-1].name, group.slices[-1].positions[1]
         ('4.weight', tensor([4, 5, 6, 7]))
     """
-    from torchprune_bayes.structured.families import check_heads_are_known, family_of
+    return list(find_units(model, example_inputs, ignored=ignored, forward_fn=forward_fn).groups)
 
-    check_positive("timeout_seconds", timeout_seconds)
+
+def find_units(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    ignored: Collection[nn.Module | str] = (),
+    forward_fn: ForwardFunction | None = None,
+) -> Units:
+    """List the units of a model like :func:`find_groups`, and say what was left out and why.
+
+    Arguments and errors are those of :func:`find_groups`.
+    """
+    from torchprune_bayes.structured.families import family_of
+
     inner = unwrap(model)
     check_plain(inner)
     family = family_of(inner)
     if family is not None:
-        groups = family.groups(inner)
-    else:
-        check_heads_are_known(inner)
-        groups = _traced_groups(inner, trace(inner, example_inputs, forward_fn, timeout_seconds))
-    return without_ignored(inner, groups, ignored)
+        return Units(without_ignored(inner, family.groups(inner), ignored))
+    wiring = observe(inner, example_inputs, forward_fn)
+    found = groups_of(inner, wiring)
+    chosen = without_ignored(inner, found, ignored)
+    reasons = read_unseen(inner, chosen, wiring.used)
+    chosen = [group for group in chosen if group.name not in reasons]
+    if chosen:
+        reasons |= failing_groups(inner, chosen, example_inputs, forward_fn)
+    return Units([group for group in chosen if group.name not in reasons], reasons)
 
 
 def without_ignored(
@@ -144,32 +170,3 @@ def _made_in(group: UnitGroup, path: str) -> bool:
     return (
         group.name == path or any(f"{name}.".startswith(f"{path}.") for name in makers) or not path
     )
-
-
-def _traced_groups(model: nn.Module, traced: Trace) -> list[UnitGroup]:
-    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    found = [
-        _with_model_numbers(model, group)
-        for host_group in traced.groups()
-        if traced.is_safe(host_group)
-        and (single := unit_group(host_group, traced.model)) is not None
-        and (group := whole_norm_groups(model, single)) is not None
-    ]
-    return sorted(found, key=lambda group: place[group.name])
-
-
-def _with_model_numbers(model: nn.Module, group: UnitGroup) -> UnitGroup:
-    """Add the sizes that timm and torchvision keep on the model for whoever replaces its head."""
-    rules = []
-    for piece in group.slices:
-        if piece.role == "consumer" and isinstance(_owner(model, piece.name), nn.Linear):
-            size = model.get_parameter(piece.name).shape[piece.dim]
-            if piece.positions.numel() == size:
-                per_unit = piece.positions.shape[1]
-                names = [name for name in _MODEL_NUMBERS if vars(model).get(name) == size]
-                rules += [AttributeRule("", name, per_unit) for name in names]
-    return replace(group, attributes=(*group.attributes, *dict.fromkeys(rules)))
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])

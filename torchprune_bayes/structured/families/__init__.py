@@ -39,9 +39,7 @@ from torchprune_bayes.structured.families import (
 from torchprune_bayes.structured.families._blocks import class_path
 from torchprune_bayes.structured.groups import UnitGroup
 
-__all__ = ["FAMILIES", "Family", "check_heads_are_known", "family_of"]
-
-_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
+__all__ = ["FAMILIES", "Family", "family_of"]
 
 
 @dataclass(frozen=True)
@@ -144,26 +142,3 @@ def family_of(model: nn.Module) -> Family | None:
         names = ", ".join(family.name for family in matches)
         raise ParameterError(f"Expected a model of one family, got blocks of several: {names}.")
     return matches[0] if matches else None
-
-
-def check_heads_are_known(model: nn.Module) -> None:
-    """Refuse attention whose heads tracing would cut through.
-
-    A layer that counts heads reshapes its projections by that count. A traced model with single
-    entries of heads taken away runs and trains, and is wrong.
-
-    Args:
-        model: A model that is about to be traced.
-
-    Raises:
-        ParameterError: If a module of no served family counts heads.
-    """
-    for name, module in unwrap(model).named_modules():
-        counts = [attribute for attribute in _HEAD_COUNTS if attribute in vars(module)]
-        if counts:
-            served = ", ".join(family.name for family in FAMILIES)
-            raise ParameterError(
-                f"Expected attention of a served family ({served}), got `{name or 'the model'}` of "
-                f"class {class_path(module)} with `{counts[0]}`: its heads are not known, and "
-                "tracing would cut through them."
-            )

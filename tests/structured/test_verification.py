@@ -1,0 +1,144 @@
+"""What tells a wrongly wired cut: precision, weights off their start, and something to compare."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from tests.contracts.state import unchanged
+from tests.structured.families.models import build, inputs_of
+from tests.structured.shrink_cases import RowNorm
+from torchprune_bayes.errors import ArgumentError, NumericalError, ParameterError
+from torchprune_bayes.structured import UnitGroup, UnitSlice, find_units, shrink
+from torchprune_bayes.structured._verification import check_equal, failing_groups
+from torchprune_bayes.structured.slicing import plan_of
+
+
+class Block(nn.Module):
+    """A residual block behind a scale that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(4, 6), nn.Linear(6, 4), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.b(torch.relu(self.a(x)))
+
+
+def shifted(shift: int) -> UnitGroup:
+    """The units of ``Block``, read at the right places if not shifted."""
+    units = torch.arange(6)[:, None]
+    slices = (
+        UnitSlice("a.weight", 0, units, "producer"),
+        UnitSlice("a.bias", 0, units, "producer"),
+        UnitSlice("b.weight", 1, units.roll(shift), "consumer"),
+    )
+    return UnitGroup("a", "hidden", 6, slices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_no_precision_and_no_zero_hides_a_wrong_wiring(dtype: torch.dtype) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, inputs = Block().to(dtype), torch.randn(3, 4).to(dtype)
+    kept = {"a": torch.tensor([0, 2, 5])}
+    with unchanged(model):
+        right = check_equal(model, plan_of(model, [shifted(0)], kept), inputs, None)
+        assert right < 1e-6
+        with pytest.raises(NumericalError, match="its wiring is not understood"):
+            check_equal(model, plan_of(model, [shifted(1)], kept), inputs, None)
+
+
+@pytest.mark.parametrize("inputs", [torch.full((2, 4), float("nan")), torch.zeros(0, 4)])
+def test_nothing_to_compare_is_said(inputs: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    with unchanged(model), pytest.raises(ArgumentError, match="outputs to compare, got none"):
+        shrink(model, inputs, RowNorm(), sparsity=0.3, target="channels")
+    report = shrink(model, inputs, RowNorm(), sparsity=0.3, target="channels", verify=False)
+    assert report.difference is None
+
+
+def test_a_model_that_returns_nothing_is_compared_inside() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.b(torch.relu(self.a(x)))
+            return scores[scores > 1e9]
+
+    model, inputs = Detector(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    kept = {"a": torch.tensor([0, 2, 5])}
+    assert check_equal(model, plan_of(model, [shifted(0)], kept), inputs, None) < 1e-6
+    with pytest.raises(NumericalError):
+        check_equal(model, plan_of(model, [shifted(1)], kept), inputs, None)
+
+
+class Mixed(nn.Module):
+    """One layer whose code names its width, one that can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x)) * torch.ones(6)
+        return self.c(torch.relu(self.b(x)))
+
+
+def test_a_group_that_fails_is_left_out_and_named() -> None:
+    model, inputs = Mixed(), torch.ones(2, 4)
+    with unchanged(model):
+        units = find_units(model, inputs)
+    assert [group.name for group in units.groups] == ["b"]
+    assert "RuntimeError" in units.left_out["a"]
+    report = shrink(model, inputs, RowNorm(), sparsity=0.2, target="params")
+    assert (model.a.out_features, model.b.out_features < 8) == (6, True)
+    assert report.left_out == units.left_out
+    assert "left whole: `a`, since " in str(report)
+
+
+def test_groups_that_fail_are_told_apart() -> None:
+    model = nn.Sequential(Block(), Block(), Block())
+    groups = []
+    for place, shift in enumerate((0, 1, 0)):
+        slices = [
+            UnitSlice(f"{place}.{piece.name}", piece.dim, piece.positions, piece.role)
+            for piece in shifted(shift).slices
+        ]
+        groups.append(UnitGroup(f"{place}.a", "hidden", 6, tuple(slices)))
+    with unchanged(model):
+        reasons = failing_groups(model, groups, torch.ones(2, 4), None)
+    assert list(reasons) == ["1.a"]
+    assert "change by" in reasons["1.a"]
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    model.open = (number for number in range(3))  # type: ignore[assignment]
+    with pytest.raises(ParameterError, match=r"that `copy.deepcopy` can copy"):
+        shrink(model, torch.ones(2, 4), RowNorm(), sparsity=0.3, target="channels")
+
+
+@pytest.mark.parametrize("name", ["gpt2-lm", "distilbert", "timm-vit", "timm-swin", "llama-gqa"])
+@pytest.mark.parametrize("kind", ["GroupMagnitudeImportance", "GroupTaylorImportance"])
+def test_importances_of_torch_pruning_score_every_family(name: str, kind: str) -> None:
+    model = build(name)
+    inputs = inputs_of(name)
+    output = model(**inputs)
+    (output if isinstance(output, Tensor) else output[0]).square().sum().backward()
+    report = shrink(model, inputs, getattr(tp.importance, kind)(), sparsity=0.3, target="channels")
+    assert report.units.sparsity >= 0.3
+    assert report.difference is not None
+
+
+def test_an_importance_of_torch_pruning_that_fails_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    with unchanged(model), pytest.raises(ParameterError, match="GroupTaylorImportance to score"):
+        shrink(
+            model, torch.ones(2, 4), tp.importance.GroupTaylorImportance(), sparsity=0.3,
+            target="channels",
+        )  # fmt: skip

@@ -1,0 +1,235 @@
+"""Labels on the entries of activations: which entries of which tensors they stand and fall with.
+
+In plain words: every index along every dimension of every parameter is an atom, a number. An
+activation carries layers of labels; a layer says for each entry which atom it exists with, and is
+stored with size 1 along the dimensions in which it does not vary. What must go together is noted as
+pairs of atoms and sorted out at the end. Atom 0 stands for what stays in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.wiring._components import components
+from torchprune_bayes.wiring.groups import Role
+
+Layer: TypeAlias = Tensor
+"""Atoms, int64, of the activation's number of dimensions; size 1 where they do not vary."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known about an activation or a parameter.
+
+    Attributes:
+        layers: Its layers of labels.
+        weight: Whether it is a parameter, or computed from parameters alone.
+        pliable: Whether it was made to measure by the running code, as zeros are, so that its sizes
+            follow those of others.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    weight: bool = False
+    pliable: bool = False
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part taken out of a labelled dimension at fixed places.
+
+    Attributes:
+        layer: A layer of what was cut up; parts of the same one share it.
+        dim: The dimension.
+        start: First index of the part.
+        stop: One past the last.
+        step: Distance between two.
+    """
+
+    layer: Layer
+    dim: int
+    start: int
+    stop: int
+    step: int = 1
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """A view in which the code of a module named sizes.
+
+    Attributes:
+        module: Qualified name of the module that was running.
+        labels: The layer afterwards, full size.
+        width: Size of the widest dimension over which the labels varied before, or afterwards.
+    """
+
+    module: str
+    labels: Tensor
+    width: int
+
+
+@dataclass
+class Ledger:
+    """All that is noted while a model runs.
+
+    Attributes:
+        pairs: Atoms that go together.
+        rectangles: Layers that vary along several dimensions.
+        cuts: Parts taken out at fixed places.
+        reshapes: Views that tell dimensions apart.
+        heads: Atoms that are summed over inside of heads.
+        reasons: Atoms that stay, and why.
+        roles: Atoms of weights, and what these are to the units.
+        numbers: Module, attribute, and the labels of the entries that it counts.
+    """
+
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rectangles: list[Tensor] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    reshapes: list[Reshape] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
+    reasons: list[tuple[Tensor, str]] = field(default_factory=list)
+    roles: list[tuple[Tensor, Role]] = field(default_factory=list)
+    numbers: list[tuple[str, str, Tensor]] = field(default_factory=list)
+
+    def note_role(self, labels: Tensor, role: Role) -> None:
+        """Note what a parameter is to the units whose atoms these are."""
+        self.roles.append((labels.reshape(-1), role))
+
+    def note_roles(self, layers: Iterable[Layer], inner: int) -> None:
+        """Note that a weight reads along its inner dimension and makes units along the others."""
+        for layer in layers:
+            dims = varying(layer)
+            if dims:
+                self.note_role(layer, "consumer" if inner in dims else "producer")
+
+    def unite(self, one: Tensor, other: Tensor) -> None:
+        """Note that atoms go together, entry by entry after broadcasting."""
+        one, other = torch.broadcast_tensors(one, other)
+        if one.numel() and not torch.equal(one, other):
+            self.pairs.append((one.reshape(-1), other.reshape(-1)))
+
+    def fix(self, layer: Layer, reason: str) -> None:
+        """Note that atoms stay in any case."""
+        self.unite(layer, torch.zeros_like(layer))
+        self.reasons.append((layer.reshape(-1), reason))
+
+    def join(self, layer: Layer, dims: Iterable[int]) -> Layer:
+        """Let all entries along dimensions go together; return the layer without them varying."""
+        for dim in dims:
+            first = layer.narrow(dim, 0, 1) if layer.shape[dim] > 1 else layer
+            self.unite(layer, first)
+            layer = first
+        return layer
+
+    def stiffen(self, layer: Layer, dims: Iterable[int], reason: str) -> Layer:
+        """Note that dimensions cannot shrink: join what also varies elsewhere, fix the rest."""
+        for dim in dims:
+            if layer.shape[dim] == 1:
+                continue
+            if layer.shape[dim] == layer.numel():
+                self.fix(layer, reason)
+            layer = self.join(layer, [dim])
+        return layer
+
+    def keep(self, layers: Iterable[Layer]) -> tuple[Layer, ...]:
+        """Return layers without those that say nothing, noting that activations are rectangular."""
+        kept = tuple(layer for layer in layers if layer.numel() > 1)
+        self.rectangles += [layer for layer in kept if len(varying(layer)) > 1]
+        return kept
+
+    def merge(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Unite layers that vary along a common dimension, until none of them do."""
+        done: list[Layer] = []
+        for layer in layers:
+            apart = []
+            for other in done:
+                if varying(layer) & varying(other):
+                    self.unite(layer, other)
+                    layer = torch.broadcast_tensors(layer, other)[0]
+                else:
+                    apart.append(other)
+            done = [*apart, layer]
+        return done
+
+
+def varying(layer: Layer) -> set[int]:
+    """Dimensions along which labels differ."""
+    return {dim for dim, size in enumerate(layer.shape) if size > 1}
+
+
+def compressed(labels: Tensor) -> Layer:
+    """Return labels with size 1 along the dimensions in which they do not differ."""
+    if not labels.numel():
+        return labels.new_zeros([1] * labels.dim())
+    for dim in range(labels.dim()):
+        if labels.stride(dim) == 0:
+            labels = labels.narrow(dim, 0, 1)
+    for dim, size in enumerate(labels.shape):
+        first = labels.narrow(dim, 0, 1)
+        if size > 1 and bool((labels == first).all()):
+            labels = first
+    return labels.contiguous()
+
+
+def aligned(layer: Layer, dims: int) -> Layer:
+    """Return a layer with dimensions of size 1 in front, as broadcasting puts them."""
+    return layer.reshape([1] * (dims - layer.dim()) + list(layer.shape))
+
+
+def solve(ledger: Ledger, atoms: int) -> Tensor:
+    """Return the class of each atom, the smallest atom that goes with it.
+
+    Labels on a rectangle must in the end differ along one of its dimensions alone, so that what
+    remains is a rectangle again: the one that tells most entries apart. Parts of equal size shrink
+    alike; a dimension that is cut up in another way stays.
+    """
+    pairs = list(ledger.pairs)
+    while True:
+        classes = components(pairs, atoms)
+        found = [pair for layer in ledger.rectangles for pair in _straighten(classes[layer], layer)]
+        found += _even(ledger.cuts, classes)
+        if not found:
+            return classes
+        pairs += found
+
+
+def _straighten(classes: Tensor, layer: Layer) -> list[tuple[Tensor, Tensor]]:
+    classes = compressed(classes)
+    dims = varying(classes)
+    if len(dims) < 2:
+        return []
+    distinct = {dim: len(torch.unique(classes, dim=dim).movedim(dim, 0)) for dim in dims}
+    keep = max(dims, key=lambda dim: (distinct[dim], dim))
+    first = classes
+    for dim in dims - {keep}:
+        first = first.narrow(dim, 0, 1)
+    return [(classes.reshape(-1), first.expand_as(classes).reshape(-1))]
+
+
+def _even(cuts: Sequence[Cut], classes: Tensor) -> list[tuple[Tensor, Tensor]]:
+    parts: dict[tuple[int, int], list[Cut]] = {}
+    for cut in cuts:
+        parts.setdefault((id(cut.layer), cut.dim), []).append(cut)
+    found = []
+    for (_, dim), group in parts.items():
+        rows = classes[group[0].layer].movedim(dim, -1)
+        size = rows.shape[-1]
+        if bool((rows == rows[..., :1]).all()):
+            continue
+        widths = {cut.stop - cut.start for cut in group}
+        width = max(widths)
+        regular = all(cut.step == 1 and cut.start % width == 0 for cut in group)
+        if len(widths) == 1 and regular and size % width == 0:
+            rows = rows.reshape(*rows.shape[:-1], size // width, width)
+            other = rows[..., :1, :]
+        else:
+            other = torch.zeros_like(rows) if rows.numel() == size else rows[..., :1]
+        other = other.expand_as(rows)
+        if not torch.equal(rows, other):
+            found.append((rows.reshape(-1), other.reshape(-1)))
+    return found

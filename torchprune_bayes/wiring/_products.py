@@ -1,0 +1,344 @@
+"""What products, convolutions, norms and attention do to the labels of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.wiring._labels import Layer, State, aligned, compressed, varying
+from torchprune_bayes.wiring._rules import Call, combined, tensors_of
+
+_BATCH, _INNER, _OUTER = 0, 2, 3
+
+
+def multiplied(call: Call) -> State:
+    """Matrix products: ``mm``, ``bmm``, ``mv`` and those that add a bias."""
+    added = call.name.startswith(("add", "baddbmm"))
+    one, other = call.args[1:3] if added else call.args[:2]
+    state = _product(call, one, other)
+    return state if not added else _with_bias(call, state, call.args[0])
+
+
+def grouped(call: Call) -> State:
+    """Rows of one matrix, each with one of several others: experts."""
+    return _product(call, call.args[0], call.args[1])
+
+
+def _product(call: Call, one: Tensor, other: Tensor) -> State:
+    """Labels over batch, rows, inner and columns; the inner ones go together pair by pair."""
+    ledger = call.ledger
+    left = [_left(layer, one) for layer in call.state_of(one).layers]
+    right = [_right(layer, other) for layer in call.state_of(other).layers]
+    if one.dim() == 2 and other.dim() == 3:  # experts
+        right = [ledger.stiffen(layer, [_BATCH], "experts stay") for layer in right]
+    _note_roles(call, one, left, other, right)
+    if one.shape[-1] > 1:
+        left = _stiff_inner(call, left, right, other)
+        right = _stiff_inner(call, right, left, one)
+    both = {_BATCH, _INNER}
+    paired = any(both <= varying(a) for a in left) and any(both <= varying(b) for b in right)
+    for a in left:
+        for b in right:
+            if varying(a) & varying(b) & both:
+                ledger.unite(a, b)
+    if paired:
+        left = [ledger.join(a, [_INNER]) if both <= varying(a) else a for a in left]
+        right = [ledger.join(b, [_INNER]) if both <= varying(b) else b for b in right]
+    if any(_BATCH in varying(b) for b in right):
+        ledger.heads += [a.reshape(-1) for a in left if _BATCH in varying(a)]
+    outer = [layer for layer in [*left, *right] if _INNER not in varying(layer)]
+    merged = [_output(layer, call.output.dim(), one, other) for layer in ledger.merge(outer)]
+    weight = call.state_of(one).weight and call.state_of(other).weight
+    return State(ledger.keep(merged), weight)
+
+
+def _left(layer: Layer, tensor: Tensor) -> Layer:
+    shape = {1: (1, 1, -1, 1), 2: (1, layer.shape[0], layer.shape[-1], 1)}
+    return layer.reshape(shape.get(tensor.dim(), (*layer.shape, 1)))
+
+
+def _right(layer: Layer, tensor: Tensor) -> Layer:
+    if tensor.dim() == 1:
+        return layer.reshape(1, 1, -1, 1)
+    return layer.reshape(1 if layer.dim() == 2 else layer.shape[0], 1, *layer.shape[-2:])
+
+
+def _output(layer: Layer, dims: int, one: Tensor, other: Tensor) -> Layer:
+    b, m, _, n = layer.shape
+    if dims == 3:
+        return layer.reshape(b, m, n)
+    if other.dim() == 1:
+        return layer.reshape(m)
+    return layer.reshape(m, n)
+
+
+def _stiff_inner(
+    call: Call, layers: list[Layer], others: list[Layer], other: Tensor
+) -> list[Layer]:
+    """Stiffen the inner dimension where the other factor has a size of its own there."""
+    if any(_INNER in varying(layer) for layer in others) or call.state_of(other).pliable:
+        return layers
+    reason = f"`{call.name}` in `{call.module}` multiplies by a constant"
+    return [call.ledger.stiffen(layer, [_INNER], reason) for layer in layers]
+
+
+def _note_roles(
+    call: Call, one: Tensor, left: list[Layer], other: Tensor, right: list[Layer]
+) -> None:
+    if call.state_of(other).weight:
+        call.ledger.note_roles(right, _INNER)
+    elif call.state_of(one).weight:
+        call.ledger.note_roles(left, _INNER)
+
+
+def _with_bias(call: Call, state: State, bias: Tensor) -> State:
+    layers = [*state.layers, *call.layers(bias, call.output.dim())]
+    return State(call.ledger.keep(call.ledger.merge(layers)), state.weight)
+
+
+def convolved(call: Call) -> State:
+    """Convolutions, transposed and grouped ones too."""
+    x, weight, bias = call.args[:3]
+    groups, channels = int(call.args[8]), x.shape[1]
+    read, made = _sides(call, weight)
+    inputs = [labels for layer in call.state_of(x).layers if (labels := _channelwise(call, layer))
+              is not None]  # fmt: skip
+    if not inputs and channels > 1:
+        inputs = [torch.zeros(channels, dtype=torch.int64)]
+    if groups == channels and groups > 1:
+        made = _depthwise(call, inputs, read, made)
+    else:
+        for labels in inputs:
+            _read(call, labels, read, groups)
+        made = _spread(call, made, groups)
+    if made is None:
+        return State()
+    for layer in call.layers(bias) if isinstance(bias, Tensor) else ():
+        call.ledger.unite(layer, made)
+    layers = [compressed(made.reshape([1, -1] + [1] * (x.dim() - 2)))]
+    return State(call.ledger.keep(layers))
+
+
+def _sides(call: Call, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Labels along the dimensions that read and make channels; those along the kernel stay."""
+    sides: list[Tensor | None] = [None, None]
+    for layer in call.state_of(weight).layers:
+        dims = varying(layer)
+        if dims in ({0}, {1}):
+            sides[dims.pop()] = layer.reshape(-1)
+        else:
+            call.ledger.fix(layer, call.reason)
+    read, made = sides if call.args[6] else reversed(sides)
+    if read is not None:
+        call.ledger.note_role(read, "consumer")
+    if made is not None:
+        call.ledger.note_role(made, "producer")
+    return read, made
+
+
+def _channelwise(call: Call, layer: Layer) -> Tensor | None:
+    """Labels with the channels at the end; what varies in space alone stays."""
+    if layer.shape[1] == 1:
+        call.ledger.fix(layer, call.reason)
+        return None
+    return layer.movedim(1, -1)
+
+
+def _read(call: Call, labels: Tensor, read: Tensor | None, groups: int) -> None:
+    """Unite channels with the side of the weight that reads them, place by place in its group."""
+    if read is None:
+        call.ledger.fix(labels, call.reason)
+        return
+    rows = labels.reshape(*labels.shape[:-1], groups, -1)
+    call.ledger.unite(rows, read.reshape(groups, -1) if call.args[6] else read)
+    call.ledger.join(rows, [rows.dim() - 2])
+
+
+def _spread(call: Call, made: Tensor | None, groups: int) -> Tensor | None:
+    """Labels of the outputs: the same place in every group goes together."""
+    if made is None or groups == 1:
+        return made
+    if call.args[6]:
+        return made.repeat(groups)
+    call.ledger.join(made.reshape(groups, -1), [0])
+    return made
+
+
+def _depthwise(
+    call: Call, inputs: Sequence[Tensor], read: Tensor | None, made: Tensor | None
+) -> Tensor | None:
+    """Unite each channel with the outputs that it alone makes."""
+    channels, outputs = call.args[0].shape[1], call.output.shape[1]
+    filters = read if call.args[6] else made
+    if filters is None or outputs != channels:
+        for labels in inputs:
+            call.ledger.fix(labels, f"`{call.module}` filters them by constants or several times")
+        for side in (read, made):
+            if side is not None:
+                call.ledger.fix(side, call.reason)
+        return None
+    for labels in inputs:
+        call.ledger.unite(labels, filters)
+    return filters
+
+
+def normalized(call: Call) -> State | list[State]:
+    """Norms over channels one by one, in groups, or over the last dimensions."""
+    x = call.args[0]
+    if call.name == "native_group_norm":
+        state = _group_normalized(call, x)
+    elif call.name in ("native_layer_norm", "_fused_rms_norm"):
+        state = _layer_normalized(call, x)
+    else:
+        state = _channels(call, x, [t for t in call.args[1:5] if isinstance(t, Tensor)])
+    count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
+    return [state] + [State()] * (count - 1) if count > 1 else state
+
+
+def _channels(call: Call, x: Tensor, vectors: Sequence[Tensor]) -> State:
+    """Unite channels along dimension 1 with vectors."""
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    stiff = [vector for vector in vectors if not call.state_of(vector).layers]
+    layers = list(call.state_of(x).layers)
+    if stiff and vectors[0].numel() > 1:
+        layers = [call.ledger.stiffen(layer, [1], call.reason) for layer in layers]
+    own = [layer.reshape(shape) for vector in vectors for layer in call.state_of(vector).layers]
+    if own and not any(layer.shape[1] > 1 for layer in layers):
+        for layer in own:
+            call.ledger.fix(layer, call.reason)
+    return State(call.ledger.keep(call.ledger.merge([*layers, *own])))
+
+
+def _group_normalized(call: Call, x: Tensor) -> State:
+    groups = int(call.args[6])
+    for layer in call.state_of(x).layers:
+        if layer.shape[1] > 1:
+            rows = layer.movedim(1, -1).reshape(-1, groups, layer.shape[1] // groups)
+            if groups == 1 or not call.module:
+                call.ledger.fix(layer, call.reason)
+            call.ledger.join(rows, [2])
+    vectors = [vector for vector in call.args[1:3] if isinstance(vector, Tensor)]
+    return _channels(call, x, vectors)
+
+
+def _layer_normalized(call: Call, x: Tensor) -> State:
+    dims = range(x.dim() - len(call.args[1]), x.dim())
+    layers = [
+        call.ledger.stiffen(layer, set(dims) & varying(layer), call.reason)
+        for layer in call.state_of(x).layers
+    ]
+    for vector in tensors_of(call.args[2:4]):
+        for layer in call.state_of(vector).layers:
+            call.ledger.fix(layer, call.reason)
+    return State(call.ledger.keep(layers))
+
+
+def attended(call: Call) -> State | list[State]:
+    """Scaled dot product attention: queries, keys and values ``[..., heads, tokens, width]``."""
+    ledger = call.ledger
+    query, key, value = call.args[:3]
+    dims = query.dim()
+    scores: list[Layer] = []
+    for tensor in (query, key):
+        for layer in call.state_of(tensor).layers:
+            found = ledger.stiffen(layer, [dims - 1, dims - 2], call.reason)
+            scores.append(_repeated(found, tensor, query))
+    values = [_repeated(layer, value, query) for layer in call.state_of(value).layers]
+    masks = [
+        tensor for tensor in tensors_of([*call.args[3:], *call.kwargs.values()]) if tensor.dim() > 1
+    ]
+    for mask in masks:
+        scores += [
+            ledger.stiffen(layer, [dims - 1, dims - 2], call.reason)
+            for layer in call.layers(mask, dims)
+        ]
+    ledger.heads += [layer.reshape(-1) for layer in scores if varying(layer)]
+    state = State(ledger.keep(ledger.merge([*scores, *values])))
+    count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
+    return [state] + [State()] * (count - 1) if count > 1 else state
+
+
+def _repeated(layer: Layer, tensor: Tensor, query: Tensor) -> Layer:
+    """Repeat heads of keys and values for the queries that share them."""
+    heads = query.dim() - 3
+    if heads < 0 or layer.shape[heads] == 1 or tensor.shape[heads] == query.shape[heads]:
+        return layer
+    return layer.repeat_interleave(query.shape[heads] // tensor.shape[heads], heads)
+
+
+def embedded(call: Call) -> State:
+    """Rows of a table by index: the rows stay, the columns are labels of the last dimension."""
+    layers = []
+    for layer in call.state_of(call.args[0]).layers:
+        layer = call.ledger.stiffen(layer, [0], call.reason)
+        if layer.shape[1] > 1:
+            call.ledger.note_role(layer.reshape(-1), "producer")
+            layers.append(aligned(layer.reshape(-1), call.output.dim()))
+    return State(call.ledger.keep(layers), call.state_of(call.args[0]).weight)
+
+
+def spatial(call: Call) -> State | list[State]:
+    """Pooling, padding and resampling over the last one, two or three dimensions."""
+    x = call.args[0]
+    count = next((int(digit) for digit in "123" if f"{digit}d" in call.name), x.dim() - 2)
+    layers = [
+        call.ledger.stiffen(layer, range(x.dim() - count, x.dim()), call.reason)
+        for layer in call.state_of(x).layers
+    ]
+    state = State(call.ledger.keep(layers))
+    count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
+    return [state] * count if count > 1 else state
+
+
+def columns(call: Call) -> State:
+    """``im2col``: a channel becomes as many rows as its window has entries."""
+    x = call.args[0]
+    layers = [
+        call.ledger.stiffen(layer, range(2, x.dim()), call.reason)
+        for layer in call.state_of(x).layers
+    ]
+    each = call.output.shape[-2] // x.shape[1]
+    return State(
+        call.ledger.keep(
+            layer.reshape(*layer.shape[:2], 1).repeat_interleave(each, 1) for layer in layers
+        )
+    )
+
+
+def gated(call: Call) -> State:
+    """``glu``: the second half scales the first."""
+    x = call.args[0]
+    dim = int(call.argument(1, "dim", -1)) % x.dim()
+    halves = []
+    for layer in call.state_of(x).layers:
+        if layer.shape[dim] > 1:
+            one, other = layer.chunk(2, dim)
+            call.ledger.unite(one, other)
+            layer = one
+        halves.append(layer)
+    return State(call.ledger.keep(halves))
+
+
+def written(call: Call) -> State:
+    """Writing into a tensor in place."""
+    target, source = call.args[:2]
+    if call.state_of(target).layers:
+        return combined(call, [target, source])
+    state = call.state_of(source)
+    if target.shape == source.shape and not target._is_view():
+        return state
+    for layer in state.layers:
+        call.ledger.fix(layer, f"`{call.module}` writes them into a tensor of its own")
+    return State()
+
+
+def added_at(call: Call) -> State:
+    """``index_add``: rows of one tensor are added to rows of another."""
+    target, dim, _, source = call.args[:4]
+    layers = [
+        call.ledger.stiffen(layer, [dim % target.dim()], call.reason)
+        for layer in [*call.state_of(target).layers, *call.state_of(source).layers]
+    ]
+    return State(call.ledger.keep(call.ledger.merge(layers)))

@@ -1,0 +1,107 @@
+"""Units that go together: which entries of which tensors a channel, a hidden unit or a head owns.
+
+In plain words: removing channel 3 of a layer removes row 3 of its weight and bias, entry 3 of the
+norm behind it, and column 3 of every layer that reads it. A :class:`UnitGroup` lists these tensors
+once for all units that are removed in the same way. Everything structured is done with such lists:
+scoring, masking, slicing, saving, and carrying optimizer state along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.errors import ArgumentError
+
+Role: TypeAlias = Literal["producer", "norm", "consumer"]
+"""Whether a tensor makes the units' output, rescales it, or reads it."""
+
+Kind: TypeAlias = Literal["channel", "hidden", "head"]
+
+Kept: TypeAlias = Mapping[str, Tensor]
+"""Units that stay, by the name of their group; a group that is missing stays whole."""
+
+
+@dataclass(frozen=True)
+class UnitSlice:
+    """The positions along one dimension of one tensor that belong to each unit of a group.
+
+    Attributes:
+        name: Qualified name of a parameter or buffer.
+        dim: Dimension that is cut.
+        positions: Long tensor of shape (units, entries per unit); unit ``u`` owns the entries
+            ``positions[u]`` along ``dim``. A row holds several entries for heads, for flattened
+            maps, and for fused projections.
+        role: ``"producer"`` (output side of a layer), ``"norm"`` (affine parameters and running
+            statistics in between) or ``"consumer"`` (input side of a layer).
+    """
+
+    name: str
+    dim: int
+    positions: Tensor
+    role: Role
+
+
+@dataclass(frozen=True)
+class AttributeRule:
+    """A number on a module that follows the units: ``module.attribute = per_unit * units kept``.
+
+    Sizes that can be read off a layer's own tensors (``in_features``, ``num_features``, ...) need
+    no rule.
+    """
+
+    module: str
+    attribute: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that are removed in the same way.
+
+    Attributes:
+        name: Qualified name of the producing layer, unique among a model's groups.
+        kind: What a unit is.
+        units: How many there are.
+        slices: Everything that a unit owns; no tensor dimension appears in two groups with
+            overlapping positions.
+        attributes: Numbers on modules that follow.
+    """
+
+    name: str
+    kind: Kind
+    units: int
+    slices: tuple[UnitSlice, ...]
+    attributes: tuple[AttributeRule, ...] = field(default=())
+
+
+def check_kept(groups: Sequence[UnitGroup], kept: Kept) -> None:
+    """Refuse units that do not exist or are named twice, and groups without any unit left.
+
+    Raises:
+        ArgumentError: With the first group that is wrong.
+
+    Example:
+        >>> group = UnitGroup("fc1", "hidden", 4, ())
+        >>> check_kept([group], {"fc1": torch.tensor([0, 3])})
+    """
+    units = {group.name: group.units for group in groups}
+    if len(units) != len(groups):
+        raise ArgumentError("Expected groups with distinct names, got a name twice.")
+    for name, indices in kept.items():
+        if name not in units:
+            raise ArgumentError(f"Expected the name of a group, got {name!r}.")
+        if indices.dtype != torch.long or indices.dim() != 1 or not len(indices):
+            raise ArgumentError(
+                f"Expected a vector of at least one unit to keep in `{name}`, got "
+                f"{indices.dtype} of shape {tuple(indices.shape)}."
+            )
+        in_range = int(indices.min()) >= 0 and int(indices.max()) < units[name]
+        if not in_range or len(indices.unique()) != len(indices):
+            raise ArgumentError(
+                f"Expected distinct units in [0, {units[name]}) to keep in `{name}`, got others."
+            )

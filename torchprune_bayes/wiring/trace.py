@@ -1,0 +1,214 @@
+"""From one run of a model to its groups of units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run, tensors_in
+from torchprune_bayes.wiring._labels import Layer, Ledger, Reshape, State, solve
+from torchprune_bayes.wiring._recorder import Recorder
+from torchprune_bayes.wiring._tensors import all_tensors
+from torchprune_bayes.wiring.groups import Role
+
+
+@dataclass(frozen=True)
+class Side:
+    """One dimension of one tensor of a model, and its atoms.
+
+    Attributes:
+        name: First qualified name of the tensor.
+        dim: The dimension.
+        start: Its first atom.
+        size: How many.
+    """
+
+    name: str
+    dim: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What a run has shown.
+
+    Attributes:
+        sides: All dimensions of parameters and of the statistics of norms.
+        classes: For each atom the smallest one that goes with it; 0 stays.
+        roles: What the atoms' tensors are to the units, where a product has shown it: 0 for
+            unknown, 1 for producers, 2 for consumers.
+        heads: Whether an atom's class is shared by a product inside of heads.
+        reshapes: Views in which code named sizes, with classes for labels.
+        used: Names of the parameters that some operation has read.
+        numbers: Module, attribute and the classes of the entries that it counts.
+        reasons: Atoms that stay, and why.
+    """
+
+    sides: tuple[Side, ...]
+    classes: Tensor
+    roles: Tensor
+    heads: Tensor
+    reshapes: tuple[Reshape, ...]
+    used: frozenset[str]
+    numbers: tuple[tuple[str, str, Tensor], ...]
+    reasons: tuple[tuple[Tensor, str], ...]
+
+
+def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None) -> Wiring:
+    """Run a model once and see which entries of its tensors go together.
+
+    Args:
+        model: The model, without wrappers; it comes out as it went in.
+        example_inputs: What it is called with.
+        forward_fn: How to call it otherwise.
+
+    Returns:
+        The wiring.
+
+    Raises:
+        ArgumentError: If the model returns no floating point tensor.
+
+    Cost: one forward pass in evaluation mode, and small tensors for each operation.
+    """
+    sides, known = _sides(model)
+    atoms = 1 + sum(side.size for side in sides)
+    recorder = Recorder(known)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with (
+        at_rest(model),
+        torch.inference_mode(False),
+        _transparent(recurrent),
+        recorder.modules(model),
+    ):
+        with recorder:
+            output = run(model, example_inputs, forward_fn)
+        _finish(recorder, output)
+        if any(id(tensor) not in recorder.used for tensor, _ in known):
+            _in_training(model, recorder, example_inputs, forward_fn)
+    ledger = recorder.ledger
+    _tie_recurrent(model, recorder)
+    names = {id(tensor): name for name, tensor, _ in all_tensors(model)}
+    used = frozenset(names[each] for each in recorder.used)
+    classes = solve(ledger, atoms)
+    for side in sides:
+        if side.name not in used:
+            classes[side.start : side.start + side.size] = 0
+    return Wiring(
+        tuple(sides),
+        classes,
+        _roles(ledger, atoms),
+        _marked(ledger.heads, classes),
+        tuple(Reshape(each.module, classes[each.labels], each.width) for each in ledger.reshapes),
+        used,
+        tuple((name, key, classes[labels]) for name, key, labels in ledger.numbers),
+        tuple(ledger.reasons),
+    )
+
+
+def _sides(model: nn.Module) -> tuple[list[Side], list[tuple[Tensor, State]]]:
+    sides: list[Side] = []
+    known: list[tuple[Tensor, State]] = []
+    seen: set[int] = set()
+    start = 1
+    for prefix, module in model.named_modules():
+        own = [*module._parameters.items()]
+        if isinstance(module, _NormBase):
+            own += [(key, module._buffers.get(key)) for key in ("running_mean", "running_var")]
+        for key, tensor in own:
+            if tensor is None or id(tensor) in seen or not tensor.is_floating_point():
+                continue
+            seen.add(id(tensor))
+            layers: list[Layer] = []
+            for dim, size in enumerate(tensor.shape):
+                if size > 1:
+                    shape = [1] * tensor.dim()
+                    shape[dim] = size
+                    layers.append(torch.arange(start, start + size).reshape(shape))
+                    sides.append(Side(f"{prefix}.{key}" if prefix else key, dim, start, size))
+                    start += size
+            known.append((tensor, State(tuple(layers), weight=True)))
+    return sides, known
+
+
+def _finish(recorder: Recorder, output: Any) -> None:
+    tensors = tensors_in(output)
+    if not tensors:
+        raise ArgumentError(
+            f"Expected a floating point tensor from the model, got {type(output).__name__}."
+        )
+    for tensor in tensors:
+        for layer in recorder.state_of(tensor).layers:
+            recorder.ledger.fix(layer, "they are outputs of the model")
+
+
+def _tie_recurrent(model: nn.Module, recorder: Recorder) -> None:
+    """Let all layers and directions of a recurrent module, which share a size, lose alike."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.RNNBase):
+            continue
+        sides = []
+        for key in module._flat_weights_names:
+            weight = module._parameters.get(key)
+            layers = recorder.state_of(weight).layers if weight is not None and "_hh" in key else ()
+            sides += [layer.reshape(-1) for layer in layers if layer.shape[-1] > 1 < layer.dim()]
+            if module.proj_size:
+                for layer in layers:
+                    recorder.ledger.fix(layer, f"`{name}` projects its state")
+        for side in sides[1:]:
+            recorder.ledger.unite(sides[0], side)
+
+
+def _in_training(
+    model: nn.Module, recorder: Recorder, example_inputs: Any, forward_fn: ForwardFunction | None
+) -> None:
+    """Run the model as in training, with norms as in evaluation; models that refuse it are left."""
+    norms = (_NormBase, nn.modules.dropout._DropoutNd)
+    for module in model.modules():
+        module.training = not isinstance(module, norms)
+    recorder._stack.clear()
+    try:
+        with recorder:
+            output = run(model, example_inputs, forward_fn)
+        _finish(recorder, output)
+    except Exception:
+        return
+
+
+@contextmanager
+def _transparent(recurrent: bool) -> Iterator[None]:
+    """Switch fused paths off that hide what happens inside of a module."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    fused = torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    if recurrent:
+        torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(fused)
+
+
+_ROLES: tuple[Role, ...] = ("norm", "producer", "consumer")
+
+
+def _roles(ledger: Ledger, atoms: int) -> Tensor:
+    roles = torch.zeros(atoms, dtype=torch.int8)
+    for labels, role in reversed(ledger.roles):
+        roles[labels] = _ROLES.index(role)
+    return roles
+
+
+def _marked(labels: list[Tensor], classes: Tensor) -> Tensor:
+    marked = torch.zeros(len(classes), dtype=torch.bool)
+    for each in labels:
+        marked[classes[each]] = True
+    return marked[classes]

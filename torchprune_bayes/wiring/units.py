@@ -1,0 +1,191 @@
+"""Groups of units from the wiring of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from torchprune_bayes.params import is_hf_conv1d
+from torchprune_bayes.wiring._labels import compressed, varying
+from torchprune_bayes.wiring.groups import AttributeRule, Kind, Role, UnitGroup, UnitSlice
+from torchprune_bayes.wiring.trace import Side, Wiring
+
+COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "nhead",
+    "heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_kv_heads",
+    "num_q_heads",
+    "num_query_heads",
+)
+"""Attributes in which modules keep how many heads they have."""
+
+WIDTHS = (
+    "all_head_size",
+    "split_size",
+    "attn_dim",
+    "inner_dim",
+    "attention_dim",
+    "q_size",
+    "kv_size",
+    "dim",
+    "embed_dim",
+    "d_model",
+    "hidden_size",
+    "hidden_dim",
+)
+"""Attributes in which modules keep how wide all their heads are together."""
+
+_MODEL_NUMBERS = ("num_features", "head_hidden_size", "last_channel")
+
+
+def groups_of(model: nn.Module, wiring: Wiring) -> list[UnitGroup]:
+    """List the units that a run has shown, those of equal make in one group.
+
+    Args:
+        model: The model that was observed.
+        wiring: What was seen.
+
+    Returns:
+        Groups of at least two units that some layer makes, in the order of these layers.
+    """
+    places = _places(wiring)
+    modules = dict(model.named_modules())
+    found = []
+    for sides, classes, positions in places:
+        slices = tuple(
+            UnitSlice(side.name, side.dim, at, _role(modules, wiring, side))
+            for side, at in zip(sides, positions, strict=True)
+        )
+        makers = [piece for piece in slices if piece.role == "producer"]
+        if len(classes) < 2 or not makers:
+            continue
+        name = makers[0].name.rpartition(".")[0]
+        heads = bool(wiring.heads[classes].any())
+        kind = "head" if heads else _kind(modules[name])
+        group = UnitGroup(name, kind, len(classes), slices)
+        found.append(replace(group, attributes=tuple(_rules(model, wiring, group, classes))))
+    order = {name: place for place, name in enumerate(modules)}
+    found.sort(key=lambda group: (order[group.name], int(group.slices[0].positions.min())))
+    return _distinct(found)
+
+
+def _places(wiring: Wiring) -> Iterator[tuple[list[Side], Tensor, list[Tensor]]]:
+    """Yield the sides, the classes and the positions ``[units, entries]`` of each group."""
+    size = torch.tensor([side.size for side in wiring.sides])
+    number = torch.repeat_interleave(torch.arange(len(size)), size)
+    start = torch.tensor([side.start for side in wiring.sides])
+    atoms = torch.arange(1, 1 + len(number))
+    classes = wiring.classes[1:]
+    free = classes > 0
+    number, atoms, classes = number[free], atoms[free], classes[free]
+    keys, counts = torch.unique(classes * len(size) + number, return_counts=True)
+    owner, side = keys // len(size), keys % len(size)
+    hashes = _hashed(side, counts)
+    makes, inverse = torch.unique(owner, return_inverse=True)
+    signature = torch.zeros(len(makes), dtype=torch.int64).index_add_(0, inverse, hashes)
+    of_class = torch.zeros(len(wiring.classes), dtype=torch.int64)
+    of_class[makes] = signature
+    for each in torch.unique(signature):
+        members = makes[signature == each]
+        if len(members) < 2:
+            continue
+        inside = of_class[classes] == each
+        own_classes, own_number, own_atoms = classes[inside], number[inside], atoms[inside]
+        sides, positions = [], []
+        for index in torch.unique(own_number):
+            here = own_number == index
+            order = own_classes[here].argsort(stable=True)
+            at = own_atoms[here][order] - start[index]
+            sides.append(wiring.sides[int(index)])
+            positions.append(at.reshape(len(members), -1))
+        yield sides, members, positions
+
+
+def _hashed(side: Tensor, counts: Tensor) -> Tensor:
+    """Numbers that, summed over the sides of a class, tell sides and counts apart."""
+    mixed = (side + 1) * 0x9E3779B97F4A7C + counts * 0x5851F42D4C957F
+    for shift, factor in ((31, 0x7FB5D329728EA1), (27, 0x81DADEF4BC2DD4)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return mixed ^ (mixed >> 33)
+
+
+def _distinct(groups: Sequence[UnitGroup]) -> list[UnitGroup]:
+    """Number the groups of a layer that makes units of several kinds, from the second on."""
+    seen: dict[str, int] = {}
+    result = []
+    for group in groups:
+        seen[group.name] = count = seen.get(group.name, 0) + 1
+        result.append(group if count == 1 else replace(group, name=f"{group.name}:{count}"))
+    return result
+
+
+def _kind(module: nn.Module) -> Kind:
+    return "channel" if isinstance(module, (_ConvNd, _NormBase)) else "hidden"
+
+
+def _role(modules: dict[str, nn.Module], wiring: Wiring, side: Side) -> Role:
+    """What a tensor is to the units along a dimension."""
+    path, _, key = side.name.rpartition(".")
+    module = modules[path]
+    if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
+        return "norm"
+    if isinstance(module, (nn.Linear, _ConvNd)) or is_hf_conv1d(module):
+        turned = isinstance(module, _ConvTransposeNd) or is_hf_conv1d(module)
+        return "producer" if key == "bias" or side.dim == int(turned) else "consumer"
+    if isinstance(module, nn.Embedding):
+        return "producer"
+    if isinstance(module, nn.RNNBase):
+        return "consumer" if side.dim else "producer"
+    roles: tuple[Role, ...] = ("norm", "producer", "consumer")
+    return roles[int(wiring.roles[side.start])]
+
+
+def _rules(
+    model: nn.Module, wiring: Wiring, group: UnitGroup, classes: Tensor
+) -> Iterator[AttributeRule]:
+    """Yield the numbers on modules that follow the units of a group."""
+    rules = [
+        AttributeRule(name, key, int((labels == classes[0]).sum()))
+        for name, key, labels in wiring.numbers
+        if bool((labels == classes[0]).any())
+    ]
+    for each in wiring.reshapes:
+        labels = compressed(each.labels)
+        if len(varying(labels)) == 1 and bool((labels == classes[0]).any()):
+            rules += _head_rules(model, each.module, group, labels.numel())
+    yield from dict.fromkeys([*rules, *_model_numbers(model, group)])
+
+
+def _head_rules(
+    model: nn.Module, name: str, group: UnitGroup, count: int
+) -> Iterator[AttributeRule]:
+    """Yield what a module that views ``count`` heads keeps about their number and width."""
+    sizes = {piece.positions.numel() for piece in group.slices}
+    numbers = {key: value for key, value in vars(model.get_submodule(name)).items()
+               if type(value) is int and value and value % group.units == 0}  # fmt: skip
+    for key, value in numbers.items():
+        if (key in COUNTS and value == count) or (key in WIDTHS and value in sizes):
+            yield AttributeRule(name, key, value // group.units)
+
+
+def _model_numbers(model: nn.Module, group: UnitGroup) -> Iterator[AttributeRule]:
+    """Yield the sizes that timm and torchvision keep on the model for whoever replaces its head."""
+    for piece in group.slices:
+        owner = model.get_submodule(piece.name.rpartition(".")[0])
+        if piece.role == "consumer" and isinstance(owner, nn.Linear):
+            size = model.get_parameter(piece.name).shape[piece.dim]
+            if piece.positions.numel() == size:
+                for name in _MODEL_NUMBERS:
+                    if vars(model).get(name) == size:
+                        yield AttributeRule("", name, piece.positions.shape[1])

@@ -1,0 +1,70 @@
+"""Layers that no run has reached, and what they may read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from torch import nn
+
+from torchprune_bayes.wiring.groups import UnitGroup
+
+
+def read_unseen(
+    model: nn.Module, groups: Sequence[UnitGroup], used: Collection[str]
+) -> dict[str, str]:
+    """Tell which groups a layer that did not run may read, going by its number of inputs.
+
+    A branch that did not run is entered through its first layer, and through those whose inputs no
+    other layer of the branch makes.
+
+    Args:
+        model: The model.
+        groups: Its groups.
+        used: Names of the parameters that ran.
+
+    Returns:
+        A sentence for each such group.
+    """
+    entries = {
+        size: name
+        for root in _branches(model, used)
+        for name, size in _entries(model.get_submodule(root), root)
+    }
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    reasons = {}
+    for group in groups:
+        sizes = {tensors[piece.name].shape[piece.dim] for piece in group.slices}
+        met = sorted(sizes & entries.keys())
+        if met:
+            reasons[group.name] = (
+                f"`{entries[met[0]]}`, which the example inputs do not reach, may read its "
+                f"{met[0]} entries"
+            )
+    return reasons
+
+
+def _branches(model: nn.Module, used: Collection[str]) -> Iterator[str]:
+    """Yield the outermost modules none of whose parameters was read, beside others that were."""
+    reached = {""}
+    for name in used:
+        while name:
+            name = name.rpartition(".")[0]
+            reached.add(name)
+    for name, module in model.named_modules():
+        held = any(True for _ in module.parameters())
+        if held and name not in reached and name.rpartition(".")[0] in reached:
+            yield name
+
+
+def _entries(branch: nn.Module, root: str) -> Iterator[tuple[str, int]]:
+    layers = []
+    for name, module in branch.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and not isinstance(module, nn.Embedding):
+            makes, reads = (weight.shape[0], weight.shape[-1] if weight.dim() == 2 else
+                            weight.shape[min(1, weight.dim() - 1)])  # fmt: skip
+            layers.append((f"{root}.{name}" if name else root, int(reads), int(makes)))
+    made = {makes for _, _, makes in layers}
+    for place, (name, reads, _) in enumerate(layers):
+        if place == 0 or reads not in made:
+            yield name, reads
