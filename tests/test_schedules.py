@@ -200,3 +200,37 @@ def test_impossible_schedules_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+LAWS: dict[str, Callable[..., Schedule]] = {
+    "linear": linear,
+    "cubic": cubic,
+    "geometric": geometric,
+}
+
+
+@given(
+    st.sampled_from(sorted(LAWS)),
+    st.integers(0, 50),
+    st.integers(0, 200),
+    st.integers(1, 30),
+)
+def test_any_length_is_spread_over_at_most_so_many_times(
+    law: str, begin: int, length: int, times: int
+) -> None:
+    schedule = LAWS[law](0.8, begin, begin + length, times=times)
+    steps = list(schedule.steps())
+    assert len([step for step in steps if step > begin]) <= times
+    assert len(steps) > min(length, times) / 2
+    assert schedule(steps[-1]) == 0.8
+    with pytest.raises(ArgumentError, match="either `every` or `times`"):
+        LAWS[law](0.8, begin, begin + length, every=2, times=times)
+
+
+@pytest.mark.parametrize("steps", range(1, 25))
+def test_the_schedule_of_the_readme_takes_trainings_of_any_length(steps: int) -> None:
+    schedule = cubic(0.8, begin=steps // 4, end=3 * steps // 4, times=10)
+    assert schedule(steps) == 0.8
+    assert all(step <= steps for step in schedule.steps())
+    with pytest.raises(ArgumentError, match="`times` of at least 1"):
+        cubic(0.8, 0, steps, times=0)

@@ -148,18 +148,50 @@ def one_shot(final: float, at: int = 0) -> Schedule:
     return Schedule("constant", final, begin=at, end=at)
 
 
-def linear(final: float, begin: int, end: int, every: int = 1, initial: float = 0.0) -> Schedule:
+def linear(
+    final: float,
+    begin: int,
+    end: int,
+    every: int | None = None,
+    initial: float = 0.0,
+    *,
+    times: int | None = None,
+) -> Schedule:
     """Prune the same number of entries each time; arguments as in :class:`Schedule`.
+
+    Args:
+        final: Sparsity at ``end`` and after.
+        begin: First step at which pruning is due.
+        end: Last one.
+        every: Number of steps from one pruning to the next; 1 unless ``times`` is given.
+        initial: Sparsity at ``begin``.
+        times: Instead of ``every``: prune so many times after ``begin`` at most, spread evenly, and
+            fewer times where there are fewer steps. For trainings whose length is not known.
+
+    Raises:
+        ArgumentError: If a value is out of range, or both ``every`` and ``times`` are given.
 
     Example:
         >>> linear(0.8, begin=0, end=4)(1)
         0.2
+        >>> list(linear(0.8, begin=25, end=75, times=5).steps())
+        [25, 35, 45, 55, 65, 75]
     """
-    return Schedule("polynomial", final, begin, end, every, initial, degree=1.0)
+    return Schedule(
+        "polynomial", final, begin, end, _spacing(begin, end, every, times), initial, degree=1.0
+    )
 
 
-def cubic(final: float, begin: int, end: int, every: int = 1, initial: float = 0.0) -> Schedule:
-    """Prune fast at first and slowly at last; arguments as in :class:`Schedule`.
+def cubic(
+    final: float,
+    begin: int,
+    end: int,
+    every: int | None = None,
+    initial: float = 0.0,
+    *,
+    times: int | None = None,
+) -> Schedule:
+    """Prune fast at first and slowly at last; arguments as in :func:`linear`.
 
     Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), eq. 1:
     ``s(t) = final + (initial - final) * (1 - (t - begin) / (end - begin)) ** 3``.
@@ -168,23 +200,42 @@ def cubic(final: float, begin: int, end: int, every: int = 1, initial: float = 0
         >>> round(cubic(0.8, begin=0, end=2)(1), 6)
         0.7
     """
-    return Schedule("polynomial", final, begin, end, every, initial, degree=3.0)
+    return Schedule(
+        "polynomial", final, begin, end, _spacing(begin, end, every, times), initial, degree=3.0
+    )
 
 
 def polynomial(
-    final: float, begin: int, end: int, every: int = 1, initial: float = 0.0, *, degree: float
+    final: float,
+    begin: int,
+    end: int,
+    every: int | None = None,
+    initial: float = 0.0,
+    *,
+    degree: float,
+    times: int | None = None,
 ) -> Schedule:
-    """Follow the law of :func:`cubic` with another exponent; arguments as in :class:`Schedule`.
+    """Follow the law of :func:`cubic` with another exponent; arguments as in :func:`linear`.
 
     Example:
         >>> round(polynomial(0.8, begin=0, end=2, degree=2)(1), 6)
         0.6
     """
-    return Schedule("polynomial", final, begin, end, every, initial, degree)
+    return Schedule(
+        "polynomial", final, begin, end, _spacing(begin, end, every, times), initial, degree
+    )
 
 
-def geometric(final: float, begin: int, end: int, every: int = 1, initial: float = 0.0) -> Schedule:
-    """Prune the same fraction of what is left each time; arguments as in :class:`Schedule`.
+def geometric(
+    final: float,
+    begin: int,
+    end: int,
+    every: int | None = None,
+    initial: float = 0.0,
+    *,
+    times: int | None = None,
+) -> Schedule:
+    """Prune the same fraction of what is left each time; arguments as in :func:`linear`.
 
     ``1 - s(t) = (1 - initial) * ((1 - final) / (1 - initial)) ** progress``, so ``final`` must
     be below 1.
@@ -193,7 +244,19 @@ def geometric(final: float, begin: int, end: int, every: int = 1, initial: float
         >>> geometric(0.75, begin=0, end=2)(1)
         0.5
     """
-    return Schedule("geometric", final, begin, end, every, initial)
+    return Schedule("geometric", final, begin, end, _spacing(begin, end, every, times), initial)
+
+
+def _spacing(begin: int, end: int, every: int | None, times: int | None) -> int:
+    """Steps from one pruning to the next."""
+    if times is None:
+        return 1 if every is None else every
+    if every is not None:
+        raise ArgumentError(f"Expected either `every` or `times`, got {every} and {times}.")
+    check_count("times", times)
+    check_count("begin", begin, minimum=0)
+    check_count("end", end, minimum=begin)
+    return max(-(-(end - begin) // times), 1)
 
 
 def halving(

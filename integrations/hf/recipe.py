@@ -22,6 +22,9 @@ from torchprune_bayes.integrations.hf import (
 )
 from torchprune_bayes.schedules import Schedule
 
+# Those of whole units need gates, or belong into `shrink`.
+METHODS = sorted(name for name, entry in registered_methods().items() if not entry.is_structured)
+
 
 def parser(description: str | None, *, lr: float, epochs: float) -> argparse.ArgumentParser:
     """A parser with the options that all recipes have."""
@@ -42,7 +45,7 @@ def parser(description: str | None, *, lr: float, epochs: float) -> argparse.Arg
     add("--resume", action="store_true", help="go on from the last whole checkpoint in --output")
     group = found.add_argument_group("pruning")
     add = group.add_argument
-    add("--method", default="magnitude", choices=sorted(registered_methods()))
+    add("--method", default="magnitude", choices=METHODS)
     add("--sparsity", type=float, default=0.8, help="0 trains the dense model")
     add("--schedule", default="cubic", choices=["linear", "cubic", "geometric"])
     add("--prune-begin", type=float, default=0.3, help="share of the training before pruning")
@@ -59,9 +62,8 @@ def schedule_of(args: argparse.Namespace) -> Callable[[int], Schedule]:
 
     def make(steps: int) -> Schedule:
         begin, end = round(args.prune_begin * steps), round(args.prune_end * steps)
-        every = max((end - begin) // args.prune_steps, 1)
         law: Callable[..., Schedule] = getattr(laws, args.schedule)
-        return law(args.sparsity, begin, end, every)
+        return law(args.sparsity, begin, end, times=args.prune_steps)
 
     return make
 

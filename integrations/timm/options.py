@@ -11,6 +11,9 @@ from timm.utils import ParseKwargs
 from torchprune_bayes import registered_methods
 from torchprune_bayes.integrations.timm import importances_by_name
 
+# Those of whole units need gates, or belong into `shrink`.
+METHODS = sorted(name for name, entry in registered_methods().items() if not entry.is_structured)
+
 
 def parse(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -69,7 +72,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_pruning(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--prune-method", default="magnitude", choices=sorted(registered_methods()))
+    add("--prune-method", default="magnitude", choices=METHODS)
     add("--prune-amount", type=float, default=0.8, help="sparsity to reach, of the whole")
     add("--prune-scope", default="global", choices=["global", "layer"])
     add("--prune-schedule", default="cubic", choices=["one_shot", "linear", "cubic", "geometric"])

@@ -137,8 +137,8 @@ class Run:
         if args.prune_schedule == "one_shot":
             schedule = laws.one_shot(args.prune_amount, at=first)
         else:
-            every = max((last - first) // args.prune_steps, 1)
-            schedule = getattr(laws, args.prune_schedule)(args.prune_amount, first, last, every)
+            law = getattr(laws, args.prune_schedule)
+            schedule = law(args.prune_amount, first, last, times=args.prune_steps)
         options = dict(args.prune_options)
         if args.prune_scope != "global":
             options["scope"] = args.prune_scope

@@ -169,7 +169,7 @@ def _trained(path: Path, mixed: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
             if acc.sync_gradients:
-                step(acc, pruner, optimizer)
+                step(acc, pruner)
     # Another two updates, so that the last pruning is trained on too.
     check_same_masks(pruner.masks)
     assert {type(model).__name__} == {"DistributedDataParallel"}
@@ -217,7 +217,7 @@ def _disagreeing(path: Path) -> None:
         optimizer.zero_grad()
         own = prune_global_copy(calibration)
         differed.append(own)
-        step(acc, pruner, optimizer)
+        step(acc, pruner)
     check_same_masks(pruner.masks)
     moments = [optimizer.optimizer.state[p]["momentum_buffer"] for p in model.parameters()]
     save_from(acc.process_index, (acc.unwrap_model(model).state_dict(), moments, differed[0]), path)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes._extras import optional
+from torchprune_bayes._processes import together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import (
@@ -34,7 +35,8 @@ from torchprune_bayes.integrations._hf_resume import (
     warn_of,
     zeros_at_start,
 )
-from torchprune_bayes.integrations._ranks import refuse_sharded, step_together
+from torchprune_bayes.integrations._ranks import refuse_sharded
+from torchprune_bayes.integrations._together import step_together
 from torchprune_bayes.methods.host import unstructured_method
 from torchprune_bayes.params import prunable_parameters, unwrap
 from torchprune_bayes.schedules import Schedule
@@ -158,18 +160,9 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         **_: Any,
     ) -> None:
         """Make the pruner; take its masks from the checkpoint; do what is due before training."""
-        if getattr(args, "deepspeed", None):
-            raise ParameterError("Expected no DeepSpeed, whose optimizer keeps weights of its own.")
-        refuse_sharded(model)
-        self._optimizer = bare_optimizer(optimizer)
-        earlier, self.pruner = self.pruner, self._new_pruner(unwrap(model), args, state)
-        if state.global_step:
-            found = self._resumed(args, state)
-        else:
-            found = {"step": 0, "history": [], "masks": self._masks_at_start(earlier)}
-        if earlier is not None:
-            earlier.remove()
-        self.pruner.load_state_dict(found)
+        held = together(lambda: self._begin(args, state, unwrap(model), optimizer))
+        assert self.pruner is not None
+        together(lambda: cast(GradualPruner, self.pruner).load_state_dict(held))
         self._record = record_of(self.pruner)
         if not state.global_step:
             self._advance(state)
@@ -192,9 +185,8 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the masks into the folder of the checkpoint."""
-        folder = checkpoint_folder(args, state)
-        if self.pruner is not None and args.should_save and folder.is_dir():
-            save_pruner(self.pruner, folder / MASK_FILE)
+        if self.pruner is not None:
+            together(lambda: self._save(args, state))
 
     def numbers(self) -> dict[str, float]:
         """The sparsity."""
@@ -210,15 +202,41 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         """
         if self.pruner is None:
             return
+        together(lambda: self._end(args, state))
+        if not self.pruner.finished:
+            warn_of(
+                f"Training ended before its schedule did, at a sparsity of {self.sparsity:.4f}."
+            )
+
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any
+    ) -> dict[str, Any]:
+        """Make the pruner; returns what it goes on from."""
+        if getattr(args, "deepspeed", None):
+            raise ParameterError("Expected no DeepSpeed, whose optimizer keeps weights of its own.")
+        refuse_sharded(model)
+        self._optimizer = bare_optimizer(optimizer)
+        earlier, self.pruner = self.pruner, self._new_pruner(model, args, state)
+        if state.global_step:
+            held = self._resumed(args, state)
+        else:
+            held = {"step": 0, "history": [], "masks": self._masks_at_start(earlier)}
+        if earlier is not None:
+            earlier.remove()
+        return held
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = checkpoint_folder(args, state)
+        if self.pruner is not None and args.should_save and folder.is_dir():
+            save_pruner(self.pruner, folder / MASK_FILE)
+
+    def _end(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.pruner is not None
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             follow_best(self.pruner, Path(state.best_model_checkpoint))
             self._record = record_of(self.pruner)
         check_zeros(self.pruner.space, self.pruner.state_dict()["masks"])
         self.pruner.remove()
-        if not self.pruner.finished:
-            warn_of(
-                f"Training ended before its schedule did, at a sparsity of {self.sparsity:.4f}."
-            )
 
     def _new_pruner(
         self, model: nn.Module, args: TrainingArguments, state: TrainerState
@@ -245,7 +263,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
 
     def _advance(self, state: TrainerState) -> None:
         assert self.pruner is not None
-        event = step_together(self.pruner, self._optimizer)
+        event = step_together(self.pruner)
         self._record["step"] += 1
         if event is not None:
             self._record = record_of(self.pruner)

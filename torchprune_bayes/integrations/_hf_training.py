@@ -11,6 +11,7 @@ from torch import nn
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._extras import optional
 from torchprune_bayes._files import reading, write_whole
+from torchprune_bayes._processes import entered_together, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog
@@ -34,11 +35,14 @@ class _Kept(FirstToLog, AtEpochEnds):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Write the state into the folder of the checkpoint, whole or not at all."""
+        if self.training is not None:
+            together(lambda: self._save(args, state))
+
+    def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = checkpoint_folder(args, state)
-        if self.training is None or not args.should_save or not folder.is_dir():
-            return
-        held = self.training.state_dict()
-        write_whole(folder / self.file_name, lambda draft: torch.save(held, draft))
+        if args.should_save and folder.is_dir():
+            held = self.training.state_dict()
+            write_whole(folder / self.file_name, lambda draft: torch.save(held, draft))
 
     def _take_up(self, args: TrainingArguments, state: TrainerState) -> None:
         if not state.global_step:
@@ -101,20 +105,26 @@ class SpaMCallback(_Kept):
         **_: Any,
     ) -> None:
         """Put the prior into the optimizer."""
-        refuse_sharded(model)
-        inner = unwrap(model)
-        calibration = self._calibration(inner, self._params(inner))
-        if self.training is not None:  # of a training before this one
-            self.training.remove()
-        self.training = SpaM(optimizer, calibration, **self._options)
-        self._take_up(args, state)
+
+        def begin() -> SpaM:
+            refuse_sharded(model)
+            inner = unwrap(model)
+            calibration = self._calibration(inner, self._params(inner))
+            if self.training is not None:  # of a training before this one
+                self.training.remove()
+            self.training = SpaM(optimizer, calibration, **self._options)
+            self._take_up(args, state)
+            return self.training
+
+        self.training = together(begin)
         self._move_to_front()
         control.should_training_stop |= self.training.finished
 
     def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
         """Update the prior if it is due; stop when the evidence no longer rises."""
         assert self.training is not None
-        self.training.step()
+        with entered_together(self.training.stepped):
+            pass
         control.should_training_stop |= self.training.finished
 
     def numbers(self) -> dict[str, float]:
@@ -163,11 +173,16 @@ class GateCallback(_Kept):
         **_: Any,
     ) -> None:
         """Find the gates."""
-        if args.fp16:
-            raise ArgumentError("Expected bf16 or full precision for gates, got fp16.")
-        refuse_sharded(model)
-        self.training = GateTraining(unwrap(model), **self._options)
-        self._take_up(args, state)
+
+        def begin() -> GateTraining:
+            if args.fp16:
+                raise ArgumentError("Expected bf16 or full precision for gates, got fp16.")
+            refuse_sharded(model)
+            self.training = GateTraining(unwrap(model), **self._options)
+            self._take_up(args, state)
+            return self.training
+
+        self.training = together(begin)
         self._move_to_front()
 
     def on_pre_optimizer_step(
@@ -192,11 +207,17 @@ class GateCallback(_Kept):
 
     def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
         """Close gates if it is due."""
-        assert self.training is not None
-        self.training.end_epoch()
-        left = state.num_train_epochs - len(self.training.history)
-        if left == self._finetune_epochs and not self.training.finetuning:
-            self.training.begin_finetuning()
+        training = self.training
+        assert training is not None
+
+        def close() -> None:
+            training.end_epoch()
+            left = state.num_train_epochs - len(training.history)
+            if left == self._finetune_epochs and not training.finetuning:
+                training.begin_finetuning()
+
+        with training.kept_on_error():
+            together(close)
 
     def numbers(self) -> dict[str, float]:
         """The share of closed gates."""

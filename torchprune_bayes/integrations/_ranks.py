@@ -6,25 +6,20 @@ again, so one entry that is pruned in one process alone makes the replicas drift
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from torchprune_bayes._processes import everywhere, rank, several, together
-from torchprune_bayes.errors import ParameterError
-from torchprune_bayes.integrations._checkpoints import fingerprint
-from torchprune_bayes.params import ParameterSpace, unwrap
-from torchprune_bayes.training import GradualPruner
-from torchprune_bayes.training._optimizers import moments_of
+from torchprune_bayes.errors import AlignmentError, ParameterError
+from torchprune_bayes.params import unwrap
+from torchprune_bayes.training._undo import tensors_kept_on_error
 
 Value = TypeVar("Value")
-
-logger = logging.getLogger("torchprune_bayes")
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -44,12 +39,12 @@ def refuse_sharded(model: nn.Module) -> None:
 
 
 def from_first(value: Value) -> Value:
-    """Give every process the picklable value of the first one."""
-    if not several():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    """Give every process the picklable value of the first one.
+
+    Raises:
+        CalibrationError: If another process failed before it came here.
+    """
+    return everywhere(value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
 def same_everywhere(value: object) -> bool:
@@ -58,32 +53,52 @@ def same_everywhere(value: object) -> bool:
 
 
 def summed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum each tensor over all processes; same keys and shapes everywhere."""
-    for tensor in tensors.values() if several() else ():
+    """Sum each tensor over all processes, into new tensors.
+
+    Raises:
+        AlignmentError: If names or shapes differ between processes.
+        CalibrationError: If another process failed before it came here.
+    """
+    _check_alike(tensors.items())
+    found = {name: tensor.clone() for name, tensor in tensors.items()} if several() else tensors
+    for tensor in found.values() if several() else ():
         dist.all_reduce(tensor)
-    return tensors
+    return found
 
 
 def take_from_first(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors in place with those of the first process."""
-    for tensor in tensors if several() else ():
+    """Overwrite tensors in place with those of the first process.
+
+    Raises:
+        AlignmentError: If shapes differ between processes; nothing is changed then.
+        CalibrationError: If another process failed before it came here.
+    """
+    if not several():
+        return
+    held = list(tensors)
+    _check_alike(enumerate(held))
+    for tensor in held:
         dist.broadcast(tensor.detach(), src=0)
 
 
-def share_buffers(model: nn.Module) -> None:
+@contextmanager
+def shared_buffers(model: nn.Module) -> Iterator[None]:
     """Give every process the buffers of the first one, as DDP does before each forward pass.
 
     Running statistics differ between processes after a step, and with them the gradients that each
-    would take.
+    would take. If the body fails, every process has its own ones again.
     """
-    take_from_first(unwrap(model).buffers())
+    buffers = list(unwrap(model).buffers()) if several() else []
+    with tensors_kept_on_error([(buffer, None) for buffer in buffers]):
+        take_from_first(buffers)
+        yield
 
 
 def exchanged_rows(parts: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Yield the rows of all processes to each of them, round by round in the order of the ranks.
 
     Each process computes its next part while the others compute theirs. Processes may have
-    different numbers of parts and rows. If one fails, all do.
+    different numbers of parts and rows. If one fails, all do, whoever takes the rows included.
 
     Args:
         parts: Tensors ``[rows, D]`` of this process, with the same ``D`` and dtype in all.
@@ -100,6 +115,7 @@ def exchanged_rows(parts: Iterator[Tensor], device: torch.device) -> Iterator[Te
             rows = torch.empty(shape, dtype=dtype, device=device)
             if source == rank() and part is not None:
                 rows = part.contiguous()
+            everywhere(None)  # whoever took the last rows may have failed with them
             if several():
                 dist.broadcast(rows, src=source)
             yield rows
@@ -111,35 +127,9 @@ def exchanged(parts: Iterator[Value]) -> Iterator[Value]:
         yield from (part for part in found if part is not None)
 
 
-def step_together(pruner: GradualPruner, optimizer: Optimizer | None) -> dict[str, Any] | None:
-    """Call ``pruner.step()`` in every process; where something is pruned, all prune the same.
-
-    Steps at which nothing is due cost no communication.
-
-    Raises:
-        CalibrationError: If it failed in another process.
-    """
-    if not pruner.due:
-        return pruner.step()
-    share_buffers(pruner.space.model)
-    event = together(pruner.step)
-    if event is not None:
-        agree(pruner, optimizer)
-    return event
-
-
-def agree(pruner: GradualPruner, optimizer: Optimizer | None) -> None:
-    """Give every process the masks, weights and optimizer state of the first one.
-
-    Args:
-        pruner: Has just pruned, in every process.
-        optimizer: Its state of the pruned tensors is part of what must be the same.
-    """
-    if not same_everywhere(fingerprint(pruner.masks)):
-        logger.warning("Masks differed between processes; those of the first one are taken.")
-        pruner.load_state_dict(from_first(pruner.state_dict()))
-        take_from_first(_moments(pruner.space, optimizer))
-    take_from_first(tensor.leaf for tensor in pruner.space)
+def _check_alike(tensors: Iterable[tuple[object, Tensor]]) -> None:
+    if not same_everywhere(tuple((name, tuple(tensor.shape)) for name, tensor in tensors)):
+        raise AlignmentError("Expected the same tensors in all processes, got different ones.")
 
 
 def _rounds(
@@ -151,8 +141,3 @@ def _rounds(
         if all(description is None for description in found):
             return
         yield part, found
-
-
-def _moments(space: ParameterSpace, optimizer: Optimizer | None) -> Iterator[Tensor]:
-    for tensor in space:
-        yield from () if optimizer is None else moments_of(optimizer, tensor.leaf)

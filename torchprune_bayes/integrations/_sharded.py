@@ -15,6 +15,7 @@ from torchprune_bayes.calibration._batches import Batch, map_tensors
 from torchprune_bayes.calibration._functional import LossFunction
 from torchprune_bayes.calibration._targets import FisherTargets
 from torchprune_bayes.calibration.calibration import MeanLoss
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._ranks import exchanged, exchanged_rows, refuse_sharded, summed
 from torchprune_bayes.types import ParameterPairs
 
@@ -48,8 +49,9 @@ class ShardedCalibration(Calibration):
         options: Further arguments of :class:`~torchprune_bayes.Calibration`.
 
     Raises:
+        ArgumentError: If there are fewer mini-batches than processes.
         ParameterError: If weights are sharded.
-        CalibrationError: In a pass, if it fails in any process.
+        CalibrationError: If it fails in another process, now or in a pass.
 
     Example:
         >>> import torch
@@ -72,10 +74,15 @@ class ShardedCalibration(Calibration):
         split: bool = True,
         **options: Any,
     ) -> None:
-        refuse_sharded(model)
-        own = EveryNth(data) if split else data
-        share = _share_of(num_samples, mini_batch)
-        super().__init__(model, own, loss_fn, params, share, mini_batch, seed, **options)
+        def start() -> None:
+            refuse_sharded(model)
+            own = EveryNth(data) if split else data
+            share = _share_of(num_samples, mini_batch)
+            super(ShardedCalibration, self).__init__(
+                model, own, loss_fn, params, share, mini_batch, seed, **options
+            )
+
+        together(start)
         self._own: _Share | None = None
         self._total = num_samples
 
@@ -185,6 +192,11 @@ def _share_of(num_samples: int | None, mini_batch: int) -> int | None:
     if num_samples is None:
         return None
     groups, remainder = divmod(num_samples // mini_batch, world_size())
+    if not groups and world_size() > 1:
+        raise ArgumentError(
+            f"Expected num_samples of at least {world_size() * mini_batch}, a mini-batch of "
+            f"{mini_batch} for each of {world_size()} processes, got {num_samples}."
+        )
     return (groups + (rank() < remainder)) * mini_batch
 
 

@@ -8,7 +8,7 @@ In a training loop::
     ...
     optimizer.step()
     if accelerator.sync_gradients:
-        step(accelerator, pruner, optimizer)
+        step(accelerator, pruner)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 
 from torchprune_bayes._extras import optional
-from torchprune_bayes._processes import everywhere, together
+from torchprune_bayes._processes import entered_together, everywhere, telling, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher, LayerCurvature
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
@@ -34,14 +34,19 @@ from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.integrations._ranks import (
     refuse_sharded,
     same_everywhere,
-    share_buffers,
-    step_together,
+    shared_buffers,
     summed,
     take_from_first,
 )
 from torchprune_bayes.integrations._sharded import ShardedCalibration
-from torchprune_bayes.methods import prune_global
-from torchprune_bayes.params import ParameterSpace, mask_of, unwrap
+from torchprune_bayes.integrations._together import (
+    agreed,
+    decision_applied,
+    step_together,
+    uncut_on_error,
+)
+from torchprune_bayes.methods.host import decide_globally
+from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured import ShrinkReport, shrink
 from torchprune_bayes.training import GradualPruner, bare_optimizer
 from torchprune_bayes.types import Decision, Masks, ParameterPairs
@@ -89,12 +94,7 @@ def calibrate(
             equal.
         ParameterError: If weights or optimizer state are sharded (FSDP, DeepSpeed).
     """
-    _check(accelerator, model)
-    if isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
-        raise ArgumentTypeError(
-            "Expected the loader as it was before `accelerator.prepare`, got a prepared one, which "
-            "repeats samples to make the shares of all processes equal."
-        )
+    together(lambda: _check_plain(accelerator, model, data))
     return ShardedCalibration(model, data, *args, **options)
 
 
@@ -124,36 +124,27 @@ def prune_together(
         ParameterError: If weights are sharded.
     """
     calibration: Calibration | None = options.get("calibration")
-    if params is not None:
-        pairs = list(params)
-    elif calibration is not None:
-        pairs = calibration.pairs()
-    else:
-        raise ArgumentTypeError("Expected `params` or `calibration`, got neither.")
-    for module, _ in pairs:
-        _check(accelerator, module)
-    if calibration is not None:
-        share_buffers(calibration.model)
-    decision = together(lambda: prune_global(pairs, method, **options))
-    space = ParameterSpace.of_pairs(pairs) if calibration is None else calibration.space
-    masks = [mask_of(*pair) for pair in pairs]
-    take_from_first([mask for mask in masks if mask is not None])
-    take_from_first(tensor.leaf for tensor in space)
+    pairs = together(lambda: _checked_pairs(accelerator, params, calibration))
+    model = nn.Module() if calibration is None else calibration.model
+    with telling(), shared_buffers(model):
+        space, decision = together(lambda: decide_globally(pairs, method, **options))
+        decision = agreed(decision, space)
+        with entered_together(lambda: decision_applied(space, decision, pairs)):
+            take_from_first(tensor.leaf for tensor in space)
+            everywhere(None)
     return dataclasses.replace(decision, masks=space.masks())
 
 
-def step(
-    accelerator: Accelerator, pruner: GradualPruner, optimizer: Optimizer | None = None
-) -> dict[str, Any] | None:
+def step(accelerator: Accelerator, pruner: GradualPruner) -> dict[str, Any] | None:
     """Call ``pruner.step()`` in every process and make sure that all have pruned the same.
 
-    Call it after ``optimizer.step()`` where ``accelerator.sync_gradients`` is true. Masks, weights
-    and optimizer state are those of the first process wherever they should differ.
+    Call it after ``optimizer.step()`` where ``accelerator.sync_gradients`` is true. Masks and
+    weights are those of the first process wherever they should differ. If anything fails in any
+    process, nothing is changed in any.
 
     Args:
         accelerator: The accelerator; all processes make this call.
         pruner: The pruner, made before or after ``prepare``.
-        optimizer: The optimizer in use, prepared or not.
 
     Returns:
         What ``pruner.step()`` returned.
@@ -162,8 +153,8 @@ def step(
         CalibrationError: If it failed in another process.
         ParameterError: If weights are sharded.
     """
-    _check(accelerator, pruner.space.model)
-    return step_together(pruner, bare_optimizer(optimizer))
+    together(lambda: _check(accelerator, pruner.space.model))
+    return step_together(pruner)
 
 
 def shrink_together(
@@ -191,20 +182,20 @@ def shrink_together(
         schedulers and loaders stay as they are.
 
     Raises:
-        AlignmentError: If processes have cut differently.
+        AlignmentError: If processes have cut differently. Nothing is changed in any process then.
         CalibrationError: If it failed in another process.
         ParameterError: If weights are sharded.
     """
-    _check(accelerator, model)
-    share_buffers(model)
+    together(lambda: _check(accelerator, model))
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    inner = bare_optimizer(optimizer)
-    report = together(lambda: shrink(bare, example_inputs, importance, optimizer=inner, **options))
-    state = {name: parameter.data for name, parameter in bare.named_parameters()}
-    if not same_everywhere(tuple((name, tuple(value.shape)) for name, value in state.items())):
-        raise AlignmentError("Expected the same cut in all processes, got different ones.")
-    if not same_everywhere(_digest(state)):
-        raise AlignmentError("Expected the same channels cut in all processes, got different ones.")
+    inner = together(lambda: bare_optimizer(optimizer))
+    with telling(), shared_buffers(model), uncut_on_error(bare, inner):
+        report = together(
+            lambda: shrink(bare, example_inputs, importance, optimizer=inner, **options)
+        )
+        state = {name: parameter.data for name, parameter in bare.named_parameters()}
+        if not same_everywhere(_digest(state)):
+            raise AlignmentError("Expected the same cut in all processes, got different ones.")
     # It would save and load what was prepared before as well.
     accelerator._models = [held for held in accelerator._models if unwrap(held) is not bare]
     accelerator._optimizers = [held for held in accelerator._optimizers if held is not optimizer]
@@ -250,20 +241,43 @@ def merged(statistic: Statistic) -> Statistic:
     """
     if isinstance(statistic, EmpiricalFisher):
         parts = everywhere(together(lambda: _packed(statistic)))
-        first, *others = (_unpacked(type(statistic), part) for part in parts)
-        for other in others:
-            first.merge(other)
-        return cast(Statistic, first)
+        return cast(Statistic, together(lambda: _joined(type(statistic), parts)))
     check_same_masks(statistic.masks)
     keys: dict[str, Tensor] = dict(sorted(statistic.sums.items()))
-    statistic.sums = summed(keys)
-    statistic.count = sum(everywhere(statistic.count))
+    statistic.sums, statistic.count = summed(keys), sum(everywhere(statistic.count))
     return statistic
+
+
+def _check_plain(accelerator: Accelerator, model: nn.Module, data: Iterable[Any]) -> None:
+    _check(accelerator, model)
+    if isinstance(data, (DataLoaderShard, DataLoaderDispatcher)):
+        raise ArgumentTypeError(
+            "Expected the loader as it was before `accelerator.prepare`, got a prepared one, which "
+            "repeats samples to make the shares of all processes equal."
+        )
+
+
+def _checked_pairs(
+    accelerator: Accelerator, params: ParameterPairs | None, calibration: Calibration | None
+) -> list[tuple[nn.Module, str]]:
+    if params is None and calibration is None:
+        raise ArgumentTypeError("Expected `params` or `calibration`, got neither.")
+    pairs = list(params) if params is not None else cast(Calibration, calibration).pairs()
+    for module, _ in pairs:
+        _check(accelerator, module)
+    return pairs
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     return hashlib.sha256(save(plain)).hexdigest()
+
+
+def _joined(kind: type[EmpiricalFisher], parts: list[bytes]) -> EmpiricalFisher:
+    first, *others = (_unpacked(kind, part) for part in parts)
+    for other in others:
+        first.merge(other)
+    return first
 
 
 def _packed(fisher: EmpiricalFisher) -> bytes:

@@ -77,14 +77,23 @@ def prune_global(
         >>> sorted(decision.masks), sum(int(mask.sum()) for mask in decision.masks.values())
         (['0.weight', '1.weight'], 16)
     """
-    instance = unstructured_method(method)(**options)
     if isinstance(params, nn.Module):
         params = prunable_parameters(params)
     pairs = None if params is None else list(params)
-    space = _space_for(instance, pairs)
-    decision = decide_on(space, instance)
+    space, decision = decide_globally(pairs, method, **options)
     apply_decision(space, decision, pairs)
     return decision
+
+
+def decide_globally(
+    params: list[tuple[nn.Module, str]] | None,
+    method: type[prune.BasePruningMethod] | str,
+    **options: Any,
+) -> tuple[ParameterSpace, Decision]:
+    """Decide what :func:`prune_global` applies, and on which tensors; changes no model."""
+    instance = unstructured_method(method)(**options)
+    space = _space_for(instance, params)
+    return space, decide_on(space, instance)
 
 
 def decide_on(space: ParameterSpace, method: prune.BasePruningMethod) -> Decision:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.gates import Criterion, Gates, find_criterion, gates_of
 from torchprune_bayes.training._pruner_state import is_list_of_events
+from torchprune_bayes.training._undo import tensors_kept_on_error
 
 logger = logging.getLogger("torchprune_bayes")
 
@@ -136,6 +138,20 @@ class GateTraining:
         }
         self.history.append(event)
         return event
+
+    @contextmanager
+    def kept_on_error(self) -> Iterator[None]:
+        """Put gates and counters back if the body, which may close gates, fails."""
+        ours = {key: vars(self)[key] for key in ("_step", "finetuning", "history", "_best")}
+        ours["history"] = list(self.history)
+        gates = list(self.gates.values())
+        held = [t for gate in gates for t in (*gate.parameters(), *gate.buffers())]
+        with tensors_kept_on_error([(tensor, None) for tensor in held]):
+            try:
+                yield
+            except BaseException:
+                vars(self).update(ours)
+                raise
 
     def begin_finetuning(self) -> int:
         """Prune for the last time; from here on the masks stay and the best starts anew.

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes._numerics.marginal_likelihood import fixed_point_noise
+from torchprune_bayes._processes import entered_together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.laplace.evidence import SOLVERS
@@ -186,35 +187,46 @@ class SpaM:
         """Count an epoch; update the prior, and prune, if that is due.
 
         Returns:
-            What was added to :attr:`history`, or ``None``. If anything fails, nothing is changed.
+            What was added to :attr:`history`, or ``None``. If anything fails, nothing is changed,
+            and with ``all_reduce`` in no process.
         """
+        if self._fit.all_reduce:
+            with entered_together(self.stepped) as event:
+                return event
+        with self.stepped() as event:
+            return event
+
+    @contextmanager
+    def stepped(self) -> Iterator[dict[str, Any] | None]:
+        """Do what :meth:`step` does; if the body fails as well, all is as it was before."""
         now = self._step + 1
         updates = self._enabled and now > self._burn_in and (now - self._burn_in) % self._every == 0
         prunes = self._pruning.is_due(now)
-        event = None
-        if updates or prunes:
-            posterior = self._fitted()
-            if updates:
-                posterior = self._improved(posterior)
-            masks = self._pruning.chosen(posterior, now) if prunes else {}
+        posterior = self._fitted() if updates or prunes else None
+        if posterior is None:
+            with self._kept_on_error({}):
+                self._step = now
+                yield None
+            return
+        if updates:
+            posterior = self._improved(posterior)
+        evidence = posterior.log_marginal_likelihood()
+        determined = posterior.effective_parameters()
+        masks = self._pruning.chosen(posterior, now) if prunes else {}
+        with self._kept_on_error(masks):
+            self._take_over(posterior, evidence, now, updates)
+            if prunes:
+                self._pruning.prune(masks)
             event = {
                 "step": now,
                 "updated": updates,
-                "log_marginal_likelihood": posterior.log_marginal_likelihood(),
-                "effective_parameters": posterior.effective_parameters(),
+                "log_marginal_likelihood": evidence,
+                "effective_parameters": determined,
                 "sparsity": self._pruning.sparsity,
             }
-            with self._kept_on_error(masks):
-                self._take_over(posterior, event["log_marginal_likelihood"], now, updates)
-                if prunes:
-                    self._pruning.prune(masks)
-                    event["sparsity"] = self._pruning.sparsity
-            self.history.append(event)
-            logger.info(
-                "Epoch %d: log marginal likelihood %.1f.", now, event["log_marginal_likelihood"]
-            )
-        self._step = now
-        return event
+            self.history, self._step = [*self.history, event], now
+            logger.info("Epoch %d: log marginal likelihood %.1f.", now, evidence)
+            yield event
 
     def posterior(self) -> Posterior:
         """The posterior at the weights and under the prior of the moment, fitted anew."""

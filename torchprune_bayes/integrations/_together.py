@@ -1,0 +1,111 @@
+"""Pruning and cutting that is done in all processes or in none.
+
+In plain words: first all decide, then all hold the decision of the first process, then all do it.
+Whatever fails in one process, at any of these points, fails in all, and each goes back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchprune_bayes._processes import entered_together, everywhere, telling, together
+from torchprune_bayes.integrations._checkpoints import fingerprint
+from torchprune_bayes.integrations._ranks import (
+    from_first,
+    same_everywhere,
+    shared_buffers,
+    take_from_first,
+)
+from torchprune_bayes.methods._module_state import all_or_nothing
+from torchprune_bayes.methods.host import apply_decision
+from torchprune_bayes.params import ParameterSpace, unwrap
+from torchprune_bayes.training import GradualPruner
+from torchprune_bayes.types import Decision, ParameterPairs
+
+logger = logging.getLogger("torchprune_bayes")
+
+
+def step_together(pruner: GradualPruner) -> dict[str, Any] | None:
+    """Call ``pruner.step()`` in every process; where something is pruned, all prune the same.
+
+    Masks, new weights and the weights that are left are those of the first process. If anything
+    fails in any process, nothing is changed in any. Steps at which nothing is due cost no
+    communication.
+
+    Raises:
+        CalibrationError: If it failed in another process.
+    """
+    if not pruner.due:
+        return pruner.step()
+    with telling(), shared_buffers(pruner.space.model):
+        planned = together(pruner.plan)
+        decision = agreed(Decision(planned.masks, planned.updates), pruner.space)
+        planned = replace(planned, masks=decision.masks, updates=decision.updates)
+        with entered_together(lambda: pruner.applied(planned)) as event:
+            if event is not None:
+                take_from_first(tensor.leaf for tensor in pruner.space)
+            everywhere(None)
+    return event
+
+
+def agreed(decision: Decision, space: ParameterSpace) -> Decision:
+    """Masks and new weights of the first process, in every process, where the tensors are."""
+    if not same_everywhere((fingerprint(decision.masks), decision.updates is None)):
+        logger.warning("Masks differed between processes; those of the first one are taken.")
+        masks, updates = from_first((decision.masks, decision.updates))
+        places = {tensor.name: tensor.leaf.device for tensor in space}
+        moved = None if updates is None else _placed(updates, places)
+        decision = replace(decision, masks=_placed(masks, places), updates=moved)
+    take_from_first((decision.updates or {}).values())
+    return decision
+
+
+@contextmanager
+def decision_applied(
+    space: ParameterSpace, decision: Decision, pairs: ParameterPairs
+) -> Iterator[None]:
+    """Apply a decision; if the body fails as well, all is as it was before."""
+    places = list(pairs)
+    with all_or_nothing(dict.fromkeys([*space.pairs(), *places]), values=True):
+        apply_decision(space, decision, places)
+        yield
+
+
+@contextmanager
+def uncut_on_error(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+    """Put a model's tensors and numbers, and the optimizer's parameters, back if the body fails.
+
+    For what replaces tensors, as shrinking does, and writes into none.
+    """
+    inner = unwrap(model)
+    holders: list[dict[str, Any]] = []
+    for module in inner.modules():
+        holders += [vars(module), module._parameters, module._buffers]
+    if hasattr(config := getattr(inner, "config", None), "__dict__"):
+        holders.append(vars(config))
+    tables = [(holder, dict(holder)) for holder in holders]
+    groups = [] if optimizer is None else [(g, list(g["params"])) for g in optimizer.param_groups]
+    state = {} if optimizer is None else dict(optimizer.state)
+    try:
+        yield
+    except BaseException:
+        for holder, content in tables:
+            holder.clear()
+            holder.update(content)
+        for group, parameters in groups:
+            group["params"] = parameters
+        if optimizer is not None:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        raise
+
+
+def _placed(tensors: Mapping[str, Tensor], places: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.to(places[name]) for name, tensor in tensors.items()}
