@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
 from torchprune_bayes.structured.curves import LossCurve, measure_curves
 from torchprune_bayes.structured.groups import AttributeRule, Kept, UnitGroup, UnitSlice
+from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
 from torchprune_bayes.structured.repair import LayerRepair, Repair, RepairReport, repair
 from torchprune_bayes.structured.saving import load_shrunk, save_shrunk
@@ -47,6 +48,7 @@ __all__ = [
     "LaplaceEvidenceImportance",
     "LayerRepair",
     "LossCurve",
+    "MeasuredCosts",
     "OPDImportance",
     "RandomImportance",
     "Repair",

@@ -22,7 +22,7 @@ from torchprune_bayes.structured.allocation import (
 from torchprune_bayes.structured.curves import LossCurve, measure_curves
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.ranking import Line, line_up
-from torchprune_bayes.structured.unit_costs import Resource, UnitCosts
+from torchprune_bayes.structured.unit_costs import Costs, Resource
 
 if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
@@ -110,7 +110,7 @@ class Recipe:
         model: nn.Module,
         groups: Sequence[UnitGroup],
         scores: Mapping[str, Tensor],
-        costs: UnitCosts,
+        costs: Costs,
         resource: Resource | None,
         step: int,
     ) -> tuple[Line, list[LossCurve]]:

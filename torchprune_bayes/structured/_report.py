@@ -65,6 +65,7 @@ class ShrinkReport:
         steps: How many steps removed something.
         left_out: Groups that cannot be cut, by the layer that makes their units, each with the
             reason.
+        measured: For ``target="latency"`` nanoseconds of one forward pass, for ``"memory"`` bytes.
         curves: The loss curves that the last step measured, see
             :class:`~torchprune_bayes.structured.curves.LossCurve`.
         repairs: What the repair of each step did.
@@ -80,6 +81,7 @@ class ShrinkReport:
     difference: float | None
     steps: int
     left_out: Mapping[str, str] = field(default_factory=dict)
+    measured: Amount | None = None
     curves: Sequence[LossCurve] = ()
     repairs: Sequence[RepairReport] = ()
 
@@ -88,6 +90,9 @@ class ShrinkReport:
         lines = [f"parameters  {self.parameters}"]
         if self.flops is not None:
             lines.append(f"FLOPs       {self.flops}")
+        if self.measured is not None:
+            unit = {"latency": "ns", "memory": "bytes"}[self.target]
+            lines.append(f"{self.target:<10}  {self.measured} {unit}")
         lines.append(f"units       {self.units}")
         if self.difference is not None:
             lines.append(f"masked and shrunk outputs differ by at most {self.difference:.1e}")

@@ -14,6 +14,7 @@ from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured._verification import check_equal
 from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.ranking import Line, blocks_below, blocks_to_reach
 from torchprune_bayes.structured.repair import RepairReport, cut_with, repair
 from torchprune_bayes.structured.slicing import (
@@ -25,7 +26,7 @@ from torchprune_bayes.structured.slicing import (
 from torchprune_bayes.structured.unit_costs import UnitCosts
 from torchprune_bayes.wiring._forward import ForwardFunction
 
-Target: TypeAlias = Literal["params", "channels", "flops", "evidence"]
+Target: TypeAlias = Literal["params", "channels", "flops", "latency", "memory", "evidence"]
 
 
 class Shrinking:
@@ -35,7 +36,8 @@ class Shrinking:
         model: The model, without wrappers; changed in place.
         groups: Its groups.
         recipe: How units are scored, ranked and made up for, anew in every step.
-        costs: Costs of the whole model.
+        costs: Costs of the whole model, counted.
+        measured: The same, measured, where the target is.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Shrinking:
         groups: Sequence[UnitGroup],
         recipe: Recipe,
         costs: UnitCosts,
+        measured: MeasuredCosts | None = None,
     ) -> None:
-        self.model, self.recipe, self.costs = model, recipe, costs
+        self.model, self.recipe, self.costs, self.measured = model, recipe, costs, measured
         self.original, self.groups = list(groups), list(groups)
         self.alive = {group.name: torch.arange(group.units) for group in groups}
         self.changes: list[Change] = []
@@ -67,7 +70,7 @@ class Shrinking:
         }
         resource = None if target == "evidence" else target
         line, self.curves = self.recipe.line(
-            self.model, self.groups, scores, self.costs, resource, self.steps
+            self.model, self.groups, scores, self.measured or self.costs, resource, self.steps
         )
         kept = line.kept(self._blocks(line, target, sparsity))
         if kept:
@@ -122,7 +125,7 @@ class Shrinking:
         if target == "evidence" or sparsity is None:
             threshold = self.recipe.importance.threshold
             return 0 if threshold is None else blocks_below(line, threshold)
-        return blocks_to_reach(line, self.costs, target, sparsity)
+        return blocks_to_reach(line, self.measured or self.costs, target, sparsity)
 
     def _cut(self, kept: Mapping[str, Tensor]) -> None:
         values = self.recipe.importance.update(self.model, self.groups, kept)

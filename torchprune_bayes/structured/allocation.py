@@ -14,31 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.unit_costs import Resource, UnitCosts
+from torchprune_bayes.structured.measured_costs import MeasuredCosts
+from torchprune_bayes.structured.unit_costs import Costs, Resource
 
 Allocation: TypeAlias = Literal["measured", "global", "layer", "isomorphic"]
 
 ALLOCATIONS = ("measured", "global", "layer", "isomorphic")
 
 
-def unit_prices(
-    costs: UnitCosts, groups: Sequence[UnitGroup], resource: Resource
-) -> dict[str, float]:
+def unit_prices(costs: Costs, groups: Sequence[UnitGroup], resource: Resource) -> dict[str, float]:
     """Return how much of a resource one unit of each group takes, with all others as they are.
 
     Args:
-        costs: Costs of the model at the start.
+        costs: Costs of the model at the start, counted or measured.
         groups: The groups as they are now.
         resource: What is counted.
 
     Example:
-        >>> from torchprune_bayes.structured.tracing import find_groups
+        >>> from torchprune_bayes.structured import UnitCosts, find_groups
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> groups = find_groups(model, torch.zeros(1, 4))
         >>> unit_prices(UnitCosts.measure(model, groups), groups, "params")
         {'0': 7.0}
     """
     left = {group.name: group.units for group in groups}
+    if isinstance(costs, MeasuredCosts):
+        return costs.prices(left)
     whole = costs.total(resource, left)
     return {
         name: float(whole - costs.total(resource, {**left, name: units - 1}))

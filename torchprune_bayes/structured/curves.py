@@ -37,7 +37,7 @@ from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import first_names
 
 _POINTS = 8
-_MOST_SAMPLES = 1024
+_MOST_SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def measure_curves(
     """Measure the loss curves of groups.
 
     Args:
-        calibration: Data, model and loss, of which the first 1024 samples are used. There is a
+        calibration: Data, model and loss, of which the first 512 samples are used. There is a
             progress bar if its ``progress`` says so.
         groups: Groups of its model.
         orders: For each group, its units in the order in which they go; groups that are missing

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.unit_costs import Resource, UnitCosts
+from torchprune_bayes.structured.unit_costs import Costs, Resource
 
 Scope: TypeAlias = Literal["global", "layer"]
 
@@ -117,12 +117,17 @@ def line_up(
     return Line(groups, group_of[places], size[places], score, order)
 
 
-def blocks_to_reach(line: Line, costs: UnitCosts, resource: Resource, sparsity: float) -> int:
+def blocks_to_reach(
+    line: Line,
+    costs: Costs,
+    resource: Resource,
+    sparsity: float,
+) -> int:
     """Return how many blocks of the line must go until a sparsity of the whole is reached.
 
     Args:
         line: The units, least important first.
-        costs: Costs of the model at the start, to which the sparsity refers.
+        costs: Costs of the model at the start, to which the sparsity refers, counted or measured.
         resource: What is counted.
         sparsity: Fraction of the resource at the start that is to be gone.
 
@@ -134,18 +139,21 @@ def blocks_to_reach(line: Line, costs: UnitCosts, resource: Resource, sparsity: 
 
     Cost: a logarithmic number of evaluations of the cost.
     """
-    start = costs.total(resource, {})
-    budget = (1.0 - sparsity + 1e-12) * start
+
+    def left_of(blocks: int) -> float:
+        return costs.total(resource, line.left(blocks)) / costs.total(resource, {})
+
+    budget = 1.0 - sparsity + 1e-12
     low, high = 0, len(line.group)
-    if costs.total(resource, line.left(high)) > budget:
-        most = 1.0 - costs.total(resource, line.left(high)) / start
+    if left_of(high) > budget:
+        most = 1.0 - left_of(high)
         raise ArgumentError(
             f"Expected a sparsity of at most {most:.6g} in {resource}, which ignored layers and "
             f"floors allow, got {sparsity:g}."
         )
     while low < high:
         middle = (low + high) // 2
-        if costs.total(resource, line.left(middle)) > budget:
+        if left_of(middle) > budget:
             low = middle + 1
         else:
             high = middle

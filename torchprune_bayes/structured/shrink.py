@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -17,6 +17,7 @@ from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkRepor
 from torchprune_bayes.structured._shrinking import Shrinking, Target
 from torchprune_bayes.structured.allocation import Allocation
 from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
 from torchprune_bayes.structured.slicing import ShrinkPlan
 from torchprune_bayes.structured.tracing import (
@@ -72,8 +73,11 @@ def shrink(
         importance: A calibration, an importance of this library, or one of torch-pruning's.
         sparsity: Fraction of the whole, in [0, 1), that is to be gone.
         target: What the sparsity counts: ``"params"`` or ``"flops"`` of the whole model, with the
-            classifier and all else that cannot be removed, or ``"channels"``, that is, units of
-            all groups that are not ignored. ``"evidence"`` takes no sparsity and removes all units
+            classifier and all else that cannot be removed; ``"channels"``, that is, units of all
+            groups that are not ignored; or ``"latency"`` or ``"memory"`` of a forward pass on the
+            example inputs, measured on this machine, see
+            :class:`~torchprune_bayes.structured.MeasuredCosts` for how exactly.
+            ``"evidence"`` takes no sparsity and removes all units
             that score below ``importance.threshold``.
         steps: In how many equal steps, each with new scores, or the sparsities after each step.
         calibration: Data, model and loss for curves and repair; by default those of the importance,
@@ -130,7 +134,7 @@ def shrink(
         >>> print(report.parameters)
         58 -> 30 (-48.3%)
     """
-    inner = _shrinkable(model)
+    inner, inputs = _shrinkable(model), (example_inputs, forward_fn)
     wanted = _targets(sparsity, target, steps)
     recipe = Recipe.of(
         inner,
@@ -151,7 +155,7 @@ def shrink(
         units = Units(without_ignored(inner, groups, ignored))
     found = units.groups
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
-    run = Shrinking(inner, found, recipe, costs)
+    run = Shrinking(inner, found, recipe, costs, _measured(inner, found, target, inputs))
     try:
         for fraction in wanted:
             run.step(target, fraction)
@@ -192,11 +196,24 @@ def _check_threshold(recipe: Recipe, target: str) -> None:
         )
 
 
+def _measured(
+    model: nn.Module,
+    groups: Sequence[UnitGroup],
+    target: Target,
+    inputs: tuple[Any, ForwardFunction | None],
+) -> MeasuredCosts | None:
+    if target != "latency" and target != "memory":
+        return None
+    if inputs[0] is None:
+        raise ArgumentError(f"Expected `example_inputs` to measure {target} with, got None.")
+    return MeasuredCosts(target, model, groups, *inputs)
+
+
 def _targets(
     sparsity: float | None, target: str, steps: int | Sequence[float]
 ) -> list[float | None]:
     """The sparsity after each step; ``None`` where the evidence decides."""
-    check_choice("target", target, ("params", "channels", "flops", "evidence"))
+    check_choice("target", target, get_args(Target))
     if target == "evidence":
         if sparsity is not None or not isinstance(steps, int):
             raise ArgumentError(
@@ -245,6 +262,14 @@ def _report(
         difference=difference,
         steps=run.steps,
         left_out=left_out,
+        measured=_measured_amount(run, target),
         curves=run.curves,
         repairs=run.repairs,
     )
+
+
+def _measured_amount(run: Shrinking, target: Target) -> Amount | None:
+    if run.measured is None or target == "evidence":
+        return None
+    before, after = (run.measured.total(target, left) for left in ({}, run.left()))
+    return Amount(round(before), round(after))

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import nn
 
+from torchprune_bayes._checks import check_choice
 from torchprune_bayes.costs import flop_counter
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
@@ -21,10 +22,17 @@ from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import first_names
 from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run
 
-Resource: TypeAlias = Literal["params", "channels", "flops"]
+Resource: TypeAlias = Literal["params", "channels", "flops", "latency", "memory"]
 
 Units: TypeAlias = Mapping[str, int]
 """How many units are left in each group, by its name; a missing group is whole."""
+
+
+class Costs(Protocol):
+    """What a model takes of a resource, as a function of the units that are left."""
+
+    def total(self, resource: Resource, left: Units) -> float:
+        """Return the amount with so many units left in each group."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,13 @@ class UnitCosts:
         return cls({group.name: group.units for group in groups}, sizes, layers, heads, other)
 
     def total(self, resource: Resource, left: Units) -> int:
-        """Return what is left of parameters, of units (``"channels"``) or of FLOPs."""
+        """Return what is left of parameters, of units (``"channels"``) or of FLOPs.
+
+        Raises:
+            ArgumentError: If the resource is measured rather than counted.
+        """
         counts = {"params": self.parameters, "channels": self.count, "flops": self.flops}
+        check_choice("resource", resource, counts)
         return counts[resource](left)
 
     def count(self, left: Units) -> int:

@@ -1,0 +1,144 @@
+"""Latency and memory as functions of the units that are left, measured on this machine.
+
+In plain words: how long a model of certain sizes takes is found by cutting a copy to these sizes
+and running it in turn with the whole one. Prices of units come from halving one group at a time;
+the number of units that must go for a wanted latency is found by trying.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from torchprune_bayes._checks import check_choice
+from torchprune_bayes.structured._replacement import Change
+from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.slicing import apply_plan, plan_of
+from torchprune_bayes.structured.unit_costs import Resource, Units
+from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run
+
+MeasuredKind: TypeAlias = Literal["latency", "memory"]
+
+MEASURED = ("latency", "memory")
+_PAIRS, _LEAST_PRICE = 9, 1e-3
+
+
+@dataclass
+class MeasuredCosts:
+    """Latency or memory of a model with so many units left in each group.
+
+    ``"latency"`` is in nanoseconds: the median time of nine forward passes of the whole model,
+    times the median ratio of pairs in which the smaller and the whole model run in turn, so that
+    whatever else the machine does falls on both. Repeated measurements of one model differ by a few
+    percent, and so does what a wanted latency reaches; measure on an idle machine, with the number
+    of threads and the batch that the model will have.
+
+    ``"memory"`` is in bytes and exact: parameters and buffers, and the inputs and outputs of the
+    layer that has most of them, which is about what a forward pass without gradients holds.
+
+    Args:
+        kind: What is measured.
+        model: The model, of which a copy is kept.
+        groups: Its groups.
+        example_inputs: What it is called with.
+        forward_fn: How to call it otherwise.
+
+    Cost: eighteen forward passes for each new combination of sizes that is asked for.
+    """
+
+    kind: MeasuredKind
+    model: nn.Module
+    groups: Sequence[UnitGroup]
+    example_inputs: Any
+    forward_fn: ForwardFunction | None = None
+    _seen: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model = copy.deepcopy(self.model)
+        with at_rest(self.model):
+            self._run()
+            self._whole = median(self._seconds() for _ in range(_PAIRS))
+
+    def total(self, resource: Resource, left: Units) -> float:
+        """Return what a model takes that has so many units left.
+
+        Raises:
+            ArgumentError: If the resource is another one.
+        """
+        check_choice("resource", resource, (self.kind,))
+        key = tuple(left.get(group.name, group.units) for group in self.groups)
+        if key not in self._seen:
+            kept = {
+                group.name: torch.arange(count)
+                for group, count in zip(self.groups, key, strict=True)
+                if count < group.units
+            }
+            change = apply_plan(self.model, plan_of(self.model, self.groups, kept))
+            try:
+                self._seen[key] = self._latency(change) if self.kind == "latency" else self._bytes()
+            finally:
+                change.undo()
+        return self._seen[key]
+
+    def prices(self, left: Units) -> dict[str, float]:
+        """Return what one unit of each group takes, from halving the group, others as they are.
+
+        A price is at least a thousandth of an even share, because a difference may drown in noise.
+        """
+        whole = self.total(self.kind, left)
+        least = _LEAST_PRICE * whole / max(sum(left.values()), 1)
+        found = {}
+        for name, units in left.items():
+            half = max(units // 2, 1)
+            if half == units:
+                found[name] = least
+                continue
+            saved = whole - self.total(self.kind, {**left, name: half})
+            found[name] = max(saved / (units - half), least)
+        return found
+
+    def _run(self) -> None:
+        run(self.model, self.example_inputs, self.forward_fn)
+
+    def _seconds(self) -> float:
+        start = time.perf_counter()
+        self._run()
+        if any(tensor.is_cuda for tensor in self.model.parameters()):
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _latency(self, change: Change) -> float:
+        ratios = []
+        for _ in range(_PAIRS):
+            with at_rest(self.model):
+                small = self._seconds()
+            change.undo()
+            with at_rest(self.model):
+                whole = self._seconds()
+            change.redo()
+            ratios.append(small / whole)
+        return 1e9 * self._whole * median(ratios)
+
+    def _bytes(self) -> float:
+        largest = 0
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            nonlocal largest
+            seen = [each for each in (*args, output) if isinstance(each, Tensor)]
+            largest = max(largest, sum(each.nbytes for each in seen))
+
+        with ExitStack() as stack, at_rest(self.model):
+            for module in self.model.modules():
+                if not any(True for _ in module.children()):
+                    stack.callback(module.register_forward_hook(note).remove)
+            self._run()
+        held = [*self.model.parameters(), *self.model.buffers()]
+        return float(sum(tensor.nbytes for tensor in held) + largest)
