@@ -236,3 +236,19 @@ def test_importances_are_found_by_name(digits: Path) -> None:
         assert name in str(type(importance_of(name, calibration))).lower()
     with pytest.raises(ArgumentError, match="opd"):
         importance_of("none", calibration)
+
+
+@pytest.mark.parametrize("name", ["architecture.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", [None, b"", b"{}", b"\x00" * 40])
+def test_damaged_models_are_refused_in_a_sentence(
+    tmp_path: Path, name: str, damage: bytes | None
+) -> None:
+    model = timm.create_model("test_resnet", num_classes=3)
+    kwargs = {"num_classes": 3}
+    save_pruned(model, tmp_path, architecture="test_resnet", model_kwargs=kwargs)
+    assert all(map(torch.equal, load_pruned(tmp_path).parameters(), model.parameters()))
+    (tmp_path / name).unlink()
+    if damage is not None:
+        (tmp_path / name).write_bytes(damage)
+    with pytest.raises(ArgumentError, match="Expected"):
+        load_pruned(tmp_path)

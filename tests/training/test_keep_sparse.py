@@ -175,3 +175,9 @@ def test_sharded_parameters_hold_zeros_in_their_local_part(one_process_group: No
     for _ in train(model, optimizer, 3):
         for name, mask in masks.items():
             assert torch.equal(sharded[name].full_tensor() != 0, mask)
+    optimizer.zero_grad()
+    model(torch.randn(16, 6)).square().mean().backward()
+    for name, mask in masks.items():  # before any optimizer has seen them
+        gradient = sharded[name].grad.full_tensor()
+        assert gradient.any()
+        assert not gradient[~mask].any()

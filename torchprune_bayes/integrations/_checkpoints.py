@@ -91,6 +91,8 @@ def read_pruner(path: str | Path) -> tuple[dict[str, Any], Masks]:
             of its record.
     """
     stored = read_tensors(path, "masks of a pruner")
+    if "pruner" not in stored.metadata:
+        raise ArgumentError(f"Expected masks of a pruner in {path}, got a file without its record.")
     record: dict[str, Any] = stored.json("pruner", dict)
     masks = dict(stored.tensors)
     if record.get("sha256") != fingerprint(masks):

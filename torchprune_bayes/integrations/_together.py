@@ -23,6 +23,10 @@ from torchprune_bayes.integrations._ranks import (
     shared_buffers,
     take_from_first,
 )
+from torchprune_bayes.integrations._restoring import (
+    optimizer_kept_on_error,
+    tables_kept_on_error,
+)
 from torchprune_bayes.methods._module_state import all_or_nothing
 from torchprune_bayes.methods.host import apply_decision
 from torchprune_bayes.params import ParameterSpace, unwrap
@@ -79,32 +83,13 @@ def decision_applied(
 
 
 @contextmanager
-def uncut_on_error(model: nn.Module, optimizer: Optimizer | None) -> Iterator[None]:
+def uncut_on_error(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Put a model's tensors and numbers, and the optimizer's parameters, back if the body fails.
 
     For what replaces tensors, as shrinking does, and writes into none.
     """
-    inner = unwrap(model)
-    holders: list[dict[str, Any]] = []
-    for module in inner.modules():
-        holders += [vars(module), module._parameters, module._buffers]
-    if hasattr(config := getattr(inner, "config", None), "__dict__"):
-        holders.append(vars(config))
-    tables = [(holder, dict(holder)) for holder in holders]
-    groups = [] if optimizer is None else [(g, list(g["params"])) for g in optimizer.param_groups]
-    state = {} if optimizer is None else dict(optimizer.state)
-    try:
+    with tables_kept_on_error(unwrap(model)), optimizer_kept_on_error(optimizer):
         yield
-    except BaseException:
-        for holder, content in tables:
-            holder.clear()
-            holder.update(content)
-        for group, parameters in groups:
-            group["params"] = parameters
-        if optimizer is not None:
-            optimizer.state.clear()
-            optimizer.state.update(state)
-        raise
 
 
 def _placed(tensors: Mapping[str, Tensor], places: Mapping[str, Any]) -> dict[str, Tensor]:

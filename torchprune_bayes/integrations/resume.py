@@ -28,11 +28,13 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from torchprune_bayes._files import reading
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.calibration._batches import Batch, samples_in
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._checkpoints import fingerprint
+from torchprune_bayes.integrations._restoring import parts_kept_on_error
 from torchprune_bayes.structured import (
     ShrinkPlan,
     ShrinkReport,
@@ -94,23 +96,42 @@ def load_training(path: str | Path, **parts: Stateful) -> int:
         Updates that are done; 0, with nothing changed, if there is no such file.
 
     Raises:
-        ArgumentError: If the file holds other parts.
+        ArgumentError: If the file is damaged, or holds other parts or such as do not fit.
+
+    If anything fails, all parts and random states are as they were; until then, which costs a copy
+    of them.
     """
     if not Path(path).is_file():
         return 0
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if set(content["parts"]) != set(parts):
+    with reading(path, "a training"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        saved, step = dict(content["parts"]), int(content["step"])
+    if set(saved) != set(parts):
         raise ArgumentError(
-            f"Expected the parts {sorted(content['parts'])} of the checkpoint, got {sorted(parts)}."
+            f"Expected the parts {sorted(saved)} of the checkpoint, got {sorted(parts)}."
         )
     first = (GradualPruner, ResumableShrink)
-    for name in sorted(parts, key=lambda name: not isinstance(parts[name], first)):
-        parts[name].load_state_dict(content["parts"][name])
-    random.setstate(content["random"])
-    torch.set_rng_state(content["torch"])
-    if content["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(content["cuda"])
-    return int(content["step"])
+    touched = [other for part in parts.values() for other in _touched_by(part)]
+    with (
+        parts_kept_on_error([*parts.values(), *touched]),
+        reading(path, "a training of these parts"),
+    ):
+        for name in sorted(parts, key=lambda name: not isinstance(parts[name], first)):
+            parts[name].load_state_dict(saved[name])
+        random.setstate(content["random"])
+        torch.set_rng_state(content["torch"])
+        if content["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(content["cuda"])
+    return step
+
+
+def _touched_by(part: Stateful) -> list[Any]:
+    """What else a part changes when it takes up a state."""
+    if isinstance(part, GradualPruner):
+        return [part.space.model]
+    if isinstance(part, ResumableShrink):
+        return [part._model, *part._ema, *([] if part._optimizer is None else [part._optimizer])]
+    return []
 
 
 class ResumableShrink:
@@ -191,6 +212,9 @@ class ResumableShrink:
         Raises:
             ArgumentError: If something was cut here already, or the cuts do not fit the model.
         """
+        if not state["plans"]:
+            self._plans = []  # also where loading failed and the model is whole again
+            return
         if self._plans:
             raise ArgumentError("Expected a model that is still whole, got one that was shrunk.")
         for saved in state["plans"]:

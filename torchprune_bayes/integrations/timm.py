@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from torchprune_bayes._extras import optional
+from torchprune_bayes._files import read_tensors, reading, save_tensors, write_whole
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.integrations._importances import importance_of, importances_by_name
@@ -162,25 +162,28 @@ def save_pruned(
     if shrunk:
         save_shrunk(inner, target)
     else:
-        tensors = {name: value.contiguous() for name, value in inner.state_dict().items()}
-        save_file(tensors, target / WEIGHTS_FILE, {"format": "pt"})
+        save_tensors(target / WEIGHTS_FILE, inner.state_dict(), {"format": "pt"})
     content = {"architecture": architecture, "model_kwargs": dict(model_kwargs or {}), **facts}
-    (target / ARCHITECTURE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(target / ARCHITECTURE_FILE, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
     """Build the model that :func:`save_pruned` wrote, shrunk or not, strictly.
 
     Raises:
-        ArgumentError: If the folder holds no such model.
+        ArgumentError: If the folder holds no such model, or a damaged one.
     """
     source = Path(folder)
     described = source / ARCHITECTURE_FILE
     if not described.is_file():
         raise ArgumentError(f"Expected a file `{ARCHITECTURE_FILE}` in {source}, got none.")
-    content = json.loads(described.read_text(encoding="utf-8"))
-    model: nn.Module = timm.create_model(content["architecture"], **content["model_kwargs"])
+    with reading(described, "the description of a pruned model"):
+        content = json.loads(described.read_text(encoding="utf-8"))
+        model: nn.Module = timm.create_model(content["architecture"], **content["model_kwargs"])
     if (source / MANIFEST_FILE).is_file():
         return load_shrunk(model, source)
-    model.load_state_dict(load_file(source / WEIGHTS_FILE))
+    weights = read_tensors(source / WEIGHTS_FILE, "weights of the model")
+    with reading(weights.path, f"weights of {content['architecture']}"):
+        model.load_state_dict(dict(weights.tensors))
     return model

@@ -309,6 +309,8 @@ class GradualPruner:
     def _hold(self) -> HeldZeros:
         masks = {tensor.leaf: tensor.mask for tensor in self._seen(self._space)}
         sparse = {leaf: mask for leaf, mask in masks.items() if not bool(mask.all())}
+        if not sparse:
+            return HeldZeros()
         if self._optimizer is not None:
             known = ids_in(self._optimizer)
             return keep_sparse(self._optimizer, {p: m for p, m in sparse.items() if id(p) in known})
