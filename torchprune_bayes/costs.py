@@ -14,10 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.params import is_hf_conv1d
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from torchprune_bayes.layer_kinds import kind_of
 
 
 @contextmanager
@@ -121,17 +118,9 @@ def flops_per_weight(calibration: Calibration) -> dict[str, float]:
 
 def _uses(name: str, module: nn.Module, inputs: list[Tensor], output: Any) -> float:
     """How often each weight is used in one call."""
-    if isinstance(module, _CONVOLUTIONS):
-        return output.numel() / module.out_channels
-    if isinstance(module, _TRANSPOSED):
-        return inputs[0].numel() / module.in_channels
-    if isinstance(module, nn.MultiheadAttention):
-        # The rows of `in_proj_weight` are shared out between query, key and value.
-        kinds = {"q_proj_weight": [0], "k_proj_weight": [1], "v_proj_weight": [2]}
-        chosen = kinds.get(name.rpartition(".")[2], [0, 1, 2])
-        return sum(inputs[i].numel() / inputs[i].shape[-1] for i in chosen) / len(chosen)
-    if isinstance(module, nn.Linear) or is_hf_conv1d(module):
-        return inputs[0].numel() / inputs[0].shape[-1]
+    found = kind_of(module).uses(module, name.rpartition(".")[2], inputs, output)
+    if found is not None:
+        return found
     raise ArgumentError(
         f"Expected a linear or convolution layer for FLOPs per weight, got `{name}` of "
         f"{type(module).__name__}: leave it out of the parameters, or use no FLOP-aware option."

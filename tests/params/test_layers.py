@@ -8,7 +8,8 @@ from torch.nn.utils import parametrizations, prune
 from tests.params.cases import tied, two_layers
 from torchprune_bayes import prunable_parameters
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
-from torchprune_bayes.params import ParameterSpace, is_hf_conv1d, unwrap
+from torchprune_bayes.layer_kinds import kind_of
+from torchprune_bayes.params import ParameterSpace, unwrap
 
 
 def listed(model: nn.Module, **options: Any) -> list[str]:
@@ -121,8 +122,8 @@ def test_wrappers_are_looked_through() -> None:
 def test_only_hugging_faces_conv1d_is_a_linear_layer() -> None:
     mine = type("Conv1D", (nn.Linear,), {})
     theirs = type("Conv1D", (nn.Module,), {"__module__": "transformers.pytorch_utils"})
-    assert not is_hf_conv1d(mine(2, 2))
-    assert is_hf_conv1d(theirs())
+    assert kind_of(mine(2, 2)).input_dim == 1
+    assert kind_of(theirs()).input_dim == 0
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchprune_bayes.gates.sites import Side, weight_dim
+from torchprune_bayes.gates.sites import weight_dim
+from torchprune_bayes.layer_kinds import Side
 from torchprune_bayes.params import leaf
 
 

@@ -10,18 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias
 
 from torch import nn
 
 from torchprune_bayes.errors import ArgumentError, ParameterError
-from torchprune_bayes.params import is_hf_conv1d
-
-Side: TypeAlias = Literal["out", "in"]
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm)
+from torchprune_bayes.layer_kinds import Side, kind_of
 
 
 @dataclass(frozen=True)
@@ -153,29 +146,17 @@ def entries_of(module: nn.Module, side: Side) -> int | None:
     A gate fits where it can be folded: behind linear layers, convolutions and affine batch norms,
     and in front of linear layers and convolutions without groups.
     """
-    if isinstance(module, nn.Linear):
-        return module.out_features if side == "out" else module.in_features
-    if is_hf_conv1d(module):
-        return int(module.weight.shape[1 if side == "out" else 0])  # type: ignore[index]
-    if isinstance(module, CONVOLUTIONS):
-        if side == "in" and module.groups != 1:
-            return None
-        return module.out_channels if side == "out" else module.in_channels
-    # The exact classes: timm's variants apply an activation before the hook.
-    if type(module) in (*BATCH_NORMS, nn.SyncBatchNorm) and side == "out" and module.affine:
-        return int(module.num_features)  # type: ignore[arg-type]
-    return None
+    return kind_of(module).gate_entries(module, side)
 
 
 def weight_dim(module: nn.Module, side: Side) -> int:
     """Dimension of ``module.weight`` that a gate on this side scales."""
-    transposed = is_hf_conv1d(module)
-    return int((side == "out") == transposed)
+    return kind_of(module).weight_dim(side)
 
 
 def activation_dim(module: nn.Module) -> int:
     """Dimension of a module's activations that holds the units."""
-    return -1 if isinstance(module, nn.Linear) or is_hf_conv1d(module) else 1
+    return kind_of(module).units_dim
 
 
 def _transformer(model: nn.Module, preset: str, heads: bool) -> Iterator[Site]:
@@ -218,36 +199,37 @@ def _resnet(model: nn.Module, residual: bool) -> Iterator[Site]:
 def _batch_norms(modules: dict[str, nn.Module], places: list[tuple[str, str]]) -> Iterator[Site]:
     for name, producer in places:
         module = modules.get(name)
-        if isinstance(module, BATCH_NORMS) and (entries := entries_of(module, "out")):
+        if module is None or not kind_of(module).is_norm:
+            continue
+        if entries := entries_of(module, "out"):
             yield Site(name, "out", entries, kind="channel", producer=producer or None)
 
 
 def _chain(model: nn.Module) -> Iterator[Site]:
     layers = list(_layers(model))
-    weighty = [i for i, (_, layer) in enumerate(layers) if not isinstance(layer, _NORMS)]
+    weighty = [i for i, (_, layer) in enumerate(layers) if not kind_of(layer).is_norm]
     for index, following in pairwise(weighty):
         name, layer = layers[index]
         norm_name, norm = layers[index + 1]
         next_name, successor = layers[following]
         units = entries_of(layer, "out")
         assert units is not None
-        kind = "channel" if isinstance(layer, CONVOLUTIONS) else "hidden"
-        if isinstance(norm, _NORMS):
+        kind = "hidden" if activation_dim(layer) == -1 else "channel"
+        if kind_of(norm).is_norm:
             # Norms over units mix them, so that none can be gated or removed on its own.
-            if isinstance(norm, BATCH_NORMS) and entries_of(norm, "out") == units:
+            if entries_of(norm, "out") == units:
                 yield Site(norm_name, "out", units, kind=kind, producer=name)
         elif kind == "channel":
             yield Site(name, "out", units, kind=kind, producer=name)
-        elif isinstance(successor, nn.Linear) and units == successor.in_features:
+        elif activation_dim(successor) == -1 and units == entries_of(successor, "in"):
             yield Site(next_name, "in", units, producer=name)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     attention = [name for name, m in model.named_modules() if "Attention" in type(m).__name__]
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS, *_NORMS)) and not any(
-            f"{name}.".startswith(f"{outer}.") for outer in attention
-        ):
+        known = kind_of(module).is_norm or entries_of(module, "out") is not None
+        if known and not any(f"{name}.".startswith(f"{outer}.") for outer in attention):
             yield name, module
 
 

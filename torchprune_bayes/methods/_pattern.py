@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchprune_bayes._numerics.fisher_blocks import InverseFisher
 from torchprune_bayes._numerics.patterns import group_scores, n_of_m_ranks, n_of_m_scores
 from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.params import ParameterSpace, is_hf_conv1d
+from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Masks, Scores
 
 Amount = float | int | Mapping[str, int]
-_INPUTS_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Pattern:
         found = {}
         for tensor in space:
             shape = tuple(tensor.leaf.shape)
-            dim = _input_dim(tensor.module)
+            dim = kind_of(tensor.module).input_dim
             if len(shape) < 2 or shape[dim] % self.size:
                 raise ParameterError(
                     f"Expected a multiple of {self.size} inputs in `{tensor.name}` for the "
@@ -173,7 +173,3 @@ def grouped(tensor: Tensor, dim: int, size: int) -> Tensor:
 def ungrouped(groups: Tensor, dim: int, size: int) -> Tensor:
     """One value per group, given to all its entries, in the shape of the tensor."""
     return groups.repeat_interleave(size, dim=-1).movedim(-1, dim)
-
-
-def _input_dim(module: nn.Module) -> int:
-    return 0 if is_hf_conv1d(module) or isinstance(module, _INPUTS_FIRST) else 1

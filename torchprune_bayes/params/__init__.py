@@ -6,7 +6,7 @@ method works on is always ``leaf * mask``: the optimizer may have moved masked e
 """
 
 from torchprune_bayes.params._adapters import adapted_base
-from torchprune_bayes.params._layers import is_hf_conv1d, prunable_parameters, unwrap
+from torchprune_bayes.params._layers import prunable_parameters, unwrap
 from torchprune_bayes.params._pairs import ParameterPair, without_repeats
 from torchprune_bayes.params._space import ParameterSpace
 from torchprune_bayes.params._tensors import PrunableTensor, is_pruned, leaf, mask_of
@@ -16,7 +16,6 @@ __all__ = [
     "ParameterSpace",
     "PrunableTensor",
     "adapted_base",
-    "is_hf_conv1d",
     "is_pruned",
     "leaf",
     "mask_of",

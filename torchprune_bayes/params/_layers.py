@@ -9,12 +9,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.params._adapters import adapter_modules, has_adapters, names_inside
 from torchprune_bayes.params._pairs import ParameterPair
 from torchprune_bayes.params._tensors import leaf
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -94,18 +92,8 @@ def prunable_parameters(
 
 
 def _prunable_names(module: nn.Module) -> list[str]:
-    if isinstance(module, nn.MultiheadAttention):
-        return ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return []
-    known = isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)) or is_hf_conv1d(module)
-    return ["weight"] if known and not parametrize.is_parametrized(module, "weight") else []
-
-
-def is_hf_conv1d(module: nn.Module) -> bool:
-    """Whether this is Hugging Face's ``Conv1D``, a linear layer with a weight ``[in, out]``."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers")
+    names = kind_of(module).prunable
+    return [name for name in names if not parametrize.is_parametrized(module, name)]
 
 
 def _leaves_of_other_layers(modules: Mapping[str, nn.Module]) -> set[int]:

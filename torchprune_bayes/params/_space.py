@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchprune_bayes.errors import AlignmentError, ParameterError
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.params._layers import prunable_parameters, unwrap
 from torchprune_bayes.params._pairs import ParameterPair, as_pairs, model_of, without_repeats
 from torchprune_bayes.params._tensors import PrunableTensor, leaf
@@ -182,7 +183,7 @@ class ParameterSpace(Sequence[PrunableTensor]):
     def check_hookable(self) -> None:
         """Refuse tensors on which the host's forward pre-hooks cannot work."""
         for tensor in self._tensors:
-            if type(tensor.module).__name__ == "NonDynamicallyQuantizableLinear":
+            if not kind_of(tensor.module).is_called:
                 raise ParameterError(
                     f"Expected a layer that is called, got `{tensor.name}` of "
                     "nn.MultiheadAttention, whose hooks never run; leave it out."

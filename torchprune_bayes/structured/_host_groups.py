@@ -7,10 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from torchprune_bayes.structured._layer_sizes import is_depthwise
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.structured.groups import AttributeRule, Kind, Role, UnitGroup, UnitSlice
 
 Place: TypeAlias = tuple[str, int, Role]
@@ -53,12 +51,14 @@ def unit_group(group: Any, model: nn.Module) -> UnitGroup | None:
             return None
         prefix = f"{name}." if name else ""
         slices += [UnitSlice(prefix + key, dim, positions, role) for key, dim, role in places]
-        if isinstance(target, _NormBase) and not places:
+        if "num_features" in vars(target) and not places:
             attributes.append(AttributeRule(name, "num_features", positions.shape[1]))
     maker = _first_maker(model, slices)
     if maker is None:
         return None
-    kind: Kind = "hidden" if isinstance(model.get_submodule(maker), nn.Linear) else "channel"
+    layer = model.get_submodule(maker)
+    made_by = kind_of(layer)
+    kind: Kind = "hidden" if made_by.is_matrix(layer) and made_by.units_dim == -1 else "channel"
     return UnitGroup(maker, kind, len(rank), tuple(slices), tuple(attributes))
 
 
@@ -85,24 +85,15 @@ def _positions(
 
 def _places(module: nn.Module, *, reads: bool) -> list[Place] | None:
     """Which tensors of a layer belong to its outputs, or to its inputs if it ``reads`` them."""
-    if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and module.groups == 1):
-        side = int(isinstance(module, _ConvTransposeNd))
-        return (
-            [("weight", 1 - side, "consumer")]
-            if reads
-            else list(_present(module, side, "producer"))
-        )
-    if is_depthwise(module) or isinstance(module, _NormBase):
-        return list(_present(module, 0, "norm"))
-    if isinstance(module, nn.GroupNorm):
-        return list(_present(module, 0, "norm")) if module.affine else None
-    if isinstance(module, nn.LayerNorm):
-        return list(_present(module, 0, "norm")) if len(module.normalized_shape) == 1 else None
-    if isinstance(module, nn.PReLU):
-        return list(_present(module, 0, "norm")) if module.num_parameters > 1 else []
-    if isinstance(module, nn.Embedding):
-        return [("weight", 1, "producer")]
-    return None
+    kind = kind_of(module)
+    if kind.is_matrix(module):
+        if reads:
+            return [("weight", kind.input_dim, "consumer")]
+        return list(_present(module, kind.output_dim, "producer"))
+    per_unit = kind.is_per_unit(module)
+    if per_unit is not None:
+        return list(_present(module, 0, "norm")) if per_unit else []
+    return [("weight", kind.output_dim, "producer")] if kind.is_table else None
 
 
 def _present(module: nn.Module, dim: int, role: Role) -> Iterator[Place]:

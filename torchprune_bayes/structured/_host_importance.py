@@ -11,8 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from torchprune_bayes._extras import optional
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
-from torchprune_bayes.params import is_hf_conv1d
-from torchprune_bayes.structured._layer_sizes import is_depthwise
+from torchprune_bayes.layer_kinds import is_depthwise, kind_of
 from torchprune_bayes.structured.importance import UnitImportance
 from torchprune_bayes.wiring.groups import UnitGroup, UnitSlice
 
@@ -95,13 +94,14 @@ def _layers(
         module = model.get_submodule(path)
         handler = _handler(module, reads=piece.role == "consumer")
         if key == "weight" and handler is not None:
-            yield _as_linear(module) if is_hf_conv1d(module) else module, handler, piece
+            turned = _is_linear(module) and kind_of(module).output_dim == 1
+            yield _as_linear(module) if turned else module, handler, piece
 
 
 def _handler(module: nn.Module, *, reads: bool) -> Callable[..., Any] | None:
     import torch_pruning as host
 
-    if isinstance(module, nn.Linear) or is_hf_conv1d(module):
+    if _is_linear(module):
         return host.prune_linear_in_channels if reads else host.prune_linear_out_channels
     if is_depthwise(module):
         return host.prune_depthwise_conv_out_channels
@@ -116,6 +116,11 @@ def _handler(module: nn.Module, *, reads: bool) -> Callable[..., Any] | None:
     if isinstance(module, nn.Embedding):
         return host.prune_embedding_out_channels
     return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind.is_matrix(module) and kind.units_dim == -1
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from torchprune_bayes.params import is_hf_conv1d
+from torchprune_bayes.layer_kinds import kind_of
 
 _CHUNK_BYTES = 2**24
 
@@ -26,34 +26,22 @@ def is_readable(module: nn.Module) -> bool:
         >>> is_readable(nn.Conv2d(2, 2, 3)), is_readable(nn.Bilinear(2, 2, 2))
         (True, False)
     """
-    plain = isinstance(module, nn.Linear) or is_hf_conv1d(module)
-    return plain or (isinstance(module, _ConvNd) and module.groups == 1)
+    return kind_of(module).is_matrix(module)
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
     """Return a layer's weight as ``[outputs, entries of a row]``."""
-    if is_hf_conv1d(module):
-        return weight.T
-    if isinstance(module, _ConvTransposeNd):  # a convolution with the flipped kernel
-        return weight.flip(tuple(range(2, weight.dim()))).transpose(0, 1).flatten(1)
-    return weight.flatten(1)
+    return kind_of(module).as_matrix(weight)
 
 
 def as_weight(module: nn.Module, matrix: Tensor, like: Tensor) -> Tensor:
     """Return a matrix of :func:`as_matrix` in the shape, type and place of the weight ``like``."""
-    if is_hf_conv1d(module):
-        weight = matrix.T
-    elif isinstance(module, _ConvTransposeNd):
-        shape = (like.shape[1], like.shape[0], *like.shape[2:])
-        weight = matrix.reshape(shape).transpose(0, 1).flip(tuple(range(2, like.dim())))
-    else:
-        weight = matrix.reshape(like.shape)
-    return weight.to(like).contiguous()
+    return kind_of(module).as_weight(matrix, like).to(like).contiguous()
 
 
 def taps_of(module: Any) -> int:
     """Return how many entries of a row belong to each input channel or feature."""
-    return int(module.weight[0, 0].numel()) if isinstance(module, _ConvNd) else 1
+    return int(module.weight[0, 0].numel())
 
 
 def rows_of(

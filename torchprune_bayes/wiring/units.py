@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
-from torchprune_bayes.params import is_hf_conv1d
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.wiring._labels import compressed, varying
 from torchprune_bayes.wiring.groups import AttributeRule, Kind, Role, UnitGroup, UnitSlice
 from torchprune_bayes.wiring.trace import Side, Wiring
@@ -140,10 +140,10 @@ def _role(modules: dict[str, nn.Module], wiring: Wiring, side: Side) -> Role:
     module = modules[path]
     if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
         return "norm"
-    if isinstance(module, (nn.Linear, _ConvNd)) or is_hf_conv1d(module):
-        turned = isinstance(module, _ConvTransposeNd) or is_hf_conv1d(module)
-        return "producer" if key == "bias" or side.dim == int(turned) else "consumer"
-    if isinstance(module, nn.Embedding):
+    kind = kind_of(module)
+    if kind.is_matrix(module) or "weight" in kind.prunable:
+        return "producer" if key == "bias" or side.dim == kind.output_dim else "consumer"
+    if kind.is_table:
         return "producer"
     if isinstance(module, nn.RNNBase):
         return "consumer" if side.dim else "producer"

@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torchprune_bayes.curvature.layers import rule_for
-from torchprune_bayes.curvature.layers.gradients import DenseGradients, SampleGradients
-from torchprune_bayes.curvature.layers.rule import LayerRule
+from torchprune_bayes.layer_kinds import LayerKind, SampleGradients, kind_of
+from torchprune_bayes.layer_kinds.gradients import DenseGradients
 from torchprune_bayes.params import ParameterSpace, leaf
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a rule, and those of its parameters that curvature is wanted of."""
+    """A layer whose kind knows gradients, and those of its parameters that are wanted."""
 
     module: nn.Module
-    rule: LayerRule
+    rule: LayerKind
     names: Mapping[str, str]
     """Qualified names by the names in the layer."""
     whole: bool = False
@@ -101,7 +100,7 @@ class Recording:
         between = [1] * (inserted - 1)
         copies = values.detach().reshape(1, *between, *kept)
         copies = copies.expand(self.samples, *between, *kept).requires_grad_()
-        layer = Layer(nn.Identity(), _ExpandedRule(), {"values": name})
+        layer = Layer(nn.Identity(), _ExpandedKind(), {"values": name})
         self.calls.append(_Call(layer, values.shape, get_gradient_edge(copies)))
         return copies.repeat_interleave(self.group, 0) if self.group > 1 else copies
 
@@ -123,12 +122,12 @@ class Recording:
         return calls
 
 
-class _ExpandedRule(LayerRule):
+class _ExpandedKind(LayerKind):
     """A parameter that the model was given in one copy per sample."""
 
     names = ("values",)
 
-    def applies_to(self, module: nn.Module) -> bool:
+    def matches(self, module: nn.Module) -> bool:
         return False
 
     def gradients(
@@ -142,11 +141,13 @@ def layers_of(space: ParameterSpace) -> list[Layer]:
     names = {id(tensor.leaf): tensor.name for tensor in space}
     found = []
     for module in space.model.modules():
-        rule = rule_for(module)
-        held = {name: id(leaf(module, name)) for name in (rule.names if rule else ())}
+        kind = kind_of(module)
+        if not kind.has_gradients(module):
+            continue
+        held = {name: id(leaf(module, name)) for name in kind.names}
         ours = {name: names[key] for name, key in held.items() if key in names}
-        if rule and ours:
-            found.append(Layer(module, rule, ours))
+        if ours:
+            found.append(Layer(module, kind, ours))
     return found
 
 

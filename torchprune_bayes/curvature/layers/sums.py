@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes.calibration import Batch, batch_size
-from torchprune_bayes.curvature.layers.gradients import (
+from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
+from torchprune_bayes.curvature.layers.passes import Passes, Routes
+from torchprune_bayes.curvature.layers.recording import Layer, Recording
+from torchprune_bayes.errors import CalibrationError
+from torchprune_bayes.layer_kinds.gradients import (
     OuterProducts,
     SampleGradients,
     add_squares,
     new_total,
 )
-from torchprune_bayes.curvature.layers.grams import Gram, PatchGram
-from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
-from torchprune_bayes.curvature.layers.passes import Passes, Routes
-from torchprune_bayes.curvature.layers.recording import Layer, Recording
-from torchprune_bayes.errors import CalibrationError
+from torchprune_bayes.layer_kinds.grams import Gram, PatchGram
 from torchprune_bayes.params import leaf
 from torchprune_bayes.types import Masks
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration, batch_size
@@ -192,7 +191,7 @@ def _gating(piece: UnitSlice, gate: Tensor, called: set[str]) -> Any:
             return None
         called.add(piece.name)
         inputs: Tensor = args[0]
-        spatial = module.weight.dim() - 2 if isinstance(module, _ConvNd) else 0
+        spatial = cast(Tensor, module.weight).dim() - 2
         dim = inputs.dim() - spatial - 1
         positions = piece.positions.to(gate.device)
         factor = torch.ones(inputs.shape[dim], dtype=gate.dtype, device=gate.device)

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchprune_bayes.curvature.layers import gradients
-from torchprune_bayes.curvature.layers.gradients import (
+from torchprune_bayes.layer_kinds import gradients
+from torchprune_bayes.layer_kinds.gradients import (
     DenseGradients,
     EmbeddingRows,
     OuterProducts,
     SampleGradients,
     add_squares,
 )
-from torchprune_bayes.curvature.layers.grams import Gram
+from torchprune_bayes.layer_kinds.grams import Gram
 
 _SIZES = st.integers(1, 5)
 

@@ -2,36 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from torchprune_bayes.curvature.layers.gradients import (
+from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.layer_kinds.gradients import (
     DenseGradients,
     OuterProducts,
     SampleGradients,
     samples_at_once,
 )
-from torchprune_bayes.curvature.layers.grams import Axis, Gram, PatchGram, shares_products
-from torchprune_bayes.curvature.layers.rule import LayerRule
+from torchprune_bayes.layer_kinds.grams import Axis, Gram, PatchGram, shares_products
+from torchprune_bayes.layer_kinds.kind import LayerKind, Side
 
 
-class ConvolutionRule(LayerRule):
+class _AnyConvolution(LayerKind):
+    """What convolutions and transposed ones have in common."""
+
+    prunable = ("weight",)
+
+    def is_matrix(self, module: nn.Module) -> bool:
+        """Without groups."""
+        return cast("nn.Conv2d", module).groups == 1
+
+    def is_per_unit(self, module: nn.Module) -> bool | None:
+        """Depthwise ones."""
+        return True if is_depthwise(module) else None
+
+    def sizes(self, name: str, module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """``out_channels``, ``in_channels`` and, of depthwise ones, ``groups``."""
+        first, second = tensors["weight"].shape[:2]
+        if is_depthwise(module):
+            return {"out_channels": first, "in_channels": first, "groups": first}
+        if first % module.groups:
+            raise ParameterError(
+                f"Expected the channels of `{name}` to fall into its {module.groups} groups, got "
+                f"{first}."
+            )
+        own, shared = "out_channels", "in_channels"
+        if self.output_dim:
+            own, shared = shared, own
+        return {own: first, shared: second * module.groups}
+
+
+class ConvolutionKind(_AnyConvolution):
     """A linear layer on the patches of the input, in every group of channels."""
 
     has_factors = True
 
-    def applies_to(self, module: nn.Module) -> bool:
-        """Whether this is such a layer."""
+    def matches(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
         return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+    def gate_entries(self, module: nn.Module, side: Side) -> int | None:
+        """Channels; in front of a layer only without groups."""
+        layer = cast("nn.Conv2d", module)
+        if side == "in":
+            return layer.in_channels if layer.groups == 1 else None
+        return layer.out_channels
+
+    def uses(
+        self, module: nn.Module, name: str, inputs: Sequence[Tensor], output: Any
+    ) -> float | None:
+        """Positions of the output."""
+        return output.numel() / cast("nn.Conv2d", module).out_channels
+
+    def has_gradients(self, module: nn.Module) -> bool:
+        """Always."""
+        return True
 
     def gradients(
         self, module: nn.Module, saved: Any, g: Tensor, samples: int
     ) -> Mapping[str, SampleGradients]:
-        """See :meth:`LayerRule.gradients`."""
+        """See :meth:`LayerKind.gradients`."""
         layer = cast("nn.Conv2d", module)
         parts = g.shape[0] // samples
         # [B parts, out, ...] as [B, groups, out/groups, parts positions]
@@ -45,6 +93,44 @@ class ConvolutionRule(LayerRule):
 
         weight = PatchProducts(layer, saved, left, right)
         return {"weight": weight, "bias": DenseGradients(outputs.sum((1, 4)).flatten(1))}
+
+
+class TransposedConvolutionKind(_AnyConvolution):
+    """A convolution of the inputs, spread out, with the flipped kernel."""
+
+    input_dim = 0
+    output_dim = 1
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+        return isinstance(module, _ConvTransposeNd)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Of the flipped kernel."""
+        return weight.flip(tuple(range(2, weight.dim()))).transpose(0, 1).flatten(1)
+
+    def as_weight(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Flipped back."""
+        shape = (like.shape[1], like.shape[0], *like.shape[2:])
+        return matrix.reshape(shape).transpose(0, 1).flip(tuple(range(2, like.dim())))
+
+    def uses(
+        self, module: nn.Module, name: str, inputs: Sequence[Tensor], output: Any
+    ) -> float | None:
+        """Positions of the input."""
+        return inputs[0].numel() / cast("nn.ConvTranspose2d", module).in_channels
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a convolution filters each channel for itself: one output for every input.
+
+    Example:
+        >>> is_depthwise(nn.Conv2d(4, 4, 3, groups=4)), is_depthwise(nn.Conv2d(4, 8, 3, groups=4))
+        (True, False)
+    """
+    if not isinstance(module, _ConvNd):
+        return False
+    return module.groups > 1 and module.groups == module.in_channels == module.out_channels
 
 
 class PatchProducts(OuterProducts):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, unfold
 
 from torchprune_bayes.curvature import LayerCurvature
-from torchprune_bayes.curvature.layers import grams
-from torchprune_bayes.curvature.layers.convolution import PatchProducts, axis_of, patches
-from torchprune_bayes.curvature.layers.grams import Axis, Gram, PatchGram, shares_products
+from torchprune_bayes.layer_kinds import grams
+from torchprune_bayes.layer_kinds.convolution import PatchProducts, axis_of, patches
+from torchprune_bayes.layer_kinds.grams import Axis, Gram, PatchGram, shares_products
 
 CHANNELS = 3
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchprune_bayes.curvature.layers.grams import Gram, PatchGram
 from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.layer_kinds.grams import Gram, PatchGram
 
 if TYPE_CHECKING:
     from typing_extensions import Self
