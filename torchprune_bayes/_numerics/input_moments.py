@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import safe_cholesky
+from torchprune_bayes._numerics.precision import float64_device, wide
 
 _DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -35,12 +36,12 @@ class Moments:
     @classmethod
     def zeros(cls, size: int, device: torch.device) -> Moments:
         """Moments of nothing, for vectors of so many entries."""
-        place = {"dtype": torch.float64, "device": device}
+        place = {"dtype": torch.float64, "device": float64_device(device)}
         return cls(0, torch.zeros(size, **place), torch.zeros(size, size, **place))  # type: ignore[call-overload]
 
     def add(self, rows: Tensor) -> None:
         """Count ``[n, d]`` vectors in."""
-        rows = rows.double()
+        rows = wide(rows)
         self.count += len(rows)
         self.total += rows.sum(0)
         self.products.addmm_(rows.T, rows)
@@ -120,7 +121,7 @@ def least_squares(
         >>> fit.weight.round(decimals=4)
         tensor([[3., 0.]], dtype=torch.float64)
     """
-    weight = weight.double()
+    weight = wide(weight)
     whole = halves[0] + halves[1]
     second = whole.second(centred=intercept)
     if isinstance(damping, str):

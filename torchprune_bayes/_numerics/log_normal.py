@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchprune_bayes._numerics.precision import wide
+
 LOW, HIGH = -20.0, 0.0
 """Bounds of log θ in the papers."""
 
@@ -55,8 +57,8 @@ class TruncatedLogNormal:
     high: float = HIGH
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mu", self.mu.double())
-        object.__setattr__(self, "log_sigma", self.log_sigma.double())
+        object.__setattr__(self, "mu", wide(self.mu))
+        object.__setattr__(self, "log_sigma", wide(self.log_sigma))
 
     @property
     def sigma(self) -> Tensor:

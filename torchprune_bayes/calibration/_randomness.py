@@ -5,16 +5,54 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+class DeviceGenerator:
+    """The default generator of one device that is not the CPU, whatever backend it has.
+
+    Args:
+        module: The backend, ``torch.cuda`` for one.
+        device: The device.
+    """
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self._module = module
+        # Backends with one device, such as torch.mps, take no device.
+        self._device = (device,) if hasattr(module, "device") else ()
+
+    def seed(self, seed: int) -> None:
+        """Seed it."""
+        with self._module.device(*self._device) if self._device else nullcontext():
+            self._module.manual_seed(seed)
+
+    def state(self) -> Tensor:
+        """A copy of its state."""
+        found: Tensor = self._module.get_rng_state(*self._device)
+        return found
+
+    def restore(self, state: Tensor) -> None:
+        """Put a state back."""
+        self._module.set_rng_state(state, *self._device)
+
+
+def _device_generator(device: torch.device) -> DeviceGenerator | None:
+    """The generator of a device; ``None`` for the CPU and for what has none, such as ``meta``."""
+    if device.type in ("cpu", "meta"):
+        return None
+    module = torch.get_device_module(device)
+    return DeviceGenerator(module, device) if hasattr(module, "get_rng_state") else None
 
 
 class IsolatedRandomness:
     """A private state of the random generators, entered and left any number of times.
 
-    Inside, torch's (CPU and, for a CUDA device, that device's), Python's and NumPy's generators
+    Inside, torch's (the CPU's and that of another device), Python's and NumPy's generators
     continue where they were left the last time; outside they are as the caller left them. So data
     can be drawn lazily, batch by batch, without the caller's code seeing a changed generator.
 
@@ -38,7 +76,7 @@ class IsolatedRandomness:
         device: torch.device | None = None,
         generators: Sequence[torch.Generator] = (),
     ) -> None:
-        self._device = device if device is not None and device.type == "cuda" else None
+        self._device = None if device is None else _device_generator(device)
         self._generators = generators
         outer = self._capture()
         try:
@@ -64,8 +102,7 @@ class IsolatedRandomness:
     def _seed(self, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
         if self._device is not None:
-            with torch.cuda.device(self._device):
-                torch.cuda.manual_seed(seed)
+            self._device.seed(seed)
         random.seed(seed)
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed % 2**32)
@@ -75,7 +112,7 @@ class IsolatedRandomness:
     def _capture(self) -> dict[str, Any]:
         states: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
         if self._device is not None:
-            states["cuda"] = torch.cuda.get_rng_state(self._device)
+            states["device"] = self._device.state()
         if "numpy" in sys.modules:
             states["numpy"] = sys.modules["numpy"].random.get_state()
         states["own"] = [generator.get_state() for generator in self._generators]
@@ -85,7 +122,7 @@ class IsolatedRandomness:
         torch.set_rng_state(states["cpu"])
         random.setstate(states["python"])
         if self._device is not None:
-            torch.cuda.set_rng_state(states["cuda"], self._device)
+            self._device.restore(states["device"])
         if "numpy" in states:
             sys.modules["numpy"].random.set_state(states["numpy"])
         for generator, state in zip(self._generators, states["own"], strict=True):

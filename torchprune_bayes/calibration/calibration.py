@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration._batches import (
     Batch,
     SampleStream,
@@ -84,6 +85,7 @@ class Calibration:
     Raises:
         ArgumentError: If an argument has an impossible value.
         ArgumentTypeError: If an argument has the wrong type.
+        CalibrationError: If the model is on several devices.
         ParameterError: If one of ``params`` cannot be pruned.
 
     Example:
@@ -123,6 +125,7 @@ class Calibration:
         check_positive("memory_mb", memory_mb)
         check_num_samples(num_samples, mini_batch)
         self.space = ParameterSpace(model, params)
+        _check_on_one_device(self.space.model)
         place = self.space[0].leaf.device if device is None else torch.device(device)
         self._functional = FunctionalModel(self.space, loss_fn, place)
         self._stream = SampleStream(data, seed, place)
@@ -252,12 +255,14 @@ class Calibration:
                 differentiated, so that several passes can share one memory budget.
 
         Yields:
-            ``[rows, stop - start]``, in all ``num_gradients`` rows, in the order of the data.
+            ``[rows, stop - start]``, in all ``num_gradients`` rows, in the order of the data; on
+            the device, or on the CPU if that has no float64.
 
         Raises:
             ArgumentError: If there are no entries in the range.
             CalibrationError: If there are fewer samples than asked, or a gradient is not finite.
         """
+        place = float64_device(self.device)
         live = LiveVector(self.space.masks()) if live is None else live
         start, stop = (0, live.numel) if span is None else span
         touched = live.overlap(start, stop)
@@ -271,7 +276,7 @@ class Calibration:
             rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
                 check_finite_gradients(columns)
-            yield rows
+            yield rows.to(place)
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over all calibration samples, by qualified name.
@@ -288,7 +293,8 @@ class Calibration:
             for name, gradient in found.items():
                 total[name] += gradient * (batch_size(batch) / self.num_samples)
         check_finite_gradients(total)
-        return total
+        place = float64_device(self.device)
+        return {name: gradient.to(place) for name, gradient in total.items()}
 
     def batches(self, size: int = _EVALUATION_BATCH) -> Iterator[Batch]:
         """Yield all calibration samples, on the device, in batches of at most ``size``."""
@@ -398,3 +404,17 @@ class Calibration:
 
     def _targets(self) -> FisherTargets:
         return FisherTargets(self._functional, self.fisher, self.seed + 1, self.ignore_index)
+
+
+def _check_on_one_device(model: nn.Module) -> None:
+    """Refuse a model whose forward pass moves activations, as it would on copies of the weights.
+
+    Raises:
+        CalibrationError: If its parameters are on several devices.
+    """
+    devices = list(dict.fromkeys(str(parameter.device) for parameter in model.parameters()))
+    if len(devices) > 1:
+        raise CalibrationError(
+            f"Expected a model on one device, got {' and '.join(devices)}: move it to one; "
+            "`device=` says where to compute."
+        )

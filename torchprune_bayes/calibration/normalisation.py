@@ -45,6 +45,7 @@ def differing_samples(batch: Batch, ignore_index: int, most: int) -> Batch:
     counts = counted_labels(labels, ignore_index)
     if counts is None:
         return map_tensors(batch, lambda tensor: tensor[:most])
+    labels, counts = labels.cpu(), counts.cpu()  # a few numbers, and float64
     flat = labels.reshape(len(labels), -1).double()
     sums = torch.where(flat == ignore_index, 0.0, flat).sum(1)
     order = sums.argsort(stable=True)

@@ -11,6 +11,7 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchprune_bayes._checks import check_count
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Calibration, batch_size
 from torchprune_bayes.curvature._leaves import leaves_of
 from torchprune_bayes.errors import ArgumentError, CalibrationError
@@ -67,7 +68,11 @@ def hessian_diagonal(
     masks = {name: mask.to(calibration.device) for name, mask in masks.items()}
     _check_probes(probes, sum(int(mask.sum()) for mask in masks.values()))
     leaves = leaves_of(calibration, weights)
-    total = {name: torch.zeros_like(leaf, dtype=torch.float64) for name, leaf in leaves.items()}
+    place = float64_device(calibration.device)
+    total = {
+        name: torch.zeros(leaf.shape, dtype=torch.float64, device=place)
+        for name, leaf in leaves.items()
+    }
     # Fused attention kernels have no second derivative.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch in calibration.batches(_BATCH):
@@ -79,7 +84,7 @@ def hessian_diagonal(
             gradients = dict(zip(leaves, found, strict=True))
             for vectors in _vectors(calibration, masks, probes):
                 for name, product in _hessian_times(vectors, gradients, leaves).items():
-                    total[name] += (vectors[name] * product).sum(0)
+                    total[name] += (vectors[name] * product).sum(0).to(place)
     _check_finite_entries(total)
     return {name: value / (probes or 1) for name, value in total.items()}
 

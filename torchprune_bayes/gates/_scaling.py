@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.gates.sites import weight_dim
 from torchprune_bayes.layer_kinds import Side
 from torchprune_bayes.params import leaf
@@ -23,10 +24,10 @@ def scale_units(module: nn.Module, side: Side, scale: Tensor) -> None:
     assert weight is not None
     sizes = [1] * weight.ndim
     sizes[0 if weight.ndim == 1 else weight_dim(module, side)] = -1
-    scale = scale.to(weight.device)
-    weight.copy_(weight.double() * scale.double().view(sizes))
+    scale = wide(scale.to(float64_device(weight.device)))
+    weight.copy_(wide(weight) * scale.view(sizes))
     if side == "out" and bias is not None:
-        bias.copy_(bias.double() * scale.double())
+        bias.copy_(wide(bias) * scale)
 
 
 def unit_norms(module: nn.Module, side: Side, repeat: int) -> Tensor:
@@ -34,5 +35,5 @@ def unit_norms(module: nn.Module, side: Side, repeat: int) -> Tensor:
     weight = leaf(module, "weight")
     assert weight is not None
     dim = 0 if weight.ndim == 1 else weight_dim(module, side)
-    rows = weight.detach().double().movedim(dim, 0).reshape(weight.shape[dim] // repeat, -1)
+    rows = wide(weight.detach()).movedim(dim, 0).reshape(weight.shape[dim] // repeat, -1)
     return rows.norm(dim=1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._numerics.log_normal import TruncatedLogNormal
+from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.gates._scaling import unit_norms
 from torchprune_bayes.gates.criteria import Criterion, choose_closed, find_criterion
 from torchprune_bayes.gates.noise_gate import NoiseGate
@@ -79,13 +80,13 @@ class Gates(Mapping[str, NoiseGate]):
 
     def _weighted_kl(self, weights: list[float]) -> Tensor:
         # All gates of the same bounds in one vector: each is a few dozen small operations.
-        device = next(iter(self.values())).mu.device
+        device = float64_device(next(iter(self.values())).mu.device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for low, high in dict.fromkeys((gate.low, gate.high) for gate in self.values()):
             pairs = zip(self.values(), weights, strict=True)
             alike = [(gate, w) for gate, w in pairs if (gate.low, gate.high) == (low, high)]
             mu, log_sigma, share = (
-                torch.cat([piece.double().to(device) for piece in pieces])
+                torch.cat([wide(piece).to(device) for piece in pieces])
                 for pieces in (
                     [gate.mu for gate, _ in alike],
                     [gate.log_sigma for gate, _ in alike],

@@ -216,7 +216,7 @@ def choose_closed(
     check_count("keep", keep, minimum=0)
     if beyond and amount is None:
         raise ArgumentError("Expected an `amount` with beyond=True, got none.")
-    flat = torch.cat([margins[name].detach().double().cpu() for name in masks])
+    flat = torch.cat([margins[name].detach().cpu().double() for name in masks])
     alive = torch.cat([mask.cpu() for mask in masks.values()])
     candidates = alive & ~_protected(margins, masks, keep)
     if not beyond:
@@ -238,10 +238,9 @@ def choose_closed(
 def _protected(margins: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int) -> Tensor:
     protected = []
     for name, mask in masks.items():
-        best = (
-            margins[name].detach().double().masked_fill(~mask, torch.inf).sort(stable=True).indices
-        )
-        stays = torch.zeros_like(mask)
-        stays[best[:keep]] = True
-        protected.append((stays & mask).cpu())
+        alive = mask.cpu()
+        ranked = margins[name].detach().cpu().masked_fill(~alive, torch.inf)
+        stays = torch.zeros_like(alive)
+        stays[ranked.sort(stable=True).indices[:keep]] = True
+        protected.append(stays & alive)
     return torch.cat(protected)

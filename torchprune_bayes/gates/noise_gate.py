@@ -13,6 +13,7 @@ from torchprune_bayes._numerics.log_normal import (
     LOW,
     TruncatedLogNormal,
 )
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.errors import ArgumentError
 
 NOISES = ("example", "batch", "element", "none")
@@ -91,15 +92,17 @@ class NoiseGate(nn.Module):
                 f"Expected {self.units * self.repeat} entries along dimension {self.dim}, got "
                 f"activations of shape {tuple(x.shape)}."
             )
-        return x * self._theta(x, place).to(x.dtype)
+        return x * _like(self._theta(x, place), x)
 
     def kl(self) -> Tensor:
         """KL divergence from the prior for each gate, float64 ``[units]``; zero where closed."""
-        return self.posterior.kl() * self.mask
+        kl = self.posterior.kl()
+        return kl * self.mask.to(kl.device)
 
     def scale(self) -> Tensor:
         """What an entry is multiplied by when not training, float64 ``[units * repeat]``."""
-        return (self.posterior.mean() * self.mask).repeat_interleave(self.repeat)
+        mean = self.posterior.mean()
+        return (mean * self.mask.to(mean.device)).repeat_interleave(self.repeat)
 
     @torch.no_grad()
     def close(self, dead: Tensor, *, regrow: bool = False) -> int:
@@ -145,13 +148,21 @@ class NoiseGate(nn.Module):
         if self.noise == "example" and place > 0:
             sizes[0] = x.shape[0]
         draws = self._draw((sizes[0] if place else 1, self.units))
-        return (draws * self.mask).repeat_interleave(self.repeat, dim=-1).view(sizes)
+        draws = draws * self.mask.to(draws.device)
+        return draws.repeat_interleave(self.repeat, dim=-1).view(sizes)
 
     def _theta_of_elements(self, x: Tensor, place: int) -> Tensor:
         last = x.movedim(place, -1).shape
-        draws = self._draw((*last[:-1], self.repeat, self.units)) * self.mask
+        draws = self._draw((*last[:-1], self.repeat, self.units))
+        draws = draws * self.mask.to(draws.device)
         return draws.transpose(-1, -2).reshape(last).movedim(-1, place)
 
     def _draw(self, shape: tuple[int, ...]) -> Tensor:
-        uniform = torch.rand(shape, dtype=torch.float64, device=self.mu.device)
+        device = float64_device(self.mu.device)
+        uniform = torch.rand(shape, dtype=torch.float64, device=device)
         return self.posterior.sample(uniform)
+
+
+def _like(scale: Tensor, x: Tensor) -> Tensor:
+    """In the dtype of the activations before it goes to their device, which may lack float64."""
+    return scale.to(x.dtype).to(x.device)

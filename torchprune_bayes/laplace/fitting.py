@@ -9,6 +9,7 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor, distributed
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes._processes import rank, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import LayerCurvature
@@ -122,9 +123,9 @@ def fit_posterior(
     """
     chosen = LaplaceOptions(**options)
     chosen.check_noise(noise)
-    space = calibration.space
+    space = calibration.space.at(float64_device(calibration.device))
     masks = space.masks() if masks is None else masks
-    means = {name: value * masks[name] for name, value in space.values().items()}
+    means = {name: value * masks[name].to(value.device) for name, value in space.values().items()}
     curvature = LayerCurvature(
         kind=chosen.kind,
         structure=chosen.structure,

@@ -20,6 +20,7 @@ from torchprune_bayes._numerics.marginal_likelihood import (
     gaussian_log_likelihood,
     log_marginal_likelihood,
 )
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.errors import AlignmentError
 from torchprune_bayes.laplace.evidence import maximise_evidence
 from torchprune_bayes.laplace.priors import PriorPrecision, PriorStructure
@@ -44,6 +45,9 @@ class Posterior:
         noise: Standard deviation ``σ`` of the observations; regression alone.
         observations: How many numbers were observed, samples times outputs; regression alone.
         prior_mean: Mean of the prior, a number or tensors by name.
+
+    Everything is moved to where the means are, or to the CPU if they are on several devices or on
+    one without float64.
 
     Raises:
         AlignmentError: If tensors, curvature and prior do not fit each other.
@@ -72,7 +76,11 @@ class Posterior:
         prior_mean: float | Mapping[str, Tensor] = 0.0,
     ) -> None:
         check_same_names(mean, curvature)
-        blocks = {name: _block(name, mean[name], found) for name, found in curvature.items()}
+        place = _place(mean)
+        blocks = {
+            name: _block(name, mean[name], _moved(found, place))
+            for name, found in curvature.items()
+        }
         self._set(mean, prior, loss, temperature, noise, observations, prior_mean)
         self._blocks: dict[str, LaplaceBlock] = blocks
 
@@ -89,10 +97,11 @@ class Posterior:
         check_positive("temperature", temperature)
         if noise is not None:
             check_positive("noise", noise)
-        self.mean = {name: value.detach().clone() for name, value in mean.items()}
-        device = next(iter(self.mean.values())).device
+        device = _place(mean)
+        self.mean = {name: value.detach().to(device, copy=True) for name, value in mean.items()}
         shapes = {name: tuple(value.shape) for name, value in self.mean.items()}
-        self.prior = PriorPrecision.constant(shapes, device=device) if prior is None else prior
+        prior = PriorPrecision.constant(shapes, device=device) if prior is None else prior
+        self.prior = prior.to(device)
         if self.prior.shapes != shapes:
             raise AlignmentError("Expected a prior of the posterior's tensors, got one of others.")
         self.loss, self.temperature = float(loss), float(temperature)
@@ -235,8 +244,22 @@ class Posterior:
     def _centred(self, name: str) -> Tensor:
         center = self._prior_mean
         if isinstance(center, Mapping):
-            return self.mean[name].double() - center[name]
+            return self.mean[name].double() - center[name].to(self.mean[name].device)
         return self.mean[name].double() - center if center else self.mean[name]
+
+
+def _place(mean: Mapping[str, Tensor]) -> torch.device:
+    """Where all of a posterior is: with the means, if they are on one device that has float64."""
+    devices = {value.device for value in mean.values()}
+    return float64_device(devices.pop()) if len(devices) == 1 else torch.device("cpu")
+
+
+def _moved(
+    curvature: Tensor | tuple[Tensor, Tensor], device: torch.device
+) -> Tensor | tuple[Tensor, Tensor]:
+    if isinstance(curvature, Tensor):
+        return curvature.to(device)
+    return curvature[0].to(device), curvature[1].to(device)
 
 
 def _block(name: str, mean: Tensor, curvature: Tensor | tuple[Tensor, Tensor]) -> LaplaceBlock:

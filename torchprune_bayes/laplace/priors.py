@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchprune_bayes._checks import check_positive
 from torchprune_bayes._numerics.laplace_blocks import Precision
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes._numerics.prior_updates import (
     LARGEST,
     SMALLEST,
@@ -103,7 +104,7 @@ class PriorPrecision:
             shapes: Shapes of the tensors, by qualified name.
             structure: ``"scalar"``, ``"layerwise"``, ``"unitwise"`` or ``"diag"``.
             value: The precision.
-            device: Where to hold it.
+            device: Where to hold it; the CPU if that has no float64.
 
         Raises:
             ArgumentError: If the structure is unknown or the value not positive.
@@ -111,6 +112,7 @@ class PriorPrecision:
         structure = PriorStructure.of(structure)
         check_positive("value", value)
         held = {name: tuple(shape) for name, shape in shapes.items()}
+        device = None if device is None else float64_device(device)
         factors = {}
         for name, shape in held.items():
             first, *others = _factor_shapes(structure, canonical_shape(shape))
@@ -119,6 +121,11 @@ class PriorPrecision:
             ones = [torch.ones(size, dtype=dtype, device=device) for size in others]
             factors[name] = (torch.full(first, value, dtype=dtype, device=device), *ones)
         return cls(structure, held, factors)
+
+    def to(self, device: torch.device) -> PriorPrecision:
+        """The same precisions on a device."""
+        moved = {name: tuple(f.to(device) for f in held) for name, held in self.factors.items()}
+        return PriorPrecision(self.structure, self.shapes, moved)
 
     def values(self, name: str) -> Tensor:
         """Precisions of one tensor, in its shape; where they are constant, a view of one number."""

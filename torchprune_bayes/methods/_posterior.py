@@ -163,7 +163,7 @@ def _check_fitted_to(posterior: Posterior, space: ParameterSpace) -> None:
         mean = posterior.mean.get(tensor.name)
         if mean is None or mean.shape != tensor.leaf.shape:
             raise AlignmentError(f"Expected a posterior of `{tensor.name}` as well, got none.")
-        moved = (mean.to(tensor.leaf.device) - tensor.value)[tensor.mask].abs()
+        moved = (mean.to(tensor.value.device) - tensor.value)[tensor.mask].abs()
         largest = float(tensor.leaf.detach().abs().max())
         if moved.numel() and float(moved.max()) > _TOLERANCE * largest:
             raise AlignmentError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numbers
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_bayes._checks import check_amount, check_choice, check_count, check_finite
 from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.methods._module_state import all_or_nothing, same_order
@@ -174,6 +176,28 @@ class PruningMethod(BasePruningMethod):
         pruned[alive] = values * live.gather(decision.masks).to(t.device)
         return pruned
 
+    def decide_beside(self, space: ParameterSpace) -> Decision:
+        """:meth:`decide` on the device of the arithmetic, with masks and updates on the tensors'.
+
+        That is where the calibration computes, which need not be where the model is; without one
+        where the tensors are, or the CPU if they are on several devices; and the CPU wherever there
+        is no float64. Scores stay there.
+
+        Args:
+            space: The tensors, on any devices.
+        """
+        decision = self.decide(space.at(self._place(space)))
+        return replace(
+            decision,
+            masks=_beside(space, decision.masks),
+            updates=None if decision.updates is None else _beside(space, decision.updates),
+        )
+
+    def _place(self, space: ParameterSpace) -> torch.device:
+        if self.calibration is not None:
+            return float64_device(self.calibration.device)
+        return float64_device(space.devices[0] if len(space.devices) == 1 else "cpu")
+
     def release(self) -> None:
         """Let go of model, data and curvature."""
         self.calibration = None
@@ -239,7 +263,7 @@ class PruningMethod(BasePruningMethod):
         check_prunable(space)
         if shown is not None:
             space.check_alignment(shown)
-        decision = self.decide(space)
+        decision = self.decide_beside(space)
         check_decision(space, decision)
         return decision
 
@@ -310,6 +334,12 @@ def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -
     with torch.no_grad():
         for tensor in space:
             tensor.leaf.copy_(updates[tensor.name])
+
+
+def _beside(space: ParameterSpace, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was found, where the tensors are; names that are not theirs as they are."""
+    places = {tensor.name: tensor.leaf.device for tensor in space}
+    return {name: value.to(places.get(name, value.device)) for name, value in found.items()}
 
 
 def _check_amount_in(scope: str, amount: float | int | Mapping[str, int]) -> None:

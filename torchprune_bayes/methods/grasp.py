@@ -123,7 +123,7 @@ def _hessian_gradient_product(
 ) -> dict[str, Tensor]:
     """``H(m⊙g)`` of the mean loss over all samples, by name, ``size`` samples at a time."""
     direction = {
-        name: gradient * masks[name].to(gradient.device)
+        name: (gradient * masks[name].to(gradient.device)).to(calibration.device)
         for name, gradient in calibration.mean_gradient(weights).items()
     }
     leaves = leaves_of(calibration, weights)

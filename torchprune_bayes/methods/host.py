@@ -106,7 +106,7 @@ def decide_on(space: ParameterSpace, method: prune.BasePruningMethod) -> Decisio
     check_prunable(space)
     if not isinstance(method, PruningMethod):
         return _decide_by_host(method, space)
-    decision = method.decide(space)
+    decision = method.decide_beside(space)
     method.release()
     return decision
 

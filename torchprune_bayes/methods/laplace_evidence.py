@@ -125,7 +125,7 @@ def delta_f_of(posterior: Posterior, space: ParameterSpace) -> Scores:
     """Change of the log evidence when each weight is removed alone, float64 by name."""
     found: dict[str, Tensor] = {}
     for tensor in space:
-        name, device = tensor.name, tensor.leaf.device
+        name, device = tensor.name, tensor.value.device
         found[name] = delta_f_gaussian(
             tensor.value,
             posterior.variance(name).to(device),

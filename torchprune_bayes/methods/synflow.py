@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Batch, Calibration
 from torchprune_bayes.calibration._functional import preserved
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
@@ -72,7 +73,7 @@ class SynFlow(StepwisePruning):
         """``|w| ∂R/∂|w|`` of what is left."""
         calibration = self.required_calibration
         leaves = {
-            name: weight.to(calibration.device, torch.float64).abs().requires_grad_()
+            name: wide(weight.to(calibration.device)).abs().requires_grad_()
             for name, weight in masked(weights, masks).items()
         }
         flow = _flow(calibration, leaves)
@@ -113,9 +114,9 @@ def _linear_state(calibration: Calibration) -> dict[str, Tensor]:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if id(tensor) in pruned:
             continue
-        moved = tensor.detach().to(calibration.device)
+        moved = tensor.detach().to(float64_device(calibration.device))
         if moved.is_floating_point():
-            moved = moved.to(torch.float64).abs()
+            moved = wide(moved).abs()
         state[name] = torch.zeros_like(moved) if _is_additive(name) else moved.clone()
     return state
 
@@ -144,4 +145,4 @@ def _ones(value: Any) -> Any:
             f"Expected floating-point inputs for SynFlow, whose input is all ones, got "
             f"{value.dtype}."
         )
-    return torch.ones_like(value, dtype=torch.float64)
+    return torch.ones(value.shape, dtype=torch.float64, device=float64_device(value.device))

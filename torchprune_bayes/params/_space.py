@@ -65,6 +65,11 @@ class ParameterSpace(Sequence[PrunableTensor]):
         return [tensor.name for tensor in self._tensors]
 
     @property
+    def devices(self) -> list[torch.device]:
+        """Where the tensors are; each device once, in order."""
+        return list(dict.fromkeys(tensor.leaf.device for tensor in self._tensors))
+
+    @property
     def numel(self) -> int:
         """Number of entries, alive or not."""
         return sum(tensor.leaf.numel() for tensor in self._tensors)
@@ -131,6 +136,10 @@ class ParameterSpace(Sequence[PrunableTensor]):
             (tensor([[ True, False]]), 1)
         """
         return self._of([replace(t, held_mask=masks.get(t.name)) for t in self._tensors])
+
+    def at(self, device: torch.device) -> ParameterSpace:
+        """The same tensors with values and masks given on a device, wherever the model is."""
+        return self._of([replace(tensor, place=device) for tensor in self._tensors])
 
     def check_same_tensors(self, params: ParameterPairs) -> None:
         """Refuse pairs, in any order, that are not the tensors of this space."""

@@ -42,6 +42,8 @@ class PrunableTensor:
     """Qualified name in the model, as if it were not pruned."""
     held_mask: Tensor | None = field(default=None, compare=False)
     """A mask held elsewhere, for plain weights whose zeros are the mask."""
+    place: torch.device | None = field(default=None, compare=False)
+    """Where :attr:`value` and :attr:`mask` are given; default where the leaf is."""
 
     @property
     def leaf(self) -> Tensor:
@@ -60,7 +62,7 @@ class PrunableTensor:
     @property
     def mask(self) -> Tensor:
         """Boolean mask of the entries that are still alive, shaped like the tensor."""
-        alive = torch.ones_like(self.leaf, dtype=torch.bool)
+        alive = torch.ones_like(self.leaf, dtype=torch.bool, device=self.place)
         for mask in self.known_masks:
             alive &= mask.detach().to(alive.device) != 0
         return alive
@@ -68,7 +70,7 @@ class PrunableTensor:
     @property
     def value(self) -> Tensor:
         """The values in use, ``leaf * mask``, detached."""
-        value = self.leaf.detach()
+        value = self.leaf.detach().to(self.place or self.leaf.device)
         for mask in self.known_masks:
             value = value * mask.to(value)
         return value

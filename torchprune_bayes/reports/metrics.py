@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import check_count, check_finite
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 
 IGNORED_LABEL = -100
@@ -273,9 +274,8 @@ def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             raise ArgumentError(
                 f"Expected `labels` in [0, {classes}) or {IGNORED_LABEL}, got {int(outside[0])}."
             )
-        if part.device.type == "mps":  # has no float64
-            part, targets = part.cpu(), targets.cpu()
-        yield part.double(), targets
+        part = wide(part)
+        yield part, targets.to(part.device)
 
 
 def _check_pair(logits: Tensor, labels: Tensor) -> None:

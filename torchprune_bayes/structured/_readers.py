@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchprune_bayes._numerics.input_moments import Fit, Moments, least_squares
+from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration._batches import cut
 from torchprune_bayes.structured._layer_inputs import (
@@ -49,7 +50,7 @@ def matched(norm: Any, before: Statistics, now: Statistics) -> dict[str, Tensor]
         before: Statistics of its inputs that its running statistics go with.
         now: Statistics of its inputs now.
     """
-    mean, variance = (norm._buffers[key].double() for key in ("running_mean", "running_var"))
+    mean, variance = (wide(norm._buffers[key]) for key in ("running_mean", "running_var"))
     ratio = (now.variance + norm.eps) / (before.variance + norm.eps)
     moved = now.mean + (mean - before.mean) * ratio.sqrt()
     scaled = ((variance + norm.eps) * ratio - norm.eps).clamp_min(0.0)
@@ -121,23 +122,23 @@ class Reader:
         weight, bias = self.weight, self.module._parameters.get("bias")
         fit = least_squares(
             as_matrix(self.module, weight),
-            keep.repeat_interleave(taps_of(self.module)).to(weight.device),
+            keep.repeat_interleave(taps_of(self.module)).to(float64_device(weight.device)),
             self.halves,
             intercept=bias is not None or self.norm is not None,
             damping=damping,
         )
         found = {"weight": as_weight(self.module, fit.weight, weight)}
         if bias is not None:
-            found["bias"] = (bias.detach().double() + fit.shift).to(bias)
+            found["bias"] = (wide(bias.detach()) + fit.shift).to(bias)
         return fit, found
 
     def output_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
         """Mean and variance of the layer's outputs with a weight and bias, from its inputs'."""
         assert self.halves is not None
         whole = self.halves[0] + self.halves[1]
-        matrix = as_matrix(self.module, tensors["weight"]).double()
+        matrix = wide(as_matrix(self.module, tensors["weight"]))
         bias = tensors.get("bias", self.module._parameters.get("bias"))
-        mean = matrix @ whole.mean() + (0.0 if bias is None else bias.detach().double())
+        mean = matrix @ whole.mean() + (0.0 if bias is None else wide(bias.detach()))
         return Statistics(mean, ((matrix @ whole.second(centred=True)) * matrix).sum(1))
 
 

@@ -140,7 +140,7 @@ class Recipe:
             ranks = isomorphic_ranks(model, groups, scores)
             values = {name: rank.sort().values for name, rank in ranks.items()}
         elif self.allocation == "global" and self.importance.joint:
-            values = {name: score.double().cpu().sort().values for name, score in scores.items()}
+            values = {name: score.cpu().double().sort().values for name, score in scores.items()}
         if values is not None and self.allocation != "isomorphic" and resource is not None:
             values = per_price(values, unit_prices(costs, groups, resource))
         line = line_up(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from torchprune_bayes._numerics.precision import has_float64
 from torchprune_bayes.errors import ArgumentError, NumericalError, ParameterError
 from torchprune_bayes.structured._replacement import replacement
 from torchprune_bayes.structured.slicing import (
@@ -57,11 +58,14 @@ class Twin:
         dtype: torch.dtype,
         seed: int = 0,
     ) -> None:
-        self.model = _copied(model).to(dtype)
+        place = _place(model, dtype)
+        self.model = _copied(model).to(place, dtype)
         self.dtype = dtype
         generator = torch.Generator().manual_seed(seed)
         _move(self.model, generator)
-        self._inputs = tree_map(lambda leaf: _input(leaf, dtype, seed, generator), example_inputs)
+        self._inputs = tree_map(
+            lambda leaf: _input(leaf, dtype, place, seed, generator), example_inputs
+        )
         self._forward_fn = forward_fn
 
     def difference(self, plan: ShrinkPlan) -> tuple[float, int]:
@@ -259,10 +263,25 @@ def _move(model: nn.Module, generator: torch.Generator) -> None:
             parameter.add_((scale * noise).to(parameter))
 
 
-def _input(leaf: Any, dtype: torch.dtype, seed: int, generator: torch.Generator) -> Any:
+def _place(model: nn.Module, dtype: torch.dtype) -> torch.device | None:
+    """The CPU, for all of a copy, if ``dtype`` is float64 and a device has none; else as it is."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if dtype == torch.float64 and not all(map(has_float64, devices)):
+        return torch.device("cpu")
+    return None
+
+
+def _input(
+    leaf: Any,
+    dtype: torch.dtype,
+    place: torch.device | None,
+    seed: int,
+    generator: torch.Generator,
+) -> Any:
     """An input in the type of the copy; from seed 1 on, another one of the same kind."""
     if not isinstance(leaf, Tensor):
         return leaf
+    leaf = leaf.to(place or leaf.device)
     if leaf.is_floating_point():
         value = leaf.detach().to(dtype)
         if not seed:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration._batches import cut, joined
 from torchprune_bayes.structured._readers import (
@@ -58,7 +59,7 @@ class _Norm:
 
     def observe(self, inputs: Tensor, samples: int) -> None:
         """Count inputs in."""
-        rows = inputs.transpose(0, 1).flatten(1).double()
+        rows = wide(inputs.transpose(0, 1).flatten(1))
         count = torch.full_like(rows[:, 0], rows.shape[1])
         self.parts.append(torch.stack([count, rows.sum(1), rows.square().sum(1)]))
 

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.unit_costs import Costs, Resource
@@ -50,9 +51,9 @@ def unit_prices(costs: Costs, groups: Sequence[UnitGroup], resource: Resource) -
 def per_price(values: Mapping[str, Tensor], prices: Mapping[str, float]) -> dict[str, Tensor]:
     """Divide values by what a unit costs; units that cost nothing are worth keeping for ever."""
     return {
-        name: value.double() / prices[name]
+        name: wide(value) / prices[name]
         if prices[name] > 0.0
-        else torch.full_like(value, torch.inf, dtype=torch.float64)
+        else torch.full_like(wide(value), torch.inf)
         for name, value in values.items()
     }
 
@@ -81,7 +82,7 @@ def isomorphic_ranks(
     ranks: dict[str, Tensor] = {}
     for names in classes.values():
         sizes = [len(scores[name]) for name in names]
-        pooled = torch.cat([scores[name].double().cpu() for name in names])
+        pooled = torch.cat([scores[name].cpu().double() for name in names])
         rank = torch.empty(len(pooled), dtype=torch.float64)
         rank[pooled.argsort(stable=True)] = torch.arange(1.0, len(pooled) + 1).double()
         ranks.update(zip(names, (rank / len(pooled)).split(sizes), strict=True))

@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.unit_costs import Costs, Resource
@@ -106,7 +107,7 @@ def line_up(
         ascending, order[group.name] = _checked(group, scores[group.name]).sort(stable=True)
         sizes = torch.tensor(_blocks(group.units, min_keep, round_to), dtype=torch.long)
         by_rank = sizes.cumsum(0).double() / group.units
-        compared = ascending if values is None else values[group.name].double().cpu()
+        compared = ascending if values is None else values[group.name].cpu().double()
         keys = by_rank if scope == "layer" else _means(compared, sizes)
         parts.append((torch.full_like(sizes, index), sizes, keys))
     if not parts:
@@ -174,7 +175,7 @@ def _checked(group: UnitGroup, scores: Tensor) -> Tensor:
     bad = int(scores.isnan().sum())
     if bad:
         raise ArgumentError(f"Expected scores without NaN for `{group.name}`, got {bad} of them.")
-    return scores.detach().double().cpu()
+    return wide(scores.detach()).cpu()
 
 
 def _means(ascending: Tensor, sizes: Tensor) -> Tensor:

@@ -68,12 +68,13 @@ class OnlinePruning:
         """Masks of the sparsity that is due; changes nothing."""
         assert self._schedule is not None
         space = self.space.subset(self._names)
-        scores, masks = posterior.scores(), space.masks()
+        scores = posterior.scores()
+        masks = space.at(scores[self._names[0]].device).masks()
         entries = sum(mask.numel() for mask in masks.values())
         gone = sum(int((~mask).sum()) for mask in masks.values())
         missing = max(round(self._schedule(now) * entries) - gone, 0)
         kept = smallest_k([scores[n] for n in masks], missing, list(masks.values()))
-        return dict(zip(masks, kept, strict=True))
+        return {t.name: mask.to(t.leaf.device) for t, mask in zip(space, kept, strict=True)}
 
     def prune(self, masks: Masks) -> None:
         """Set what ``masks`` prune to zero, and hold it there unless it may come back."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes._numerics.marginal_likelihood import fixed_point_noise
+from torchprune_bayes._numerics.precision import has_float64
 from torchprune_bayes._processes import entered_together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
@@ -345,7 +346,12 @@ class SpaM:
         self._decay.factor = self._factor()
 
     def _precisions(self) -> dict[Tensor, Tensor]:
-        return {tensor.leaf: self.prior.broadcastable(tensor.name) for tensor in self._space}
+        """Precisions where the weights are, in float32 where there is no other."""
+        held = {tensor.leaf: self.prior.broadcastable(tensor.name) for tensor in self._space}
+        return {
+            leaf: (value if has_float64(leaf.device) else value.float()).to(leaf.device)
+            for leaf, value in held.items()
+        }
 
     def _factor(self) -> float:
         """``c`` with which ``c δ w`` is the prior's gradient beside that of the mean loss."""

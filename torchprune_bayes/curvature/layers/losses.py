@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Batch, LabelLayout, LossFunction, batch_size
 from torchprune_bayes.calibration.normalisation import Normaliser, counted_labels, labels_in
 from torchprune_bayes.errors import CalibrationError
@@ -163,8 +164,9 @@ def _numerical_root(
             else torch.zeros_like(f)
             for column in slope.unbind(1)
         ]
-    values, vectors = torch.linalg.eigh(torch.stack(rows, dim=1))
-    return vectors * values.clamp_min(0).sqrt().unsqueeze(1)
+    hessian = torch.stack(rows, dim=1)
+    values, vectors = torch.linalg.eigh(hessian.to(float64_device(hessian.device)))
+    return (vectors * values.clamp_min(0).sqrt().unsqueeze(1)).to(hessian)
 
 
 def cotangents(

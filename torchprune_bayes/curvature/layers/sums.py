@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Batch, batch_size
 from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
@@ -67,8 +68,9 @@ class BatchSums:
         self._outputs: dict[str, Gram] = {}
         self._inputs: dict[str, Gram | PatchGram] = {}
         self._notes: dict[str, Tensor] = {}
-        zero = torch.zeros((), dtype=torch.float64, device=passes.calibration.device)
-        self._loss, self._terms = zero, zero.clone()
+        self._place = float64_device(passes.calibration.device)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._place)
+        self._terms = self._loss.clone()
 
     def add(self, batch: Batch) -> None:
         """Add the sums over one batch.
@@ -84,8 +86,8 @@ class BatchSums:
                 f"`{min(recording.unbatched)}` with inputs that are no multiple of "
                 f"{batch_size(batch)} samples: pass batch_size=1."
             )
-        self._loss = self._loss + evaluated.total_loss
-        self._terms = self._terms + evaluated.terms.sum()
+        self._loss = self._loss + evaluated.total_loss.to(self._place)
+        self._terms = self._terms + evaluated.terms.sum().to(self._place)
         vectors = list(
             cotangents(self._kind, passes.losses, evaluated, self._draws, self._generator)
         )
@@ -93,7 +95,7 @@ class BatchSums:
             self._add_pass(batch, evaluated, recording, vector, index, len(vectors))
 
     def finished(self, masks: Masks) -> dict[str, Tensor]:
-        """All sums, checked.
+        """All sums, checked; on the CPU if the device has no float64.
 
         Raises:
             CalibrationError: If one is not finite.
@@ -121,7 +123,7 @@ class BatchSums:
                 f"Expected a finite curvature, got NaN or infinite entries in {', '.join(names)}: "
                 "check the loss, the data and the weights."
             )
-        return sums
+        return {key: value.to(self._place) for key, value in sums.items()}
 
     def _add_pass(
         self,

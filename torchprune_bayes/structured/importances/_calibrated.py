@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
 from torchprune_bayes.structured._host_groups import unit_group
@@ -128,6 +129,6 @@ def pieces_of(group: UnitGroup, *roles: str) -> list[UnitSlice]:
 
 def sums_along(values: Tensor, piece: UnitSlice) -> Tensor:
     """Sum a tensor over all that each unit owns of it: float64 ``[units]``."""
-    lines = values.double().movedim(piece.dim, 0).flatten(1) if values.ndim > 1 else values.double()
-    along = lines.sum(1) if values.ndim > 1 else lines
+    lines = wide(values)
+    along = lines.movedim(piece.dim, 0).flatten(1).sum(1) if values.ndim > 1 else lines
     return along[piece.positions.to(along.device)].sum(1)

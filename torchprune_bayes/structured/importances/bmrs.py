@@ -62,7 +62,7 @@ class BMRSImportance(UnitImportance):
             margins = gates.margins(found)
         self._taken = {
             _place(gates.model, site): _Verdict(
-                site, margins[name].detach().double().cpu(), gates[name].mask.detach().cpu().clone()
+                site, margins[name].detach().cpu().double(), gates[name].mask.detach().cpu().clone()
             )
             for name, site in gates.sites.items()
         }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.joint_cost import sums_of_units
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.importances._calibrated import (
@@ -69,11 +70,11 @@ class ConsumerGateFisherImportance(CalibratedImportance):
         readers = {group.name: pieces_of(group, "consumer") for group in groups}
         space, names = space_of(calibration.model, [p for held in readers.values() for p in held])
         calibration = calibration.with_space(space)
-        place = {"dtype": calibration.dtype, "device": calibration.device}
-        weights = {name: value.to(**place) for name, value in space.values().items()}  # type: ignore[call-overload]
+        device = float64_device(calibration.device)
+        weights = {n: value.to(device, calibration.dtype) for n, value in space.values().items()}
         sizes = [value.numel() for value in weights.values()]
         totals = {
-            group.name: torch.zeros(group.units, dtype=torch.float64, device=calibration.device)
+            group.name: torch.zeros(group.units, dtype=torch.float64, device=device)
             for group in groups
         }
         for rows in calibration.gradients():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Calibration, batch_size
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.methods._sensitivity import BATCH_NORMS, mean_loss, normalising_by
@@ -151,7 +152,7 @@ def _by_hooks(calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str
         group.name: torch.ones(group.units, **place, requires_grad=True)  # type: ignore[call-overload]
         for group in groups
     }
-    total = {name: torch.zeros_like(gate, dtype=torch.float64) for name, gate in gates.items()}
+    total = {name: wide(torch.zeros_like(gate)) for name, gate in gates.items()}
     with _gated_readers(model, groups, gates) as called:
         for batch in calibration.batches():
             with torch.enable_grad():
@@ -160,7 +161,7 @@ def _by_hooks(calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str
                     continue
                 found = torch.autograd.grad(loss, [*gates.values()], materialize_grads=True)
             for name, gradient in zip(gates, found, strict=True):
-                total[name] += gradient.double() * (batch_size(batch) / calibration.num_samples)
+                total[name] += wide(gradient) * (batch_size(batch) / calibration.num_samples)
     readers = [piece.name for group in groups for piece in pieces_of(group, "consumer")]
     if idle := [name for name in readers if name not in called]:
         raise ParameterError(

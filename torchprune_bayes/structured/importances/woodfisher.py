@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchprune_bayes._checks import check_fraction, check_positive
 from torchprune_bayes._numerics.joint_cost import JointCosts, sums_of_units
 from torchprune_bayes._numerics.obs import joint_directions
+from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.structured.groups import Kept, UnitGroup
@@ -92,7 +93,7 @@ class WoodFisherImportance(CalibratedImportance):
         fisher.damping = fisher.mean_square() if self.damping == "auto" else float(self.damping)
         fisher.damping = max(fisher.damping, torch.finfo(torch.float64).tiny)
         self._fisher = fisher
-        weights = fisher.live.gather(space.values()).to(calibration.device)
+        weights = fisher.live.gather(space.values()).to(float64_device(calibration.device))
         room = calibration.memory_mb * 2**20 / 4
         costs = {
             group.name: weights.new_zeros(group.units, dtype=torch.float64) for group in groups
@@ -123,7 +124,7 @@ class WoodFisherImportance(CalibratedImportance):
         plan = plan_of(model, groups, kept)
         whole = {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
         stays = {name: plan.expand(name, plan.cut(name, mask)) for name, mask in whole.items()}
-        weights = fisher.live.gather(values).to(calibration.device).double()
+        weights = wide(fisher.live.gather(values).to(calibration.device))
         keep = fisher.live.gather(stays).to(weights.device)
         move = _compensation(fisher, weights, keep)
         scales = _SCALES if isinstance(self.update_scale, str) else (float(self.update_scale),)
@@ -139,15 +140,13 @@ class WoodFisherImportance(CalibratedImportance):
         names: Mapping[str, str],
     ) -> dict[str, Tensor]:
         """``½ w_gᵀF_gg w_g = ½ (1/N) Σ_n (g_n·w_g)² + ½ λ|w_g|²``, a few gradients at a time."""
+        device = float64_device(calibration.device)
         weights = {
-            name: value.to(calibration.device, calibration.dtype)
+            name: value.to(device, calibration.dtype)
             for name, value in calibration.space.values().items()
         }
-        places = [_places(group, names, calibration.device) for group in groups]
-        changes = [
-            torch.zeros(group.units, dtype=torch.float64, device=calibration.device)
-            for group in groups
-        ]
+        places = [_places(group, names, device) for group in groups]
+        changes = [torch.zeros(group.units, dtype=torch.float64, device=device) for group in groups]
         squares = 0.0
         for rows in calibration.gradients():
             squares += float(torch.linalg.vector_norm(rows)) ** 2
