@@ -107,7 +107,7 @@ def _peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def measure(name: str, structure: str, kind: str, device: torch.device, repeats: int) -> str:
+def measure(name: str, structure: Any, kind: Any, device: torch.device, repeats: int) -> str:
     """One line of the table."""
     torch.manual_seed(0)
     make, batches, samples = CASES[name]

@@ -33,6 +33,7 @@ ROWS: dict[str, tuple[str, list[float], dict[str, Any], dict[str, Any]]] = {
     "magnitude": ("magnitude", [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98], {}, {"compat": "paper"}),
     "paper": ("woodfisher", [0.5, 0.8, 0.9, 0.95], {"num_samples": 100}, PAPER),
     "kfac-paper": ("kfac", [0.95], {"num_samples": 100}, {"damping": 1e-5, "pi": False}),
+    "kfac": ("kfac", [0.8, 0.9, 0.95], ONE_SHOT, {}),
     "diagonal": ("diagonal-fisher", [0.95], {"num_samples": 4096}, {"scope": "layer"}),
     "one-shot": ("woodfisher", [0.9, 0.95, 0.98], ONE_SHOT, {}),
     "multi": ("woodfisher", [0.8, 0.9, 0.95, 0.98], MORE, FULL | GEOMETRIC),

@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Any, Tensor, Tensor, Any]] = {
 }
 
 
-def _curvature(case: str, kind: str, **options: Any) -> tuple[LayerCurvature, nn.Module]:
+def _curvature(case: str, kind: Any, **options: Any) -> tuple[LayerCurvature, nn.Module]:
     make, x, y, loss_fn = CASES[case]
     model = make()
     data = [(x[:5], y[:5]), (x[5:], y[5:])]
@@ -163,7 +163,7 @@ def test_weights_and_masks_given_are_the_ones_used() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ggn", "monte_carlo"])
-def test_second_derivatives_need_outputs_per_sample(kind: str) -> None:
+def test_second_derivatives_need_outputs_per_sample(kind: Any) -> None:
     model = nn.Linear(4, 3).double()
     with pytest.raises(CalibrationError, match=r"Expected outputs \[B, C\]"):
         LayerCurvature(kind).fit_model(model, [(_normal(2, 6, 4), _normal(2, 6, 3))], mse_loss)

@@ -250,7 +250,11 @@ def test_one_logit_has_the_exact_gauss_newton_matrix() -> None:
 def test_errors_do_not_recommend_what_already_ran() -> None:
     make, data, _ = DENSE["dense"]
     x, _ = data()
-    for kind, advice in (("monte_carlo", "kind='empirical'"), ("ggn", "kind='monte_carlo'")):
+    recommended: list[tuple[Any, str]] = [
+        ("monte_carlo", "kind='empirical'"),
+        ("ggn", "kind='monte_carlo'"),
+    ]
+    for kind, advice in recommended:
         with pytest.raises(CalibrationError, match=f"take {advice}"):
             LayerCurvature(kind).fit_model(make().double(), [(x, x[:, :1])], _all_squares)
 

@@ -187,7 +187,7 @@ def _drawn_and_failing(path: Path) -> None:
         fit_posterior(Calibration(model, labels, cross_entropy), **options)
     except (CalibrationError, IndexError) as error:
         reason = type(error).__name__
-    structure = ("diagonal", "kronecker")[acc.process_index]
+    structure: Any = ("diagonal", "kronecker")[acc.process_index]
     try:
         LayerCurvature(structure=structure).fit(own).all_reduce()
     except AlignmentError as error:

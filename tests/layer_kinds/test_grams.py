@@ -123,7 +123,7 @@ def test_used_where_there_is_something_to_share() -> None:
 
 
 @pytest.mark.parametrize("structure", ["kronecker", "both"])
-def test_factors_are_the_same_either_way(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_are_the_same_either_way(structure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 16, 3, padding=1),

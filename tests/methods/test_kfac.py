@@ -29,11 +29,14 @@ def _model() -> Any:
     return nn.Sequential(conv, nn.Tanh(), nn.Flatten(), linear).double()
 
 
-def _calibration(model: nn.Module, **options: Any) -> Calibration:
+def _data(dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(32, 2, 3, 3, generator=generator).to(next(model.parameters()).dtype)
-    y = torch.randint(4, (32,), generator=generator)
-    return Calibration(model, [(x, y)], cross_entropy, **options)
+    x = torch.randn(32, 2, 3, 3, generator=generator).to(dtype)
+    return [(x, torch.randint(4, (32,), generator=generator))]
+
+
+def _calibration(model: nn.Module, **options: Any) -> Calibration:
+    return Calibration(model, _data(next(model.parameters()).dtype), cross_entropy, **options)
 
 
 def _dense_blocks(
@@ -201,8 +204,7 @@ class _Counted(Calibration):
 
 
 def _counted(model: nn.Module, **options: Any) -> _Counted:
-    plain = _calibration(model)
-    return _Counted(model, plain._stream.data, cross_entropy, num_samples=24, **options)
+    return _Counted(model, _data(), cross_entropy, num_samples=24, **options)
 
 
 @pytest.mark.parametrize("update", ["none", "single"])
@@ -256,8 +258,7 @@ def test_refuses_held_out_losses_that_are_no_numbers() -> None:
         def held_out_loss(self, weights: Any = None) -> MeanLoss:
             return MeanLoss(float("nan"), 8, False)
 
-    plain = _calibration(_model())
-    broken = Broken(plain.model, plain._stream.data, cross_entropy)
+    broken = Broken(_model(), _data(), cross_entropy)
     with pytest.raises(CalibrationError, match="Expected a finite held-out loss"):
         KFAC(0.5, calibration=broken).decide(broken.space)
     assert KFAC(0.5, calibration=broken, damping=0.1).decide(broken.space).updates

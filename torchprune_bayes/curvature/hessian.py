@@ -33,25 +33,25 @@ def hessian_diagonal(
     weights: Mapping[str, Tensor] | None = None,
     masks: Masks | None = None,
 ) -> dict[str, Tensor]:
-    """``H_ii`` of the mean loss over all calibration samples, at the live entries.
+    """``H_ii`` of the mean loss over all calibration samples, at the remaining entries.
 
-    Exactly, by one Hessian-vector product per live weight; or estimated by `Hutchinson's method
-    (Bekas, Kokiopoulou and Saad, 2007) <https://doi.org/10.1016/j.apnum.2007.01.003>`_, the mean
-    of ``z ⊙ Hz`` over probes ``z`` of random signs, which is unbiased with variance
-    ``Σ_{j≠i} H_ij²`` per probe. Probes are drawn from the calibration's seed, on the CPU, so that
-    they do not depend on batch size, device or memory.
+    Exactly, by one Hessian-vector product per remaining weight; or estimated by `Hutchinson's
+    method (Bekas, Kokiopoulou and Saad, 2007)
+    <https://doi.org/10.1016/j.apnum.2007.01.003>`_, the mean of ``z ⊙ Hz`` over probes ``z`` of
+    random signs, which is unbiased with variance ``Σ_{j≠i} H_ij²`` per probe. Probes are drawn from
+    the calibration's seed, on the CPU, so that they do not depend on batch size, device or memory.
 
     Args:
         calibration: Data, model and loss.
         probes: Number of probes; ``None`` is exact.
         weights: Values by qualified name; default the model's own.
-        masks: Live entries; default those of the model.
+        masks: Remaining entries; default those of the model.
 
     Returns:
-        By qualified name, float64 and shaped like the tensors; zero where not alive.
+        By qualified name, float64 and shaped like the tensors; zero where pruned.
 
     Raises:
-        ArgumentError: If an exact diagonal is asked for more than 20,000 live weights.
+        ArgumentError: If an exact diagonal is asked for more than 20,000 remaining weights.
         CalibrationError: If an entry is not finite, or there are too few samples.
 
     Cost: per weight or probe about two passes for gradients of all samples; batches of 64 samples
@@ -152,14 +152,14 @@ def _hessian_times(
     return {name: torch.stack([row[name] for row in found]) for name in vectors}
 
 
-def _check_probes(probes: int | None, live: int) -> None:
+def _check_probes(probes: int | None, remaining: int) -> None:
     if probes is not None:
         check_count("probes", probes)
-    elif live > _MOST_FOR_EXACT:
+    elif remaining > _MOST_FOR_EXACT:
         raise ArgumentError(
-            f"Expected at most {_MOST_FOR_EXACT} live weights for an exact Hessian diagonal, which "
-            f"takes a Hessian-vector product for each, got {live}: pass probes=64, for example, "
-            "for Hutchinson's estimate."
+            f"Expected at most {_MOST_FOR_EXACT} remaining weights for an exact Hessian diagonal, "
+            f"which takes a Hessian-vector product for each, got {remaining}: pass probes=64, for "
+            "example, for Hutchinson's estimate."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ from torchprune_bayes.types import Masks, ParameterPairs
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-KINDS = ("empirical", "monte_carlo", "ggn")
-STRUCTURES = ("diagonal", "kronecker", "both")
+Kind = Literal["empirical", "monte_carlo", "ggn"]
+Structure = Literal["diagonal", "kronecker", "both"]
 
 
 class LayerCurvature(LayerStatistics):
@@ -111,11 +111,11 @@ class LayerCurvature(LayerStatistics):
 
     def __init__(
         self,
-        kind: str = "empirical",
-        structure: str = "diagonal",
+        kind: Kind = "empirical",
+        structure: Structure = "diagonal",
         *,
         draws: int = 1,
-        token_loss: str = "sum",
+        token_loss: Literal["sum", "mean"] = "sum",
         ignore_index: int | None = None,
         factor_limit: int = 8192,
         batch_size: int = 64,
@@ -123,8 +123,8 @@ class LayerCurvature(LayerStatistics):
         stream: int = 0,
         verify: bool = True,
     ) -> None:
-        check_choice("kind", kind, KINDS)
-        check_choice("structure", structure, STRUCTURES)
+        check_choice("kind", kind, get_args(Kind))
+        check_choice("structure", structure, get_args(Structure))
         check_choice("token_loss", token_loss, ("sum", "mean"))
         for name, value in {"draws": draws, "batch_size": batch_size}.items():
             check_count(name, value)
@@ -200,7 +200,7 @@ class LayerCurvature(LayerStatistics):
             calibration: Data, model and loss. Covered are its parameters, by default weights alone;
                 for all, give it :func:`trainable_parameters`.
             weights: Values by qualified name; default the model's own.
-            masks: Live entries; default those of the model.
+            masks: Remaining entries; default those of the model.
 
         Raises:
             CalibrationError: If the curvature is not finite, or there are too few samples.

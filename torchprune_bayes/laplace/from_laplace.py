@@ -93,7 +93,7 @@ def _shapes(laplace: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(model: nn.Module, name: str) -> str:
-    """The name a tensor has where the host has not pruned it."""
+    """The name a tensor has where it is not pruned."""
     path, _, last = name.rpartition(".")
     original = last.removesuffix("_orig")
     pruned = last.endswith("_orig") and mask_of(model.get_submodule(path), original) is not None

@@ -30,7 +30,7 @@ class DiagonalFisher(CurvatureHolder[LayerCurvature]):
     with one per layer, which is how the WoodFisher paper ran it.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the remaining entries to prune.
         calibration: Data, model and loss.
         curvature: A :class:`~torchprune_bayes.curvature.LayerCurvature` fitted already, with
             structure ``"diagonal"`` or ``"both"``.

@@ -34,17 +34,18 @@ class HessianDiagonal(PruningMethod):
     global ranking.)
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the remaining entries to prune.
         calibration: Data, model and loss; every sample counts, whatever the mini-batch.
-        probes: ``None`` computes the diagonal exactly, for at most 20,000 live weights; a number
-            estimates it with as many random probes (Hutchinson), drawn from the calibration's seed.
+        probes: ``None`` computes the diagonal exactly, for at most 20,000 remaining weights; a
+            number estimates it with as many random probes (Hutchinson), drawn from the
+            calibration's seed.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
 
     Raises:
-        ArgumentError: If there are too many live weights for an exact diagonal.
+        ArgumentError: If there are too many remaining weights for an exact diagonal.
         ArgumentTypeError: If there is no calibration.
 
-    Cost: per live weight, or per probe, about two gradients of all calibration samples; see
+    Cost: per remaining weight, or per probe, about two gradients of all calibration samples; see
     :func:`~torchprune_bayes.curvature.hessian_diagonal`.
 
     Example:
@@ -73,7 +74,7 @@ class HessianDiagonal(PruningMethod):
         self.probes = probes
 
     def decide(self, space: ParameterSpace) -> Decision:
-        """Rank the live entries of ``space`` by ``½ w_i² |H_ii|``."""
+        """Rank the remaining entries of ``space`` by ``½ w_i² |H_ii|``."""
         weights, masks = space.values(), space.masks()
         diagonal = hessian_diagonal(
             self.required_calibration, probes=self.probes, weights=weights, masks=masks

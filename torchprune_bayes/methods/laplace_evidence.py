@@ -33,7 +33,7 @@ class LaplaceEvidence(PosteriorPruning):
     damage of :class:`OPD` plus an Occam term, which gives the ranking a zero to stop at.
 
     Args:
-        amount: ``None`` prunes where ΔF ≥ −``tau``; a fraction or number of the live entries
+        amount: ``None`` prunes where ΔF ≥ −``tau``; a fraction or number of the remaining entries
             prunes exactly that many, those with the largest ΔF.
         calibration: Data, model and loss.
         posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted

@@ -35,7 +35,7 @@ class OPD(PosteriorPruning):
     prior of highest evidence.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the remaining entries to prune.
         calibration: Data, model and loss.
         posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted
             already; of SpaM, or :func:`~torchprune_bayes.laplace.posterior_from_laplace`.
@@ -109,7 +109,7 @@ class OPD(PosteriorPruning):
         self.mode, self.smoothed = mode, smoothed
 
     def decide(self, space: ParameterSpace) -> Decision:
-        """Rank the live entries of ``space``.
+        """Rank the remaining entries of ``space``.
 
         Args:
             space: The tensors to prune, all in the posterior.
@@ -137,6 +137,6 @@ class OPD(PosteriorPruning):
         ranks = {}
         for name, dim in dims.items():
             finite = scores[name].clamp_max(torch.finfo(torch.float64).max / 4)
-            along, alive = (tensor.movedim(dim, -1) for tensor in (finite, masks[name]))
-            ranks[name] = self.pattern.ranks(along, alive).movedim(-1, dim)
+            along, remaining = (tensor.movedim(dim, -1) for tensor in (finite, masks[name]))
+            ranks[name] = self.pattern.ranks(along, remaining).movedim(-1, dim)
         return target.keep(0, ranks, masks)
