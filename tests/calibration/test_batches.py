@@ -18,13 +18,13 @@ from torch.utils.data import (
 )
 
 from torchprune_bayes.calibration._batches import (
-    SampleStream,
     batch_size,
     map_tensors,
     samples_in,
     sizes,
     tensors_in,
 )
+from torchprune_bayes.calibration._stream import SampleStream
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 
 

@@ -240,6 +240,29 @@ def test_tensors_of_another_model_are_refused() -> None:
 # Losses
 
 
+def test_a_calibration_follows_the_model_to_another_type() -> None:
+    model = mlp()
+    calibration = mlp_calibration(model)
+    assert collected(calibration).dtype == torch.float64
+    model.float()
+    data = [(inputs.float(), labels) for inputs, labels in mlp_data()]
+    after = mlp_calibration(model, data=data)
+    found = collected(after)
+    assert (after.dtype, found.dtype, calibration.dtype) == (torch.float32,) * 3
+    model.double()
+    assert after.dtype == torch.float64
+
+
+def test_layers_replaced_since_are_refused_by_every_pass() -> None:
+    model = mlp()
+    calibration = mlp_calibration(model)
+    collected(calibration)
+    model[3] = nn.Linear(7, CLASSES).double()
+    for use in (collected, Calibration.mean_gradient, lambda c: list(c.batches())):
+        with pytest.raises(AlignmentError, match="layer `3` that the model had"):
+            use(calibration)
+
+
 def test_another_loss_takes_the_same_samples() -> None:
     calibration = mlp_calibration()
     other = calibration.with_loss(lambda output, target: -2 * cross_entropy(output, target))

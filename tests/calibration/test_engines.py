@@ -3,9 +3,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, ctc_loss
+from torch.utils.checkpoint import checkpoint
 
 from tests.calibration.cases import CLASSES, collected, mlp_calibration, mlp_data
+from tests.contracts.state import unchanged
 from torchprune_bayes import Calibration
 from torchprune_bayes.errors import CalibrationError
 
@@ -19,7 +21,7 @@ class Branching(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         output = self.layer(inputs)
-        return -output if bool(output.sum() > 0) else output
+        return output if bool(output.isfinite().all()) else -output
 
 
 class _WrongUnderVmap(torch.autograd.Function):
@@ -114,3 +116,210 @@ def test_operations_that_vmap_loops_over_give_no_warning() -> None:
     assert vectorized.engine == "vmap"
     expected = collected(Calibration(model, data, cross_entropy, vectorize=False))
     torch.testing.assert_close(found, expected)
+
+
+# Gradients that are not
+
+
+class Checkpointed(nn.Module):
+    """A part that is computed again in the backward pass; its input needs no gradient."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.outer, self.reentrant = nn.Linear(8, CLASSES), reentrant
+
+    def part(self, hidden: Tensor) -> Tensor:
+        return self.inner(hidden).tanh()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = checkpoint(self.part, self.embedding(ids), use_reentrant=self.reentrant)
+        return self.outer(found.mean(1))
+
+
+class Plain(Checkpointed):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.outer(self.part(self.embedding(ids)).mean(1))
+
+
+def token_data(samples: int = 12) -> list[tuple[Tensor, Tensor]]:
+    source = torch.Generator().manual_seed(1)
+    ids = torch.randint(20, (samples, 5), generator=source)
+    return [(ids, torch.randint(CLASSES, (samples,), generator=source))]
+
+
+@pytest.mark.parametrize("vectorize", ["auto", False])
+@pytest.mark.parametrize("at_other_weights", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradients_through_checkpoints_are_those_without(
+    reentrant: bool, at_other_weights: bool, vectorize: bool | str
+) -> None:
+    model, twin = Checkpointed(reentrant=reentrant), Plain(reentrant=False)
+    calibration = Calibration(model, token_data(), cross_entropy, vectorize=vectorize)
+    expected = Calibration(twin, token_data(), cross_entropy, vectorize=False)
+    weights = None
+    if at_other_weights:
+        weights = {name: value.roll(1) for name, value in calibration.space.values().items()}
+    with unchanged(model):
+        found = collected(calibration, weights=weights)
+        mean = calibration.mean_gradient(weights)
+    torch.testing.assert_close(found, collected(expected, weights=weights))
+    torch.testing.assert_close(mean, expected.mean_gradient(weights))
+    assert found[:, :64].any()
+
+
+def test_checkpoints_of_the_caller_work_as_before() -> None:
+    collected(Calibration(Checkpointed(reentrant=True), token_data(), cross_entropy))
+    model = Checkpointed(reentrant=False)
+    calls: list[Tensor] = []
+    model.inner.register_forward_hook(lambda *_: calls.append(_[2]))
+    cross_entropy(model(token_data()[0][0]), token_data()[0][1]).backward()
+    assert len(calls) == 2  # once forward, once again
+
+
+class Cut(nn.Module):
+    """A layer that the loss depends on and autograd does not reach."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer, self.way = nn.Linear(5, 5), nn.Linear(5, CLASSES), way
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.way == "no_grad":
+            with torch.no_grad():
+                return self.outer(self.inner(inputs))
+        hidden = self.inner(inputs)
+        return self.outer(hidden.detach() if self.way == "detach" else _again(self.inner, inputs))
+
+
+class _Again(torch.autograd.Function):
+    """Computes a layer in the backward pass, as other libraries' checkpoints do."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layer(inputs)
+
+
+def _again(layer: nn.Module, inputs: Tensor) -> Tensor:
+    return _Again.apply(layer, inputs)
+
+
+@pytest.mark.parametrize("vectorize", ["auto", True, False])
+@pytest.mark.parametrize("way", ["no_grad", "detach", "function"])
+def test_weights_that_autograd_does_not_reach_are_refused(way: str, vectorize: Any) -> None:
+    model = Cut(way).double()
+    calibration = mlp_calibration(model, vectorize=vectorize)
+    names = "inner.weight, outer.weight" if way == "no_grad" else r"inner\.weight: the graph"
+    with unchanged(model), pytest.raises(CalibrationError, match=f"got none by {names}"):
+        collected(calibration)
+    if way == "detach" or (way == "function" and vectorize is not True):
+        alone = mlp_calibration(model, params=[(model.outer, "weight")], vectorize=vectorize)
+        assert collected(alone).any()
+
+
+class Routed(nn.Module):
+    """Experts that the first sample does not reach have gradients of zero, and are right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(5, CLASSES) for _ in range(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        places = (inputs[:, 0] * 10).long() % 3
+        found = [self.experts[int(place)](x) for place, x in zip(places, inputs, strict=True)]
+        return torch.stack(found)
+
+
+def test_weights_that_some_inputs_do_not_reach_are_no_fault() -> None:
+    calibration = mlp_calibration(Routed().double())
+    rows = collected(calibration).unflatten(1, (3, -1)).any(2)
+    assert (rows.sum(1) == 1).all()
+    assert rows.any(0).sum() > 1
+    assert str(calibration.engine).startswith("sequential (vmap fails")
+
+
+def ctc(output: Tensor, target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    return ctc_loss(output.transpose(0, 1), *target)
+
+
+def test_losses_whose_rows_differ_go_one_by_one() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 5), nn.LogSoftmax(-1)).double()
+    labels = torch.randint(1, 5, (4, 4))
+    target = labels, torch.full((4,), 12), torch.tensor([1, 2, 3, 4])
+    inputs = torch.randn(4, 12, 8, dtype=torch.float64)
+    calibration = Calibration(model, [(inputs, target)], ctc)
+    found = collected(calibration)
+    assert str(calibration.engine).startswith("sequential")
+    for index, row in enumerate(found):
+        one = slice(index, index + 1)
+        loss = ctc(model(inputs[one]), (labels[one], target[1][one], target[2][one]))
+        (expected,) = torch.autograd.grad(loss, [model[0].weight])
+        torch.testing.assert_close(row, expected.flatten())
+
+
+class Late(nn.Module):
+    """Looks at values of some samples alone, which are not the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.calls = nn.Linear(5, CLASSES), [0]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls[0] += 1
+        if self.calls[0] > 25:  # past the samples by which the engine is chosen
+            assert inputs.isfinite().all()
+        return self.layer(inputs)
+
+
+def test_vmap_that_fails_later_on_gives_way_to_the_loop() -> None:
+    model = Late().double()
+    options: dict[str, Any] = {"check_deterministic": False, "memory_mb": 0.005}
+    calibration = mlp_calibration(model, data=mlp_data((20, 30)), **options)
+    found = collected(calibration)
+    assert str(calibration.engine).startswith("sequential (vmap fails: vmap:")
+    model.calls[0] = 0
+    expected = mlp_calibration(model, data=mlp_data((20, 30)), vectorize=False, **options)
+    assert torch.equal(found, collected(expected))
+
+
+class Unlike(nn.Module):
+    """Raises an error of its own under vmap, and only there."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.layer, self.error = nn.Linear(5, CLASSES), error
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if torch._C._functorch.is_gradtrackingtensor(self.layer.weight):
+            raise self.error
+        return self.layer(inputs)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no memory"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        CalibrationError("one of our own"),
+        KeyError("a mistake in the model"),
+    ],
+)
+def test_only_errors_of_vmap_itself_are_caught(error: Exception) -> None:
+    with pytest.raises(type(error), match=r"memory|own|mistake"):
+        collected(mlp_calibration(Unlike(error).double()))
+
+
+def test_errors_of_the_model_are_raised_as_they_are() -> None:
+    class Broken(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            raise RuntimeError("a mistake in the model")
+
+    with pytest.raises(RuntimeError, match="a mistake in the model"):
+        collected(mlp_calibration(Broken(5, CLASSES).double(), check_deterministic=False))

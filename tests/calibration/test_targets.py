@@ -43,7 +43,7 @@ def test_draws_follow_the_models_predictions() -> None:
     model = mlp()
     x = mlp_data((1,))[0][0]
     data = [(x.expand(2000, -1), torch.zeros(2000, dtype=torch.long))]
-    calibration = mlp_calibration(model, data=data, fisher="true")
+    calibration = mlp_calibration(model, data=data, fisher="true", num_samples="all")
     counts = labels_of(calibration.fisher_batches()).bincount(minlength=CLASSES)
     expected = 2000 * model.eval()(x).softmax(-1)[0].detach()
     chi_square = float(((counts - expected).square() / expected).sum())
@@ -83,7 +83,7 @@ def test_labels_are_drawn_where_the_loss_compares_them(shifted: bool) -> None:
     torch.manual_seed(0)
     model, samples = LanguageModel(shifted=shifted), 3000
     data = language_data(samples)
-    calibration = Calibration(model, data, fisher="true")
+    calibration = Calibration(model, data, fisher="true", num_samples="all")
     drawn = labels_of(calibration.fisher_batches())
     ids = data[0]["ids"][:1]
     predicted = model(ids, ids).logits.softmax(-1)[0].detach()

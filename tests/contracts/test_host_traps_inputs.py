@@ -113,8 +113,11 @@ def parametrized() -> tuple[nn.Module, str]:
 @pytest.mark.parametrize(
     ("pair", "error"),
     [
-        ((nn.Linear(2, 2, bias=False), "bias"), "Expected a parameter `0.bias`, got none"),
-        ((nn.Linear(2, 2), "wieght"), "Expected a parameter `0.wieght`, got none"),
+        (
+            (nn.Linear(2, 2, bias=False), "bias"),
+            r"a parameter `params\[0\].bias`, got none",
+        ),
+        ((nn.Linear(2, 2), "wieght"), r"a parameter `params\[0\].wieght`, got none"),
         (parametrized(), "got the parametrized"),
         ((nn.BatchNorm1d(2), "running_mean"), "got none in BatchNorm1d"),
     ],

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import signal
+import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 PROCESSES = 2
+KILLS = 20
 fresh = multiprocessing.get_context("forkserver")
 # What is imported late, at the first gradient, takes seconds in every process otherwise.
 _IMPORTED = ["torch._dynamo", "torch.distributed.tensor", "accelerate", "transformers"]
@@ -67,3 +72,25 @@ def forget_accelerator() -> None:
     """Undo what accelerate remembers of earlier accelerators of this process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+def wait_for(progress: Any, wanted: int, process: BaseProcess) -> None:
+    while progress.value < wanted and process.is_alive():
+        time.sleep(1e-4)
+
+
+def kill_often(target: Callable[..., Any], args: tuple[Any, ...], progress: Any, every: int) -> int:
+    """Start ``target`` again and again and kill it within its next ``every`` steps."""
+    kills = 0
+    while kills < KILLS:
+        process = fresh.Process(target=target, args=args)
+        process.start()
+        wait_for(progress, progress.value + random.randrange(1, every), process)
+        time.sleep(random.random() * 0.004)  # so that it is hit anywhere in a step, saving included
+        process.kill()
+        process.join()
+        if process.exitcode == 0:  # it was done before
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    return kills

@@ -1,23 +1,19 @@
 from __future__ import annotations
 
-import random
-import signal
-import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel
 
-from tests.integrations.processes import fresh
-from torchprune_bayes import Calibration, EmpiricalFisher, GradualPruner, cubic
+from tests.contracts.state import snapshot, unchanged
+from tests.integrations.processes import KILLS, fresh, kill_often
+from torchprune_bayes import Calibration, GradualPruner, cubic
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.integrations._checkpoints import (
     check_zeros,
@@ -26,16 +22,13 @@ from torchprune_bayes.integrations._checkpoints import (
     save_pruner,
 )
 from torchprune_bayes.integrations.resume import (
-    CheckpointedCalibration,
     ResumableShrink,
     load_training,
     save_training,
 )
 from torchprune_bayes.structured import L1FilterImportance
 
-KILLS = 20
 STEPS = 200
-ONE_AT_A_TIME = 1e-3  # MiB, less than two gradients take
 
 
 def data(seed: int, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -78,28 +71,6 @@ def train(path: Path, done: Any, mode: str = "zeros", stop: int = STEPS) -> dict
     return found
 
 
-def wait_for(progress: Any, wanted: int, process: BaseProcess) -> None:
-    while progress.value < wanted and process.is_alive():
-        time.sleep(1e-4)
-
-
-def kill_often(target: Callable[..., Any], args: tuple[Any, ...], progress: Any, every: int) -> int:
-    """Start ``target`` again and again and kill it within its next ``every`` steps."""
-    kills = 0
-    while kills < KILLS:
-        process = fresh.Process(target=target, args=args)
-        process.start()
-        wait_for(progress, progress.value + random.randrange(1, every), process)
-        time.sleep(random.random() * 0.004)  # so that it is hit anywhere in a step, saving included
-        process.kill()
-        process.join()
-        if process.exitcode == 0:  # it was done before
-            break
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
-    return kills
-
-
 @pytest.mark.parametrize("mode", ["zeros", "hooks"])
 def test_killed_and_started_again_ends_in_the_same_masks_and_weights(
     tmp_path: Path, mode: str
@@ -117,80 +88,6 @@ def test_killed_and_started_again_ends_in_the_same_masks_and_weights(
         assert torch.equal(again["pruner"].masks[name], mask)
     for name, value in whole["model"].state_dict().items():
         assert torch.equal(again["model"].state_dict()[name], value)
-
-
-def collect(folder: Path, done: Any, path: Path) -> None:
-    torch.set_num_threads(1)
-    calibration = checkpointed(folder, memory_mb=ONE_AT_A_TIME)
-    rows = []
-    for part in calibration.gradients():
-        rows.append(part)
-        done.value += 1
-        time.sleep(1e-3)  # as a large model would take
-    save_file({"rows": torch.cat(rows)}, path)
-
-
-class Counted(nn.Sequential):
-    forwards = 0
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        type(self).forwards += 1
-        return super().forward(inputs)
-
-
-def checkpointed(folder: Path, memory_mb: float = 1024.0) -> CheckpointedCalibration:
-    torch.manual_seed(0)
-    model = Counted(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    return CheckpointedCalibration(
-        folder,
-        model,
-        [data(seed) for seed in range(8)],
-        cross_entropy,
-        mini_batch=2,
-        memory_mb=memory_mb,
-    )
-
-
-def test_a_killed_collection_of_gradients_goes_on(tmp_path: Path) -> None:
-    counter = fresh.Value("i", 0)
-    plain = Calibration(
-        checkpointed(tmp_path).model,
-        [data(seed) for seed in range(8)],
-        cross_entropy,
-        mini_batch=2,
-        memory_mb=ONE_AT_A_TIME,  # other batches round differently
-    )
-    args = (tmp_path / "kept", counter, tmp_path / "rows")
-    assert kill_often(collect, args, counter, every=6) > 3
-    collect(*args)
-    assert torch.equal(load_file(tmp_path / "rows")["rows"], torch.cat(list(plain.gradients())))
-
-
-def test_kept_gradients_are_not_computed_again(tmp_path: Path) -> None:
-    calibration = checkpointed(tmp_path)
-    fisher = EmpiricalFisher(damping=0.1).fit(calibration)
-    Counted.forwards = 0
-    again = EmpiricalFisher(damping=0.1).fit(checkpointed(tmp_path))
-    assert Counted.forwards == 0
-    assert torch.equal(fisher.inverse_diagonal(), again.inverse_diagonal())
-
-
-def test_other_weights_masks_and_draws_are_other_gradients(tmp_path: Path) -> None:
-    calibration = checkpointed(tmp_path)
-    list(calibration.gradients())
-    moved = {name: value + 1 for name, value in calibration.space.values().items()}
-    masks = {name: torch.rand(value.shape) > 0.5 for name, value in moved.items()}
-    seen = calibration.with_space(calibration.space.with_masks(masks))
-    for other, weights in ((calibration, moved), (seen, None), (calibration.fresh(1), None)):
-        Counted.forwards = 0
-        plain = Calibration.gradients(other, weights)
-        assert all(map(torch.equal, other.gradients(weights), plain))
-        assert Counted.forwards > 0
-
-
-def test_refuses_labels_drawn_along_the_way(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="true"):
-        CheckpointedCalibration(tmp_path, nn.Linear(2, 2), [], cross_entropy, fisher="true")
 
 
 def shrinkable() -> dict[str, Any]:
@@ -242,6 +139,72 @@ def test_refuses_other_parts(tmp_path: Path) -> None:
         load_training(tmp_path / "last.pt", model=found["model"])
 
 
+class Failing:
+    """A part whose state does not load, after all others."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None:
+        raise RuntimeError("does not load")
+
+
+@pytest.mark.parametrize("mode", ["zeros", "hooks"])
+def test_a_part_that_does_not_load_leaves_all_others(tmp_path: Path, mode: str) -> None:
+    saved: dict[str, Any] = train(tmp_path / "run.pt", fresh.Value("i", 0), mode, stop=30)
+    save_training(tmp_path / "last.pt", step=30, **saved, failing=Failing())
+    found = parts(mode, seed=4)
+    pruner = found["pruner"].state_dict()
+    with (
+        unchanged(found["model"], found["optimizer"]),
+        pytest.raises(ArgumentError, match="does not load"),
+    ):
+        load_training(tmp_path / "last.pt", **found, failing=Failing())
+    assert found["pruner"].state_dict() == pruner
+
+
+@pytest.mark.parametrize("saved_at", [4, 8])
+def test_cuts_are_undone_when_another_part_does_not_load(tmp_path: Path, saved_at: int) -> None:
+    whole = shrinkable()
+    train_and_shrink(whole, 0, saved_at)
+    save_training(tmp_path / "last.pt", step=saved_at, **whole, failing=Failing())
+    found = shrinkable()
+    with (
+        unchanged(found["model"], found["optimizer"]),
+        unchanged(found["average"]),
+        pytest.raises(ArgumentError, match="does not load"),
+    ):
+        load_training(tmp_path / "last.pt", **found, failing=Failing())
+    save_training(tmp_path / "last.pt", step=saved_at, **whole)
+    assert load_training(tmp_path / "last.pt", **found) == saved_at
+    assert found["model"][0].out_features < 12
+
+
+def test_damaged_and_foreign_files_are_one_sentence(tmp_path: Path) -> None:
+    found = parts()
+    path = tmp_path / "last.pt"
+    save_training(path, step=1, **found)
+    content = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    flipped = [
+        content[:place] + bytes([content[place] ^ 32]) + content[place + 1 :]
+        for place in torch.randint(len(content), (40,), generator=generator).tolist()
+    ]
+    for damaged in (b"", b"text", content[:-40], content[: len(content) // 2], *flipped):
+        path.write_bytes(damaged)
+        model, optimizer = found["model"], found["optimizer"]
+        before, refused = snapshot(model, optimizer), False
+        try:
+            load_training(path, **found)
+        except ArgumentError:  # no other kind
+            refused = True
+        assert not refused or snapshot(model, optimizer) == before
+        found = parts()
+    torch.save({"parts": {}}, path)
+    with pytest.raises(ArgumentError, match="a training"):
+        load_training(path, **parts())
+
+
 def test_the_file_of_a_pruner_is_checked(tmp_path: Path) -> None:
     found = train(tmp_path / "last.pt", fresh.Value("i", 0), stop=30)
     path = tmp_path / "masks.safetensors"
@@ -260,5 +223,5 @@ def test_the_file_of_a_pruner_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="on record"):
         read_pruner(path)
     save_file(masks, path)
-    with pytest.raises(ArgumentError, match="record"):
+    with pytest.raises(ArgumentError, match="masks of a pruner"):
         read_pruner(path)

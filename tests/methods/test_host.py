@@ -282,6 +282,21 @@ def test_masks_go_between_wrapped_and_plain_models(tmp_path):
     assert list(import_masks(mlp(), tmp_path / "again")) == ["0.weight", "2.weight"]
 
 
+@pytest.mark.parametrize("content", [b"", b"no masks", None])
+def test_files_that_hold_no_masks_are_one_sentence(tmp_path, content):
+    model = pruned_mlp()
+    export_masks(model, tmp_path / "masks")
+    whole = (tmp_path / "masks").read_bytes()
+    (tmp_path / "masks").write_bytes(whole[:-3] if content is None else content)
+    fresh = mlp()
+    with unchanged(fresh), pytest.raises(ArgumentError, match=r"Expected masks in .*masks, got"):
+        import_masks(fresh, tmp_path / "masks")
+    with unchanged(fresh), pytest.raises(ArgumentError, match="got no such file"):
+        import_masks(fresh, tmp_path / "none")
+    with pytest.raises(ArgumentError, match="Expected to write"):
+        export_masks(model, tmp_path / "none" / "masks")
+
+
 def test_masks_of_tied_tensors_survive_a_file(tmp_path):
     def tied() -> nn.Sequential:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from tests.methods.sensitivity_cases import calibration_on, chain, conv_net, data_for
 from tests.references.sensitivity import gate_gradients, ones_like, weights_of
 from torchprune_bayes import prune_global
-from torchprune_bayes.errors import ArgumentTypeError
+from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 from torchprune_bayes.methods import SNIP, IterativeSNIP
 
 
@@ -76,13 +76,13 @@ def test_by_layer_each_tensor_reaches_its_share():
     assert [int(mask.sum()) for mask in decision.masks.values()] == [48, 30]
 
 
-def test_a_network_without_gradients_is_pruned_by_index():
+def test_a_network_without_gradients_is_refused():
     model, data = chain(4, 6, 3), data_for(5, 4, classes=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    decision = prune_global(None, SNIP, amount=24, calibration=calibration_on(model, data))
-    assert [int(mask.sum()) for mask in decision.masks.values()] == [0, 18]
+    with pytest.raises(CalibrationError, match="zeros alone"):
+        prune_global(None, SNIP, amount=24, calibration=calibration_on(model, data))
 
 
 def test_needs_data():

@@ -10,13 +10,16 @@ from torchprune_bayes.calibration._batches import (
     sizes,
 )
 from torchprune_bayes.calibration._functional import LossFunction, preserved
-from torchprune_bayes.calibration.calibration import Calibration, MeanLoss
+from torchprune_bayes.calibration._held_out import MeanLoss
+from torchprune_bayes.calibration.calibration import Calibration
+from torchprune_bayes.calibration.checkpointed import CheckpointedCalibration
 from torchprune_bayes.calibration.labels import IGNORED, LabelLayout, layout_of
 
 __all__ = [
     "IGNORED",
     "Batch",
     "Calibration",
+    "CheckpointedCalibration",
     "LabelLayout",
     "LossFunction",
     "MeanLoss",

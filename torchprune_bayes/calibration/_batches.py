@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, islice, repeat
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchprune_bayes.calibration._randomness import IsolatedRandomness
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 
 Batch = Any
@@ -127,106 +126,10 @@ def sizes(total: int, size: int) -> Iterator[int]:
         yield total % size
 
 
-class SampleStream:
-    """The data, drawn the same way on every pass.
-
-    Args:
-        data: Any iterable of batches. One that can be iterated only once (an iterator) is kept
-            in memory as far as it was drawn.
-        seed: Seeds all generators while batches are drawn, those of a ``DataLoader`` included.
-        device: The device whose generator is seeded beside the CPU's.
-    """
-
-    def __init__(self, data: Iterable[Batch], seed: int, device: torch.device | None) -> None:
-        if not isinstance(data, Iterable):
-            raise ArgumentTypeError(
-                f"Expected `data` to be an iterable of batches, got {type(data).__name__}."
-            )
-        self.data = _Replayed(data) if isinstance(data, Iterator) else data
-        self.seed = seed
-        self.device = device
-
-    def reseeded(self, seed: int) -> SampleStream:
-        """The same data, drawn in another way."""
-        return SampleStream(self.data, seed, self.device)
-
-    def pieces(self, group_sizes: Iterable[int]) -> Iterator[list[Batch]]:
-        """Cut the stream into consecutive groups of ``group_sizes`` samples.
-
-        A group that spans several batches comes as several pieces, because batches that were
-        padded to different lengths cannot be joined.
-
-        Yields:
-            One list of pieces per size; the last one may hold fewer samples if the data ends.
-        """
-        yield from grouped(self._batches(), group_sizes)
-
-    def count(self) -> int:
-        """Number of samples in the data, found by drawing them all once."""
-        return samples_in(self._batches())
-
-    def following(self, skipped: int, wanted: int, size: int, room_bytes: float) -> list[Batch]:
-        """Draw the samples after the first ``skipped`` ones, as far as they fit, at least one.
-
-        Args:
-            skipped: Samples to pass over.
-            wanted: Samples to return at most.
-            size: Largest batch.
-            room_bytes: Size of all returned batches at most, save of the first sample.
-        """
-        before = list(sizes(skipped, size))
-        groups = self.pieces(chain(before, sizes(wanted, size)))
-        kept: list[Batch] = []
-        for pieces in islice(groups, len(before), None):
-            batch = joined(pieces)
-            for part in pieces if batch is None else [batch]:
-                sample_bytes = sum(tensor.nbytes for tensor in tensors_in(part)) / batch_size(part)
-                fitting = max(int(room_bytes / sample_bytes), 0 if kept else 1)
-                if fitting:
-                    kept.append(cut(part, 0, fitting))
-                if fitting < batch_size(part):
-                    return kept
-                room_bytes -= batch_size(part) * sample_bytes
-        return kept
-
-    def _batches(self) -> Iterator[Batch]:
-        # All generators are swapped in only while a batch is drawn, so that a pass that is left
-        # half-way, in whatever manner, has nothing to put back.
-        randomness = IsolatedRandomness(self.seed, self.device, _generators_of(self.data))
-        with randomness:
-            batches = iter(self.data)
-        while True:
-            with randomness:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-            yield batch
-
-
-def _generators_of(data: Any) -> list[torch.Generator]:
-    batch_sampler = getattr(data, "batch_sampler", None)
-    nested = [getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
-    owners = [data, getattr(data, "sampler", None), batch_sampler, *nested]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-class _Replayed:
-    """An iterator's items, kept as they are drawn so that they can be drawn again."""
-
-    def __init__(self, iterator: Iterator[Batch]) -> None:
-        self._iterator = iterator
-        self._kept: list[Batch] = []
-
-    def __iter__(self) -> Iterator[Batch]:
-        index = 0  # rather than an iterator of the list, because passes may be interleaved
-        while index < len(self._kept) or self._draw():
-            yield self._kept[index]
-            index += 1
-
-    def _draw(self) -> bool:
-        for item in self._iterator:
-            self._kept.append(item)
-            return True
-        return False
+def same_tensors(first: Batch, second: Batch) -> bool:
+    """Whether two batches hold the same tensors; NaN equals NaN."""
+    ours, others = tensors_in(first), tensors_in(second)
+    return len(ours) == len(others) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+        for a, b in zip(ours, others, strict=True)
+    )

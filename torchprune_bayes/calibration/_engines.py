@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from torchprune_bayes.calibration._batches import Batch, batch_size, grouped, joined, map_tensors
+from torchprune_bayes.calibration._batches import (
+    Batch,
+    batch_size,
+    cut,
+    grouped,
+    joined,
+    map_tensors,
+)
 from torchprune_bayes.calibration._functional import FunctionalModel
-from torchprune_bayes.errors import CalibrationError
+from torchprune_bayes.errors import CalibrationError, TorchPruneBayesError
 
 logger = logging.getLogger("torchprune_bayes")
 
@@ -77,11 +86,11 @@ def _of_whole_mini_batches(pieces: list[Batch], mini_batch: int) -> list[Batch]:
 
 
 def choose_engine(
-    functional: FunctionalModel, wanted: bool | str, sample: Batch, mini_batch: int = 1
+    functional: FunctionalModel, wanted: bool | str, pieces: list[Batch], mini_batch: int = 1
 ) -> Engine:
     """Choose how to compute one gradient per sample or mini-batch.
 
-    vmap is taken where it runs and gives, on one real sample, the gradient that plain autograd
+    vmap is taken where it runs and gives, on two real samples, the gradients that plain autograd
     gives. From about eight samples at a time on it is up to ten times as fast as a loop for small
     layers, and about as fast for wide ones, convolutions on a CPU included. A whole mini-batch
     keeps a convolution busy by itself, and faster than vmap does.
@@ -89,41 +98,84 @@ def choose_engine(
     Args:
         functional: The model.
         wanted: ``"auto"``, ``True`` or ``False``.
-        sample: One sample, as a batch of one.
+        pieces: A few samples.
         mini_batch: Samples of a gradient.
 
     Raises:
-        CalibrationError: If vmap is wanted and fails.
+        CalibrationError: If vmap is wanted and fails, or the loss depends on weights by which
+            autograd has no gradient.
     """
+    leaves, constants = functional.bind(None, functional.space.names)
+    samples = _two_samples(pieces)
+    _refuse_unreached(functional.unreached(leaves, constants, samples[0]))
     if wanted is False:
         return Engine("sequential (vectorize=False)")
     if mini_batch > 1 and wanted == "auto" and _has_convolutions(functional.model):
         return Engine("sequential (mini-batches through convolutions)")
-    leaves, constants = functional.bind(None, functional.space.names)
-    sample = map_tensors(sample, Tensor.clone)  # its storage is measured, not the whole batch's
+    # Plain autograd first: what is wrong with the model itself is raised as it is.
+    measured = [
+        _with_saved_bytes(
+            partial(functional.mean_gradients, leaves, constants, [sample]), {**leaves, **constants}
+        )
+        for sample in samples
+    ]
+    rows = map_tensors(joined(samples), lambda tensor: tensor.unsqueeze(1))
     try:
-        batched = functional.row_gradients(leaves, constants, _two_rows_of(sample))
-    except Exception as error:  # of any kind; what is wrong with the model itself shows in the loop
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        batched = functional.row_gradients(leaves, constants, rows)
+    except RuntimeError as error:
         if wanted is True:
             raise CalibrationError(
-                f"Expected a model that vmap can run for vectorize=True, got: {reason}"
+                f"Expected a model that vmap can run for vectorize=True, got: {reason_of(error)}"
             ) from error
-        logger.info("Per-sample gradients one by one, because vmap fails here: %s", reason)
-        return Engine(f"sequential (vmap fails: {reason})")
-    exact, activation_bytes = _with_saved_bytes(
-        lambda: functional.mean_gradients(leaves, constants, [sample]), {**leaves, **constants}
-    )
-    difference = _relative_difference({name: rows[1] for name, rows in batched.items()}, exact)
+        return sequential_because(error)
+    differences = [
+        _relative_difference({name: found[row] for name, found in batched.items()}, exact)
+        for row, (exact, _) in enumerate(measured)
+    ]
+    difference = max(d for d in (*differences, 0.0) if not math.isnan(d))
     if difference > _AGREEMENT[functional.dtype]:
         logger.info("Per-sample gradients one by one: vmap differs by %.1e.", difference)
         return Engine(f"sequential (vmap differs by {difference:.1e})")
+    activation_bytes = max(size for _, size in measured)
     return Engine("vmap", vectorized=True, activation_bytes=activation_bytes)
 
 
-def _two_rows_of(sample: Batch) -> Batch:
-    # Two equal rows, not one: a batch dimension of one hides broadcasting mistakes.
-    return map_tensors(sample, lambda tensor: torch.stack([tensor, tensor]))
+def sequential_because(error: RuntimeError) -> Engine:
+    """The loop, in the place of a vmap that has raised ``error``.
+
+    Raises:
+        RuntimeError: The error, if it does not come of vmap: memory that ran out, for one.
+    """
+    out_of_memory = "memory" in str(error) and "allocate" in str(error)
+    if out_of_memory or isinstance(error, (torch.OutOfMemoryError, TorchPruneBayesError)):
+        raise error
+    logger.info("Gradients one by one, because vmap fails here: %s", reason_of(error))
+    return Engine(f"sequential (vmap fails: {reason_of(error)})")
+
+
+def reason_of(error: Exception) -> str:
+    """The first words of an error."""
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
+def _two_samples(pieces: list[Batch]) -> list[Batch]:
+    """Two samples as batches of one, with storage of their own, whose size is measured.
+
+    Unlike ones where they can be joined, because losses may run on equal rows alone; one sample
+    twice where there is no other, because a batch dimension of one hides broadcasting mistakes.
+    """
+    batch = joined(pieces) or pieces[0]
+    two = [cut(batch, 0, 1), cut(batch, 1, 2) if batch_size(batch) > 1 else cut(batch, 0, 1)]
+    return [map_tensors(sample, Tensor.clone) for sample in two]
+
+
+def _refuse_unreached(names: list[str]) -> None:
+    if names:
+        raise CalibrationError(
+            f"Expected gradients by all weights that the loss depends on, got none by "
+            f"{', '.join(names)}: the graph is cut there (detach, no_grad, a part that is computed "
+            "again in the backward pass). Mend it, or leave these weights out of `params`."
+        )
 
 
 def _has_convolutions(model: nn.Module) -> bool:

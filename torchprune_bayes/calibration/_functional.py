@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from torchprune_bayes.calibration._batches import Batch, batch_size
+from torchprune_bayes.calibration._checkpointing import without_checkpoints
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 
@@ -45,22 +46,40 @@ class FunctionalModel:
     Args:
         space: The tensors whose values can be given; keys below are their qualified names.
         loss_fn: ``loss_fn(output, target) -> scalar mean loss``; ``None`` takes ``output.loss``.
-        device: Where to compute; the model itself stays where it is.
+        device: Where to compute; the model itself stays where it is. ``None`` computes where the
+            model is, and follows it.
 
     Half-precision weights, buffers and inputs are computed with in float32.
     """
 
     def __init__(
-        self, space: ParameterSpace, loss_fn: LossFunction | None, device: torch.device
+        self,
+        space: ParameterSpace,
+        loss_fn: LossFunction | None,
+        device: torch.device | None = None,
     ) -> None:
         if loss_fn is not None and not callable(loss_fn):
             raise ArgumentTypeError(f"Expected `loss_fn` to be callable, got {loss_fn!r}.")
         self.space = space
         self.model = space.model
         self.loss_fn = loss_fn
-        self.device = device
-        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        self.dtype = torch.float64 if dtypes == {torch.float64} else torch.float32
+        self._device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation: float64 for a model that is in float64 now, else float32."""
+        found = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        doubles = (dtype == torch.float64 for dtype in found)
+        return torch.float64 if all(doubles) else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return self.space[0].leaf.device if self._device is None else self._device
+
+    def of(self, space: ParameterSpace, loss_fn: LossFunction | None) -> FunctionalModel:
+        """The same place for other tensors or another loss."""
+        return FunctionalModel(space, loss_fn, self._device)
 
     def move(self, tensor: Tensor) -> Tensor:
         """Detach a tensor, on the device and, if it is a float, in the dtype of the computation."""
@@ -126,7 +145,7 @@ class FunctionalModel:
         state = {**constants, **{leaf_names[name]: leaf for name, leaf in leaves.items()}}
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with _uncompiled():
+            with _uncompiled(), without_checkpoints():
                 return functional_call(self.model, state, args, kwargs)
 
         if isinstance(batch, Mapping):
@@ -171,14 +190,52 @@ class FunctionalModel:
         for piece in pieces:
             with torch.enable_grad():
                 loss = self.loss(trainable, constants, piece) * (batch_size(piece) / samples)
-                # A weight that this input does not reach has a gradient of zero.
-                found = torch.autograd.grad(loss, list(trainable.values()), materialize_grads=True)
-            for name, gradient in zip(trainable, found, strict=True):
+            for name, gradient in _gradients(loss, trainable).items():
+                gradient = torch.zeros_like(trainable[name]) if gradient is None else gradient
                 total[name] = total[name] + gradient if name in total else gradient
         return total
 
+    def unreached(
+        self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
+    ) -> list[str]:
+        """Names of leaves that the loss of a batch depends on and has no gradient by.
+
+        Somewhere the graph is cut: ``detach``, ``no_grad``, or a part that is computed again in
+        the backward pass. Found by moving all leaves without a gradient, each entry by its own
+        share, which changes nothing where the input just does not reach them.
+        """
+        trainable = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+        with torch.enable_grad():
+            loss = self.loss(trainable, constants, batch)
+        missing = [name for name, g in _gradients(loss, trainable).items() if g is None]
+        if not missing:
+            return []
+        with torch.no_grad():
+            again = self.loss(leaves, constants, batch)
+            moved = {name: _moved(leaves[name]) for name in missing}
+            other = self.loss({**leaves, **moved}, constants, batch)
+        # A loss that is not the same again is no sign; nor is one that is not finite.
+        depends = bool(again == loss) and bool((other - loss).abs() > 1e-5 * loss.abs())
+        return missing if depends else []
+
     def _leaf_names(self) -> dict[str, str]:
         return {tensor.name: tensor.leaf_name for tensor in self.space}
+
+
+def _gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradients by the leaves; ``None`` where the loss is not computed from one."""
+    if not loss.requires_grad:
+        return dict.fromkeys(leaves)
+    return dict(
+        zip(
+            leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True
+        )
+    )
+
+
+def _moved(value: Tensor) -> Tensor:
+    shares = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device)
+    return value * shares.view_as(value) + 1e-2 * value.abs().mean() + 1e-3
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

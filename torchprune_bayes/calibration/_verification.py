@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes.calibration._batches import Batch, map_tensors, tensors_in
+from torchprune_bayes.calibration._batches import Batch, map_tensors, same_tensors
 from torchprune_bayes.calibration._functional import FunctionalModel, preserved
 from torchprune_bayes.calibration._randomness import IsolatedRandomness
 from torchprune_bayes.errors import ArgumentError, CalibrationError, CalibrationWarning
 
+_MOSTLY_ZERO = 2  # warned of from one in so many informative gradients on
 
-def check_num_samples(num_samples: int | None, mini_batch: int) -> None:
+
+def check_num_samples(num_samples: int | str | None, mini_batch: int) -> None:
     """Refuse a number of samples that is not a number of complete mini-batches."""
-    if num_samples is None:
+    if num_samples is None or num_samples == "all":
         return
     check_count("num_samples", num_samples)
+    assert isinstance(num_samples, int)
     if num_samples % mini_batch:
         raise ArgumentError(
             f"Expected `num_samples` to be a multiple of mini_batch={mini_batch}, "
@@ -36,6 +39,63 @@ def check_finite_gradients(gradients: Mapping[str, Tensor]) -> None:
             f"Expected finite gradients, got NaN or infinite ones in {', '.join(bad)}: "
             "check the loss, the data and the weights."
         )
+
+
+class InformationCheck:
+    """Counts the gradients of one pass that are exactly zero.
+
+    Args:
+        mini_batch: Samples of a gradient.
+    """
+
+    def __init__(self, mini_batch: int) -> None:
+        self._mini_batch = mini_batch
+        self._rows = 0
+        self._informative: Tensor | int = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Look at gradients ``[rows, entries]``; nothing is read back from the device."""
+        self._rows += len(rows)
+        self._informative = self._informative + rows.any(dim=1).sum()
+
+    def finish(self, *, warned: bool) -> bool:
+        """Refuse gradients that are all zero, and warn where most are.
+
+        Args:
+            warned: Whether it was warned of before.
+
+        Returns:
+            Whether it was warned of by now.
+
+        Raises:
+            CalibrationError: If all are zero.
+        """
+        informative = int(self._informative)
+        if self._rows and not informative:
+            refuse_zero_gradients(f"all {self._rows}")
+        if warned or informative * _MOSTLY_ZERO > self._rows:
+            return warned
+        warn(
+            f"{self._rows - informative} of {self._rows} gradients are exactly zero, so that as "
+            "many samples say nothing: no label of theirs counts, or the loss compares samples "
+            f"with one another and needs `mini_batch` above {self._mini_batch}.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+        return True
+
+
+def refuse_zero_gradients(which: str) -> None:
+    """Refuse gradients by which nothing can be decided.
+
+    Raises:
+        CalibrationError: Always.
+    """
+    raise CalibrationError(
+        f"Expected gradients that tell weights apart, got zeros alone in {which}: the loss does "
+        "not depend on the weights, no label counts, or it compares the samples of a batch with "
+        "one another, which takes a larger `mini_batch`."
+    )
 
 
 class RepeatCheck:
@@ -67,7 +127,7 @@ class RepeatCheck:
         if self._first is None:
             self._first = map_tensors(sample, Tensor.clone)
             self._compare("model", sample)
-        elif not _same_tensors(self._first, sample):
+        elif not same_tensors(self._first, sample):
             self._compare("data", sample)
 
     def _compare(self, what: str, sample: Batch) -> None:
@@ -89,11 +149,3 @@ class RepeatCheck:
                 CalibrationWarning,
                 stacklevel=2,
             )
-
-
-def _same_tensors(first: Batch, second: Batch) -> bool:
-    ours, others = tensors_in(first), tensors_in(second)
-    return len(ours) == len(others) and all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-        for a, b in zip(ours, others, strict=True)
-    )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +15,38 @@ from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration._batches import (
     Batch,
-    SampleStream,
     batch_size,
     cut,
     map_tensors,
     samples_in,
     sizes,
 )
-from torchprune_bayes.calibration._engines import Engine, choose_engine
 from torchprune_bayes.calibration._functional import FunctionalModel, LossFunction, preserved
+from torchprune_bayes.calibration._held_out import HeldOutSamples, MeanLoss
+from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES, warn_unless_mean
 from torchprune_bayes.calibration._randomness import IsolatedRandomness
+from torchprune_bayes.calibration._rows import GradientRows
+from torchprune_bayes.calibration._stream import SampleStream
 from torchprune_bayes.calibration._targets import FisherTargets
 from torchprune_bayes.calibration._verification import (
+    InformationCheck,
     RepeatCheck,
     check_finite_gradients,
     check_num_samples,
+    refuse_zero_gradients,
 )
 from torchprune_bayes.calibration.labels import IGNORED
 from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import ParameterPairs
 
+logger = logging.getLogger("torchprune_bayes")
+
+_DEFAULT_GRADIENTS = 1024
 _HELD_OUT_SAMPLES = 2000
 _EVALUATION_BATCH = 512
 _FORWARD_BATCH_CPU = 128  # activations stay in the caches: twice as fast with a ResNet-20
-
-
-@dataclass(frozen=True)
-class MeanLoss:
-    """A mean loss, over how many samples, and whether gradients were taken from these."""
-
-    value: float
-    samples: int
-    in_sample: bool
 
 
 class Calibration:
@@ -65,8 +63,11 @@ class Calibration:
             the same one every time.
         loss_fn: ``loss_fn(output, target)`` with mean reduction. For mappings the default is the
             model's own loss; a given one is called as ``loss_fn(output.logits, batch["labels"])``.
+            It must be the mean of the losses of the samples, or ``mini_batch`` large: what weights
+            or compares the samples of a batch is lost in gradients of single ones, and warned of.
         params: ``(module, name)`` pairs, see :class:`~torchprune_bayes.params.ParameterSpace`.
-        num_samples: Samples to take gradients from; ``None`` takes all.
+        num_samples: Samples to take gradients from; by default those of 1024 gradients, or all if
+            the data have fewer. ``"all"`` takes all, however many.
         mini_batch: Samples averaged into one gradient (the papers' fisher mini-batch size m).
         seed: Seeds the drawing of samples and labels.
         fisher: ``"empirical"`` uses the data's labels, ``"true"`` draws labels from the model's
@@ -74,7 +75,7 @@ class Calibration:
         ignore_index: Label without a term in the loss, for all that counts or draws labels: the
             true Fisher, :class:`~torchprune_bayes.LayerCurvature` and what is made of it.
         vectorize: ``"auto"``, or force (``True``) or forbid (``False``) ``torch.func.vmap``.
-        device: Where to compute; default is where the model is. The model itself stays.
+        device: Where to compute; by default where the model is at the time. The model itself stays.
         memory_mb: Budget in MiB for gradients and activations held at one time.
         check_deterministic: Whether it is verified that model and data repeat.
         progress: Whether long passes show a progress bar.
@@ -87,6 +88,9 @@ class Calibration:
         ArgumentTypeError: If an argument has the wrong type.
         CalibrationError: If the model is on several devices.
         ParameterError: If one of ``params`` cannot be pruned.
+
+    A pass raises an ``AlignmentError`` if a layer was replaced since, and a ``CalibrationError`` if
+    there are fewer samples than asked or nothing can be decided by the gradients.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -106,7 +110,7 @@ class Calibration:
         data: Iterable[Batch],
         loss_fn: LossFunction | None = None,
         params: ParameterPairs | None = None,
-        num_samples: int | None = None,
+        num_samples: int | str | None = None,
         mini_batch: int = 1,
         seed: int = 0,
         *,
@@ -126,19 +130,22 @@ class Calibration:
         check_num_samples(num_samples, mini_batch)
         self.space = ParameterSpace(model, params)
         _check_on_one_device(self.space.model)
-        place = self.space[0].leaf.device if device is None else torch.device(device)
+        place = None if device is None else torch.device(device)
         self._functional = FunctionalModel(self.space, loss_fn, place)
-        self._stream = SampleStream(data, seed, place)
-        self._num_samples = num_samples
+        self._stream = SampleStream(data, seed, self._functional)
+        self._draw = 0
+        self._asked = num_samples
+        self._num_samples = num_samples if isinstance(num_samples, int) else None
         self.mini_batch = mini_batch
         self.fisher = fisher
         self.ignore_index = ignore_index
         self.memory_mb = memory_mb
         self.progress = progress
-        self._vectorize = vectorize
-        self._engine: Engine | None = None
-        self._held_out: list[Batch] | None = None
-        self._repeats = RepeatCheck(self._functional, seed + 1, enabled=check_deterministic)
+        self._rows = GradientRows(vectorize, mini_batch)
+        self._held_out: HeldOutSamples | None = None
+        self._repeats = RepeatCheck(
+            self._functional, derived_seed(seed, "model"), enabled=check_deterministic
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -171,7 +178,7 @@ class Calibration:
 
         ``"vmap"`` or ``"sequential (...)"``, over samples or mini-batches.
         """
-        return None if self._engine is None else self._engine.description
+        return None if self._rows.engine is None else self._rows.engine.description
 
     @property
     def num_samples(self) -> int:
@@ -181,13 +188,23 @@ class Calibration:
             CalibrationError: If the data holds no complete mini-batch.
         """
         if self._num_samples is None:
-            found = self._stream.count()
+            limit = None if self._asked == "all" else self._default_samples()
+            found = self._stream.count(limit)
             if found < self.mini_batch:
                 raise CalibrationError(
                     f"Expected at least {self.mini_batch} samples in the data, got {found}."
                 )
             self._num_samples = found - found % self.mini_batch
+            logger.info("Gradients of %d samples; num_samples='all' takes all.", self._num_samples)
         return self._num_samples
+
+    @property
+    def num_data(self) -> int:
+        """Samples that the model is taken to be trained on.
+
+        These are ``num_samples`` where that is a number, else all in the data.
+        """
+        return self._asked if isinstance(self._asked, int) else self._stream.length()
 
     @property
     def num_gradients(self) -> int:
@@ -212,18 +229,22 @@ class Calibration:
             raise AlignmentError("Expected tensors of the calibration's model, got of another.")
         other = copy.copy(self)
         other.space = space
-        other._functional = FunctionalModel(space, self._functional.loss_fn, self.device)
+        other._functional = self._functional.of(space, self.loss_fn)
         return other
 
     def with_loss(self, loss_fn: LossFunction) -> Calibration:
         """The same calibration with another ``loss_fn(output, target)``."""
         other = copy.copy(self)
-        other._functional = FunctionalModel(self.space, loss_fn, self.device)
-        other._engine = None
+        other._functional = self._functional.of(self.space, loss_fn)
+        other._rows = self._rows.anew()
         return other
 
     def reseeded(self, seed: int) -> Calibration:
-        """The same calibration with another draw of the samples."""
+        """The same calibration with another draw of the samples.
+
+        From data that come in the same order whatever the seed it draws the same samples; see
+        :meth:`fresh`.
+        """
         other = copy.copy(self)
         other._stream = self._stream.reseeded(seed)
         other._repeats = self._repeats.restarted()
@@ -233,12 +254,15 @@ class Calibration:
     def fresh(self, index: int) -> Calibration:
         """The ``index``-th further draw of samples, unrelated to those of other seeds; 0 is this.
 
-        Seeds that count on from one another would give neighbouring seeds the same draws.
+        Data that shuffle are drawn under a seed of their own. All others are gone on in, past the
+        samples of the draws before and those that are held out, and from the start again where
+        they end; so a late draw passes over many samples.
         """
         if not index:
             return self
-        digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
-        return self.reseeded(int.from_bytes(digest[:4], "big"))
+        other = self.reseeded(derived_seed(self.seed, index))
+        other._draw = self._draw + index
+        return other
 
     def gradients(
         self,
@@ -260,29 +284,24 @@ class Calibration:
 
         Raises:
             ArgumentError: If there are no entries in the range.
-            CalibrationError: If there are fewer samples than asked, or a gradient is not finite.
+            CalibrationError: If there are fewer samples than asked, a gradient is not finite, or
+                all of them are zero.
         """
         place = float64_device(self.device)
         live = LiveVector(self.space.masks()) if live is None else live
-        start, stop = (0, live.numel) if span is None else span
-        touched = live.overlap(start, stop)
-        if not touched:
-            raise ArgumentError(f"Expected live entries in the range {start}:{stop}, got none.")
-        for found in self._gradient_rows(weights, [name for name, _, _ in touched]):
-            columns = {
-                name: live.entries(name, found[name])[:, low:high] for name, low, high in touched
-            }
-            parts = list(columns.values())
-            rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
-                check_finite_gradients(columns)
+        whole = 0, live.numel
+        information = InformationCheck(self.mini_batch)
+        for rows in self._flat_rows(weights, live, whole if span is None else span):
+            information.add(rows)
             yield rows.to(place)
+        if span in (None, whole):  # a part may well be zero
+            self._rows.zeros_warned = information.finish(warned=self._rows.zeros_warned)
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over all calibration samples, by qualified name.
 
         Raises:
-            CalibrationError: If there are fewer samples than asked, or it is not finite.
+            CalibrationError: If there are fewer samples than asked, or it is zero or not finite.
         """
         leaves, constants = self._functional.bind(weights, self.space.names)
         total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -293,6 +312,8 @@ class Calibration:
             for name, gradient in found.items():
                 total[name] += gradient * (batch_size(batch) / self.num_samples)
         check_finite_gradients(total)
+        if not any(gradient.any() for gradient in total.values()):
+            refuse_zero_gradients("the mean over all samples")
         place = float64_device(self.device)
         return {name: gradient.to(place) for name, gradient in total.items()}
 
@@ -307,13 +328,20 @@ class Calibration:
         """Yield what :meth:`batches` does, with the labels of a Fisher.
 
         These are the data's own, or with ``fisher="true"`` draws from the model at ``weights``.
+
+        Raises:
+            CalibrationError: At the end, if the gradients of all batches are zero.
         """
         leaves, constants = self._functional.bind(weights, self.space.names)
         randomness, targets = self._randomness(), self._targets()
         for batch in self.batches(size):
             with preserved(self.model), randomness:
                 batch = targets.put_into(batch, leaves, constants)
+                if not self._rows.informative:
+                    self._rows.look_for_gradients(self._functional, leaves, constants, batch)
             yield batch
+        if not self._rows.informative:
+            refuse_zero_gradients("all batches")
 
     def loss(self, weights: Mapping[str, Tensor] | None, batch: Batch) -> Tensor:
         """Mean loss of one batch, differentiable in ``weights`` where these require gradients."""
@@ -326,29 +354,50 @@ class Calibration:
 
         These are up to 2000, or up to as many as there are gradients if these are more.
         Where the data ends with the calibration samples, these are used and ``in_sample`` says so.
-        The samples are drawn once and kept, up to an eighth of the memory budget.
+        The samples are drawn once and kept, up to an eighth of the memory budget. Those without a
+        finite loss at the model's own weights are left out with a warning.
+
+        Raises:
+            CalibrationError: If there is no sample with a finite loss.
         """
-        size = _FORWARD_BATCH_CPU if self.device.type == "cpu" else _EVALUATION_BATCH
         if self._held_out is None:
-            wanted = min(self.num_samples, max(_HELD_OUT_SAMPLES, self.num_gradients))
-            room = self.memory_mb * 2**20 / 8
-            drawn = self._stream.following(self.num_samples, wanted, size, room)
-            self._held_out = [map_tensors(batch, self._functional.move_input) for batch in drawn]
-        in_sample = not self._held_out
+            self._held_out = self._drawn_held_out()
+        return self._held_out.mean_loss(self._losses_at, weights)
+
+    def _drawn_held_out(self) -> HeldOutSamples:
+        size = _FORWARD_BATCH_CPU if self.device.type == "cpu" else _EVALUATION_BATCH
+        room = self.memory_mb * 2**20 / 8
+        drawn = self._stream.following(self.num_samples, self._most_held_out(), size, room)
+        kept = [map_tensors(batch, self._functional.move_input) for batch in drawn]
+        if kept:
+            return HeldOutSamples(lambda: kept, in_sample=False)
+        return HeldOutSamples(lambda: self.batches(size), in_sample=True)
+
+    def _most_held_out(self) -> int:
+        return min(self.num_samples, max(_HELD_OUT_SAMPLES, self.num_gradients))
+
+    def _default_samples(self) -> int:
+        return _DEFAULT_GRADIENTS * self.mini_batch
+
+    def _losses_at(self, weights: Mapping[str, Tensor] | None) -> Callable[[Batch], float]:
+        """The mean loss of batches, with the same random numbers at all weights."""
         _, constants = self._functional.bind(weights)
         randomness = self._randomness()
-        total, samples = 0.0, 0
-        for batch in self.batches(size) if in_sample else self._held_out:
+
+        def loss_of(batch: Batch) -> float:
+            batch = map_tensors(batch, self._functional.move_input)
             with preserved(self.model), randomness, torch.no_grad():
-                loss = self._functional.loss({}, constants, batch)
-            total += float(loss) * batch_size(batch)
-            samples += batch_size(batch)
-        return MeanLoss(total / samples, samples, in_sample)
+                return float(self._functional.loss({}, constants, batch))
+
+        return loss_of
 
     def _groups(self, size: int) -> Iterator[list[Batch]]:
         """Yield all calibration samples, on the device, ``size`` at a time, in pieces."""
+        self.space.check_in_model()
         expected, found = self.num_samples, 0
-        for pieces in self._stream.pieces(sizes(expected, size)):
+        groups = sizes(expected, size)
+        reserved = self._most_held_out()
+        for pieces in self._stream.drawn(self._draw, expected, reserved, groups):
             moved = [map_tensors(piece, self._functional.move_input) for piece in pieces]
             if not found:
                 self._repeats.begin_pass(cut(moved[0], 0, 1))
@@ -360,34 +409,50 @@ class Calibration:
                 "more data (an iterator's samples can be drawn once only)."
             )
 
+    def _flat_rows(
+        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        touched = live.overlap(*span)
+        if not touched:
+            raise ArgumentError(
+                f"Expected live entries in the range {span[0]}:{span[1]}, got none."
+            )
+        for found in self._gradient_rows(weights, [name for name, _, _ in touched]):
+            columns = {
+                name: live.entries(name, found[name])[:, low:high] for name, low, high in touched
+            }
+            parts = list(columns.values())
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
+                check_finite_gradients(columns)
+            yield rows
+
     def _gradient_rows(
         self, weights: Mapping[str, Tensor] | None, names: list[str]
     ) -> Iterator[dict[str, Tensor]]:
-        engine = self._chosen_engine()
+        self._look_at_first_samples()
         leaves, constants = self._functional.bind(weights, names)
         randomness, targets = self._randomness(), self._targets()
-        rows = engine.rows_at_once(leaves, self.memory_mb, self.mini_batch)
+        rows = self._rows.at_once(leaves, self.memory_mb)
         total = self.num_samples
         with tqdm(total=total, unit="sample", disable=not self.progress) as bar:
             for pieces in self._groups(rows * self.mini_batch):
                 # Nothing of the model's may be swapped while the caller has the rows.
                 with preserved(self.model), randomness:
                     pieces = [targets.put_into(piece, leaves, constants) for piece in pieces]
-                    found = engine.gradient_rows(
-                        self._functional, leaves, constants, pieces, self.mini_batch
-                    )
-                    ready = list(found)
+                    ready = self._rows.compute(self._functional, leaves, constants, pieces)
                 yield from ready
                 bar.update(samples_in(pieces))
 
-    def _chosen_engine(self) -> Engine:
-        if self._engine is None:
-            sample = next(self.batches(1))
-            with preserved(self.model), self._randomness():
-                self._engine = choose_engine(
-                    self._functional, self._vectorize, sample, self.mini_batch
-                )
-        return self._engine
+    def _look_at_first_samples(self) -> None:
+        """Choose the engine, and check that gradients of single samples belong to the loss."""
+        if self._rows.engine is not None:
+            return
+        pieces = next(self._groups(CHECKED_SAMPLES))
+        with preserved(self.model), self._randomness():
+            self._rows.choose(self._functional, pieces)
+        if self.mini_batch == 1 and self.fisher == "empirical":  # "true" looks at the loss itself
+            warn_unless_mean(self._losses_at(None), pieces)
 
     @property
     def functional(self) -> FunctionalModel:
@@ -400,10 +465,12 @@ class Calibration:
 
     def _randomness(self) -> IsolatedRandomness:
         # The same for all batches and candidates, so that their losses can be compared.
-        return IsolatedRandomness(self.seed + 1, self.device)
+        return IsolatedRandomness(derived_seed(self.seed, "model"), self.device)
 
     def _targets(self) -> FisherTargets:
-        return FisherTargets(self._functional, self.fisher, self.seed + 1, self.ignore_index)
+        return FisherTargets(
+            self._functional, self.fisher, derived_seed(self.seed, "labels"), self.ignore_index
+        )
 
 
 def _check_on_one_device(model: nn.Module) -> None:

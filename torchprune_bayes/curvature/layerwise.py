@@ -180,7 +180,7 @@ class LayerCurvature(LayerStatistics):
             data,
             loss_fn,
             pairs,
-            num_samples,
+            "all" if num_samples is None else num_samples,
             seed=seed,
             device=device,
             ignore_index=IGNORED if self.ignore_index is None else self.ignore_index,

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._processes import everywhere, rank, together, world_size
-from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.calibration import Calibration, MeanLoss
 from torchprune_bayes.calibration._batches import Batch, map_tensors
 from torchprune_bayes.calibration._functional import LossFunction
 from torchprune_bayes.calibration._targets import FisherTargets
-from torchprune_bayes.calibration.calibration import MeanLoss
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._ranks import exchanged, exchanged_rows, refuse_sharded, summed
+from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import ParameterPairs
 
 _EVALUATION_BATCH = 256
-_RANK_STRIDE = 1_000_003  # between the seeds of label draws, which must not repeat between ranks
 
 
 class ShardedCalibration(Calibration):
@@ -41,7 +40,8 @@ class ShardedCalibration(Calibration):
         data: Batches. With ``split``, the same in every process.
         loss_fn: See :class:`~torchprune_bayes.Calibration`.
         params: See :class:`~torchprune_bayes.Calibration`.
-        num_samples: Samples over all processes; ``None`` takes all.
+        num_samples: Samples over all processes; by default those of 1024 gradients at most,
+            ``"all"`` takes all.
         mini_batch: See :class:`~torchprune_bayes.Calibration`.
         seed: See :class:`~torchprune_bayes.Calibration`.
         split: Whether process ``r`` of ``R`` takes batches ``r, r + R, ...`` of ``data``;
@@ -67,7 +67,7 @@ class ShardedCalibration(Calibration):
         data: Iterable[Batch],
         loss_fn: LossFunction | None = None,
         params: ParameterPairs | None = None,
-        num_samples: int | None = None,
+        num_samples: int | str | None = None,
         mini_batch: int = 1,
         seed: int = 0,
         *,
@@ -84,7 +84,7 @@ class ShardedCalibration(Calibration):
 
         together(start)
         self._own: _Share | None = None
-        self._total = num_samples
+        self._total = num_samples if isinstance(num_samples, int) else None
 
     @property
     def local(self) -> Calibration:
@@ -106,14 +106,16 @@ class ShardedCalibration(Calibration):
             self._total = sum(everywhere(together(lambda: self.local.num_samples)))
         return self._total
 
-    def gradients(
-        self,
-        weights: Mapping[str, Tensor] | None = None,
-        live: LiveVector | None = None,
-        span: tuple[int, int] | None = None,
+    @property
+    def num_data(self) -> int:
+        """Samples that the model is taken to be trained on, over all processes."""
+        return sum(everywhere(together(lambda: self.local.num_data)))
+
+    def _flat_rows(
+        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int]
     ) -> Iterator[Tensor]:
         """Stream the gradients of all processes."""
-        return exchanged_rows(self.local.gradients(weights, live, span), self.device)
+        return exchanged_rows(self.local._flat_rows(weights, live, span), self.device)
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over the samples of all processes."""
@@ -160,8 +162,13 @@ class _Share(Calibration):
         return self._functional is calibration._functional and self._stream is calibration._stream
 
     def _targets(self) -> FisherTargets:
-        seed = self.seed + 1 + _RANK_STRIDE * rank()
+        seed = derived_seed(self.seed, "labels", rank())
         return FisherTargets(self._functional, self.fisher, seed, self.ignore_index)
+
+    def _default_samples(self) -> int:
+        share = _share_of(super()._default_samples(), self.mini_batch)
+        assert isinstance(share, int)
+        return share
 
 
 class EveryNth:
@@ -188,9 +195,9 @@ class EveryNth:
         return getattr(self._data, name)
 
 
-def _share_of(num_samples: int | None, mini_batch: int) -> int | None:
-    if num_samples is None:
-        return None
+def _share_of(num_samples: int | str | None, mini_batch: int) -> int | str | None:
+    if not isinstance(num_samples, int):
+        return num_samples
     groups, remainder = divmod(num_samples // mini_batch, world_size())
     if not groups and world_size() > 1:
         raise ArgumentError(

@@ -15,25 +15,19 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save, save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from torchprune_bayes._files import reading
-from torchprune_bayes._numerics.live_vector import LiveVector
-from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.calibration._batches import Batch, samples_in
+from torchprune_bayes.calibration import CheckpointedCalibration
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.integrations._restoring import parts_kept_on_error
 from torchprune_bayes.structured import (
     ShrinkPlan,
@@ -44,6 +38,14 @@ from torchprune_bayes.structured import (
     slice_optimizer,
 )
 from torchprune_bayes.training import GradualPruner
+
+__all__ = [
+    "CheckpointedCalibration",
+    "ResumableShrink",
+    "Stateful",
+    "load_training",
+    "save_training",
+]
 
 
 class Stateful(Protocol):
@@ -226,87 +228,3 @@ class ResumableShrink:
             for average in self._ema:
                 slice_ema(average, plan)
             self._plans.append(plan)
-
-
-class CheckpointedCalibration(Calibration):
-    """A calibration that keeps gradients in a folder, so that collecting goes on where it stopped.
-
-    Each part of a pass is written when it is done, and read again by any later pass at the same
-    weights, masks and draw, in this process or another. A restarted pass draws the samples that are
-    done, without computing with them. Delete the folder when the curvature is fitted.
-
-    Args:
-        folder: Where to keep them; made if it is not there.
-        args: Arguments of :class:`~torchprune_bayes.Calibration`.
-        options: Arguments of :class:`~torchprune_bayes.Calibration`.
-
-    Raises:
-        ArgumentError: With ``fisher="true"``, whose labels are drawn along the way.
-
-    Cost: ``4 N D`` bytes in the folder for each pass at new weights or of another range.
-
-    Example:
-        >>> import tempfile
-        >>> from torch import nn
-        >>> model = nn.Linear(4, 2)
-        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     calibration = CheckpointedCalibration(
-        ...         folder, model, data, nn.functional.cross_entropy
-        ...     )
-        ...     first = list(calibration.gradients())
-        ...     all(map(torch.equal, first, calibration.gradients()))  # read, not computed
-        True
-    """
-
-    def __init__(self, folder: str | Path, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        if self.fisher == "true":
-            raise ArgumentError("Expected fisher='empirical' for kept gradients, got 'true'.")
-        self.folder = Path(folder)
-        self._done = 0
-
-    def gradients(
-        self,
-        weights: Mapping[str, Tensor] | None = None,
-        live: LiveVector | None = None,
-        span: tuple[int, int] | None = None,
-    ) -> Iterator[Tensor]:
-        """Stream the gradients, those that are kept first."""
-        live = LiveVector(self.space.masks()) if live is None else live
-        folder = self.folder / self._key(weights, live, span)
-        folder.mkdir(parents=True, exist_ok=True)
-        index = done = 0
-        while (path := folder / f"{index:06d}.safetensors").is_file():
-            rows = load_file(path)["rows"].to(self.device)
-            index, done = index + 1, done + len(rows)
-            yield rows
-        if done == self.num_gradients:
-            return
-        rest = copy.copy(self)
-        rest._done = done * self.mini_batch
-        for number, rows in enumerate(
-            super(CheckpointedCalibration, rest).gradients(weights, live, span)
-        ):
-            path = folder / f"{index + number:06d}.safetensors"
-            partial = path.with_suffix(".partial")
-            save_file({"rows": rows.contiguous()}, partial)
-            os.replace(partial, path)
-            yield rows
-
-    def _groups(self, size: int) -> Iterator[list[Batch]]:
-        passed = 0
-        for pieces in super()._groups(size):
-            if passed >= self._done:
-                yield pieces
-            passed += samples_in(pieces)
-
-    def _key(
-        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int] | None
-    ) -> str:
-        """What the gradients depend on, as far as it changes while a model is pruned."""
-        _, state = self._functional.bind(weights)
-        digest = hashlib.sha256(save({n: v.contiguous() for n, v in state.items()}))
-        digest.update(fingerprint(live.masks).encode())
-        digest.update(repr((span, self.seed, self.num_samples, self.mini_batch)).encode())
-        return digest.hexdigest()[:24]

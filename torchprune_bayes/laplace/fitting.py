@@ -34,7 +34,7 @@ class LaplaceOptions:
         kind: ``"empirical"`` Fisher; ``"monte_carlo"`` Fisher, which is the GGN in expectation; or
             ``"ggn"``, with one backward pass per output.
         num_data: ``N``, the number of samples the model is trained on, to which sums over the
-            calibration samples are scaled; default the number of these.
+            calibration samples are scaled; default ``Calibration.num_data``.
         temperature: ``T``; below one the data count more than once, as with augmentation.
         loss_scale: What the loss of one sample is to be multiplied with to be its negative
             log-likelihood at ``T = σ = 1``: 1 for cross-entropy, ``C/2`` for a squared error that
@@ -136,6 +136,7 @@ def fit_posterior(
         curvature.all_reduce()
     else:
         curvature.fit(calibration, means, masks)
+    chosen = replace(chosen, num_data=chosen.num_data or calibration.num_data)
     return posterior_of(curvature, means, chosen, prior, noise=noise)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchprune_bayes.errors import CalibrationError
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.types import Decision
 
@@ -21,7 +22,15 @@ def obd_decision(
         weights: Values by qualified name.
         diagonal: ``H_ii`` of the loss by qualified name.
         info: What it took.
+
+    Raises:
+        CalibrationError: If the diagonal is zero, which tells no weight from another.
     """
+    if not any(value.any() for value in diagonal.values()):
+        raise CalibrationError(
+            "Expected a curvature that tells weights apart, got zeros alone: the loss does not "
+            "depend on the weights, is linear in them, or no label counts."
+        )
     scores = {
         name: weight.double().square() * diagonal[name].abs().to(weight.device) / 2
         for name, weight in weights.items()

@@ -17,6 +17,7 @@ from torchprune_bayes.methods._first_order import FirstOrderPruning
 from torchprune_bayes.methods._swap_selection import OBJECTIVES, SwapSelection
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.registry import register
+from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import Masks, Scores
 
 INITIALS = ("perturbed", "magnitude", "woodfisher", "gradient", "random")
@@ -168,7 +169,7 @@ class CBS(FirstOrderPruning):
 
     def _generator(self, step: int = 0) -> torch.Generator:
         seed = 0 if self.calibration is None else self.calibration.seed
-        return torch.Generator().manual_seed(seed + step)
+        return torch.Generator().manual_seed(derived_seed(seed, "perturbations", step))
 
 
 @register(

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from torchprune_bayes._files import read_tensors, save_tensors
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.methods._module_state import all_or_nothing, pruning_hooks, same_order
@@ -216,7 +216,7 @@ def export_masks(model: nn.Module, path: str | Path) -> None:
     """Write the masks of a pruned model to a safetensors file, one byte per weight.
 
     Raises:
-        ArgumentError: If nothing is pruned.
+        ArgumentError: If nothing is pruned, or the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -231,7 +231,7 @@ def export_masks(model: nn.Module, path: str | Path) -> None:
     masks = masks_of(model)
     if not masks:
         raise ArgumentError("Expected a pruned model to export masks from, got none pruned.")
-    save_file({name: mask.contiguous() for name, mask in masks.items()}, path)
+    save_tensors(path, masks)
 
 
 def import_masks(model: nn.Module, path: str | Path) -> Masks:
@@ -247,10 +247,11 @@ def import_masks(model: nn.Module, path: str | Path) -> Masks:
 
     Raises:
         AlignmentError: If a tensor is missing or has another shape; nothing is changed then.
+        ArgumentError: If there is no such file, or it is damaged or of another kind.
         ArgumentTypeError: If the file holds other things than boolean masks.
         ParameterError: If a tensor cannot be pruned.
     """
-    masks = load_file(path)
+    masks = read_tensors(path, "masks").tensors
     modules = dict(unwrap(model).named_modules())
     pairs = [_place_of(modules, full, mask) for full, mask in masks.items()]
     space = ParameterSpace(model, without_repeats(pairs))

@@ -47,7 +47,7 @@ class LaplaceEvidence(PosteriorPruning):
             already, which takes the place of a pass over the data.
         structure: Of the curvature to fit: ``"diagonal"`` or ``"kronecker"``.
         kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``.
-        num_data: Samples the model was trained on; default those of the calibration. The evidence
+        num_data: Samples the model was trained on; default ``Calibration.num_data``. The evidence
             counts them, so that fewer prune more.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
 

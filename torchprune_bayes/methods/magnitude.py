@@ -38,7 +38,7 @@ class Magnitude(PruningMethod):
         >>> layer = torch.nn.Linear(3, 1, bias=False)
         >>> with torch.no_grad():
         ...     _ = layer.weight.copy_(torch.tensor([[1.0, -3.0, 2.0]]))
-        >>> prune_global([(layer, "weight")], Magnitude, amount=1).masks["0.weight"]
+        >>> prune_global(layer, Magnitude, amount=1).masks["weight"]
         tensor([[False,  True,  True]])
     """
 

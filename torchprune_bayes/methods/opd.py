@@ -50,7 +50,7 @@ class OPD(PosteriorPruning):
         structure: Of the curvature to fit: ``"diagonal"`` or ``"kronecker"``.
         kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``, see
             :func:`~torchprune_bayes.laplace.fit_posterior`.
-        num_data: Samples the model was trained on; default those of the calibration.
+        num_data: Samples the model was trained on; default ``Calibration.num_data``.
         smoothed: Whether Kronecker factors average the prior, as the paper's code does; else the
             diagonal of ``P`` is exact.
         pattern: ``"N:M"`` keeps ``N`` of every ``M`` inputs, ``"1xM"`` keeps or prunes ``M`` inputs

@@ -355,7 +355,7 @@ class SpaM:
 
     def _factor(self) -> float:
         """``c`` with which ``c δ w`` is the prior's gradient beside that of the mean loss."""
-        data = self._fit.num_data or self._calibration.num_samples
+        data = self._fit.num_data or self._calibration.num_data
         variance = (self.noise or 1.0) ** 2
         return self._fit.temperature * variance / (data * self._labels * self._fit.loss_scale)
 

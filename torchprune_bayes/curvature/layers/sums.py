@@ -22,10 +22,8 @@ from torchprune_bayes.layer_kinds.gradients import (
 )
 from torchprune_bayes.layer_kinds.grams import Gram, PatchGram
 from torchprune_bayes.params import leaf
+from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import Masks
-
-# Seeds are taken modulo 2³².
-_STREAM = 1_000_003
 
 
 class BatchSums:
@@ -55,7 +53,7 @@ class BatchSums:
         self._passes, self._routes = passes, routes
         self._kind, self._draws = kind, draws
         self._generator = torch.Generator().manual_seed(
-            passes.calibration.seed + 2 + _STREAM * stream
+            derived_seed(passes.calibration.seed, "curvature", stream)
         )
         self._kronecker = factors
         self._whole = {name for layer in routes.whole for name in layer.names.values()}

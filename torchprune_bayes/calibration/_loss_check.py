@@ -1,0 +1,66 @@
+"""Whether the loss of a batch is the mean of the losses of its samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from warnings import warn
+
+from torchprune_bayes.calibration._batches import Batch, batch_size, cut, joined
+from torchprune_bayes.errors import CalibrationWarning
+
+CHECKED_SAMPLES = 8
+_DISTINCT = 1e-3  # relative difference of two losses that tells weights from rounding
+_UNEQUAL = 2.0  # times one sample counts as much as another
+
+_NO_MEAN = (
+    "The loss of a batch is not the mean of the losses of its samples, as with class weights, with "
+    "a mean over unlike numbers of labels, or where samples are compared with one another. "
+    "Gradients of single samples do not know of it: raise `mini_batch`, or divide a summed loss by "
+    "the number of samples (reduction='sum', then / len(target))."
+)
+_SUMMED = (
+    "The loss of a batch is the sum of the losses of its samples: pass a loss_fn with mean "
+    "reduction."
+)
+
+
+def warn_unless_mean(loss_of: Callable[[Batch], float], pieces: list[Batch]) -> None:
+    """Warn if single samples have gradients that are no parts of the gradient of a batch.
+
+    The loss of a pair lies between those of its two samples, ``(a l₁ + b l₂)/(a + b)``, where
+    samples have weights, and tells the ratio of these; where it lies elsewhere, the samples are
+    compared with one another. A ratio below two is not warned of.
+
+    Args:
+        loss_of: The mean loss of a batch.
+        pieces: Samples to pair.
+
+    Cost: two forward passes over up to eight samples.
+    """
+    batch = joined(pieces) or max(pieces, key=batch_size)
+    count = min(batch_size(batch), CHECKED_SAMPLES)
+    singles = [loss_of(cut(batch, index, index + 1)) for index in range(count)]
+    if loss_of(cut(batch, 0, 1)) != singles[0]:
+        return  # a model that draws random numbers has no loss to compare
+    order = sorted((i for i in range(count) if math.isfinite(singles[i])), key=lambda i: singles[i])
+    pairs = zip(order[: count // 2], reversed(order), strict=False)
+    found = {_kind(loss_of, batch, singles, i, j) for i, j in pairs if i != j}
+    if "no mean" in found or "sum" in found:
+        message = _NO_MEAN if "no mean" in found else _SUMMED
+        warn(message, CalibrationWarning, stacklevel=2)
+
+
+def _kind(
+    loss_of: Callable[[Batch], float], batch: Batch, singles: list[float], i: int, j: int
+) -> str:
+    """What the loss of samples ``i`` and ``j`` is beside theirs: ``"mean"``, ``"sum"``, neither."""
+    pair = joined([cut(batch, i, i + 1), cut(batch, j, j + 1)])
+    both, low, high = loss_of(pair), singles[i], singles[j]
+    scale = _DISTINCT * max(abs(low), abs(high), abs(both))
+    if not math.isfinite(both) or abs(both - (low + high) / 2) <= scale:
+        return "mean"
+    if abs(both - (low + high)) <= scale:
+        return "sum"
+    share = (both - low) / (high - low) if high > low else math.inf  # of the weight of j
+    return "mean" if 1 / (1 + _UNEQUAL) < share < _UNEQUAL / (1 + _UNEQUAL) else "no mean"

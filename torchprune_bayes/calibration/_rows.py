@@ -1,0 +1,81 @@
+"""The rows of one pass: gradients of samples or mini-batches, by the engine that can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from torchprune_bayes.calibration._batches import Batch, cut
+from torchprune_bayes.calibration._engines import Engine, choose_engine, sequential_because
+from torchprune_bayes.calibration._functional import FunctionalModel
+from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
+
+
+class GradientRows:
+    """Computes gradients by the engine that was chosen, and by the loop where that one fails.
+
+    Args:
+        wanted: ``"auto"``, or force (``True``) or forbid (``False``) vmap.
+        mini_batch: Samples of a gradient.
+    """
+
+    def __init__(self, wanted: bool | str, mini_batch: int) -> None:
+        self._wanted = wanted
+        self._mini_batch = mini_batch
+        self.engine: Engine | None = None
+        self.zeros_warned = False
+        self.informative = False
+
+    def anew(self) -> GradientRows:
+        """The same for another loss, for which nothing is known yet."""
+        return GradientRows(self._wanted, self._mini_batch)
+
+    def choose(self, functional: FunctionalModel, pieces: list[Batch]) -> None:
+        """Choose the engine by a few samples.
+
+        Raises:
+            CalibrationError: See :func:`choose_engine`.
+        """
+        self.engine = choose_engine(functional, self._wanted, pieces, self._mini_batch)
+
+    def look_for_gradients(
+        self,
+        functional: FunctionalModel,
+        leaves: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        batch: Batch,
+    ) -> None:
+        """Find out whether a batch has a gradient that is not zero; a few samples mostly tell."""
+        for part in (cut(batch, 0, CHECKED_SAMPLES), batch):
+            found = functional.mean_gradients(leaves, constants, [part])
+            self.informative = any(bool(gradient.any()) for gradient in found.values())
+            if self.informative:
+                return
+
+    def at_once(self, leaves: Mapping[str, Tensor], memory_mb: float) -> int:
+        """How many gradients a quarter of the memory budget holds."""
+        assert self.engine is not None
+        return self.engine.rows_at_once(leaves, memory_mb, self._mini_batch)
+
+    def compute(
+        self,
+        functional: FunctionalModel,
+        leaves: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
+        pieces: list[Batch],
+    ) -> list[dict[str, Tensor]]:
+        """Gradients ``{name: [rows, *shape]}``, one row for every mini-batch of the pieces.
+
+        vmap was tried on two samples; on others it may still fail, where a loss or a layer looks
+        at values. The loop takes over from there on.
+        """
+        assert self.engine is not None
+        inputs = functional, leaves, constants, pieces, self._mini_batch
+        try:
+            return list(self.engine.gradient_rows(*inputs))
+        except RuntimeError as error:
+            if not self.engine.vectorized or self._wanted is True:
+                raise
+            self.engine = sequential_because(error)
+        return list(self.engine.gradient_rows(*inputs))
