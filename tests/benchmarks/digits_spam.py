@@ -96,7 +96,7 @@ def trained(
     batches = list(zip(train[0].split(256), train[1].split(256), strict=True))
     spam = SpaM(
         optimizer,
-        Calibration(model, batches, cross_entropy),
+        Calibration(model, batches, cross_entropy, num_samples="all"),
         "layerwise" if prior == "map" else prior,
         burn_in=arguments.burn_in,
         every=arguments.every,

@@ -52,7 +52,7 @@ class SampleStream:
         self.data = _Replayed(data) if isinstance(data, Iterator) else data
         self.seed = seed
         self._placed = placed
-        self._known: dict[str, bool] = {}  # of the data, so shared by all draws
+        self._known: dict[str, int] = {}  # of the data, so shared by all draws
 
     def reseeded(self, seed: int) -> SampleStream:
         """The same data, drawn in another way."""
@@ -96,7 +96,7 @@ class SampleStream:
         """Whether the order of the data changes with the seed; found by drawing two batches."""
         if "shuffles" not in self._known:
             self._known["shuffles"] = self._has_random_order()
-        return self._known["shuffles"]
+        return bool(self._known["shuffles"])
 
     def count(self, limit: int | None = None) -> int:
         """Number of samples in the data, up to a limit, found by drawing them once."""
@@ -105,8 +105,10 @@ class SampleStream:
         return sum(samples_in(pieces) for pieces in self.pieces(sizes(limit, 1024)))
 
     def length(self) -> int:
-        """Number of samples in the data, of a plain loader without drawing them."""
-        return _length(self.data) or self.count()
+        """Number of samples in the data; drawn at most once, of a plain loader not at all."""
+        if "length" not in self._known:
+            self._known["length"] = _length(self.data) or self.count()
+        return self._known["length"]
 
     def following(self, skipped: int, wanted: int, size: int, room_bytes: float) -> list[Batch]:
         """Draw the samples after the first ``skipped`` ones, as far as they fit, at least one.
