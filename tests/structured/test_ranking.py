@@ -12,7 +12,12 @@ from torch import Tensor
 
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.ranking import blocks_below, blocks_to_reach, line_up
+from torchprune_bayes.structured.ranking import (
+    blocks_below,
+    blocks_to_reach,
+    left_to_reach,
+    line_up,
+)
 from torchprune_bayes.structured.unit_costs import TensorSize, UnitCosts
 
 INF = float("inf")
@@ -94,6 +99,50 @@ def test_one_unit_less_would_not_be_enough(resource, sparsity):
     budget = (1 - sparsity) * costs.total(resource, {}) * (1 + 1e-9)
     assert costs.total(resource, line.left(blocks)) <= budget
     assert blocks == 0 or costs.total(resource, line.left(blocks - 1)) > budget
+
+
+@given(
+    units=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    sparsity=st.floats(0.0, 0.6),
+    round_to=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
+def test_no_group_loses_a_block_in_vain(units, sparsity, round_to, seed):
+    groups = groups_of(*units)
+    costs = chain_costs(groups)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {group.name: torch.rand(group.units, generator=generator) for group in groups}
+    line = line_up(groups, scores, round_to=round_to)
+    budget = (1 - sparsity + 1e-12) * costs.parameters({})
+    if costs.parameters(line.left(len(line.group))) > budget:
+        return
+    blocks = blocks_to_reach(line, costs, "params", sparsity)
+    left = left_to_reach(line, costs, "params", sparsity)
+    assert costs.parameters(left) <= budget
+    assert all(left[name] >= count for name, count in line.left(blocks).items())
+    for group in groups:
+        missing = group.units - left[group.name]
+        if missing:
+            rest = group.units % round_to
+            back = rest if missing == rest else round_to
+            more = {**left, group.name: left[group.name] + back}
+            assert costs.parameters(more) > budget
+    kept = line.best(left)
+    assert all(len(kept[name]) == count for name, count in left.items() if name in kept)
+
+
+def test_a_large_last_block_gives_the_smaller_ones_back():
+    groups = groups_of(2, 100)
+    sizes = {
+        "heads": TensorSize((2, 50), {0: {"g0": 1}}),
+        "hidden": TensorSize((100,), {0: {"g1": 1}}),
+    }
+    costs = UnitCosts({"g0": 2, "g1": 100}, sizes, {}, {}, 0)
+    scores = {"g0": torch.tensor([0.305, 9.0]), "g1": torch.arange(100.0) / 100}
+    line = line_up(groups, scores)
+    assert blocks_to_reach(line, costs, "params", 0.2) == 32  # 31 units and the head, 81 of 200
+    assert left_to_reach(line, costs, "params", 0.2) == {"g0": 1, "g1": 100}
+    assert left_to_reach(line, costs, "params", 0.26) == {"g0": 1, "g1": 98}
 
 
 def test_channels_are_counted_exactly():

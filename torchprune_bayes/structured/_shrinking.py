@@ -15,7 +15,12 @@ from torchprune_bayes.structured._verification import check_equal
 from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.measured_costs import MeasuredCosts
-from torchprune_bayes.structured.ranking import Line, blocks_below, blocks_to_reach
+from torchprune_bayes.structured.ranking import (
+    Line,
+    blocks_below,
+    blocks_to_reach,
+    left_to_reach,
+)
 from torchprune_bayes.structured.repair import RepairReport, cut_with, repair
 from torchprune_bayes.structured.slicing import (
     ShrinkPlan,
@@ -72,7 +77,7 @@ class Shrinking:
         line, self.curves = self.recipe.line(
             self.model, self.groups, scores, self.measured or self.costs, resource, self.steps
         )
-        kept = line.kept(self._blocks(line, target, sparsity))
+        kept = line.best(self._left(line, target, sparsity))
         if kept:
             self._cut(kept)
 
@@ -121,11 +126,13 @@ class Shrinking:
         for change in self.changes:
             change.redo()
 
-    def _blocks(self, line: Line, target: Target, sparsity: float | None) -> int:
+    def _left(self, line: Line, target: Target, sparsity: float | None) -> dict[str, int]:
         if target == "evidence" or sparsity is None:
             threshold = self.recipe.importance.threshold
-            return 0 if threshold is None else blocks_below(line, threshold)
-        return blocks_to_reach(line, self.measured or self.costs, target, sparsity)
+            return line.left(0 if threshold is None else blocks_below(line, threshold))
+        if self.measured is not None:  # every look costs a measurement, and noise would put back
+            return line.left(blocks_to_reach(line, self.measured, target, sparsity))
+        return left_to_reach(line, self.costs, target, sparsity)
 
     def _cut(self, kept: Mapping[str, Tensor]) -> None:
         values = self.recipe.importance.update(self.model, self.groups, kept)

@@ -51,7 +51,10 @@ class Line:
 
     def kept(self, blocks: int) -> dict[str, Tensor]:
         """Return which units each group that loses some has after so many blocks, ascending."""
-        left = self.left(blocks)
+        return self.best(self.left(blocks))
+
+    def best(self, left: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return the so many units of each group that go last, for groups that lose some."""
         return {
             group.name: self.order[group.name][group.units - left[group.name] :].sort().values
             for group in self.groups
@@ -159,6 +162,40 @@ def blocks_to_reach(
         else:
             high = middle
     return low
+
+
+def left_to_reach(line: Line, costs: Costs, resource: Resource, sparsity: float) -> dict[str, int]:
+    """Return how many units each group has when a sparsity is reached and no block is wasted.
+
+    The last block may be a large one, as a head, that removes more than it takes. Then the blocks
+    before it are put back, those that went last first, as long as the sparsity is still reached.
+
+    Args:
+        line: The units, least important first.
+        costs: Costs of the model at the start, to which the sparsity refers, counted or measured.
+        resource: What is counted.
+        sparsity: Fraction of the resource at the start that is to be gone.
+
+    Raises:
+        ArgumentError: If the whole line is not enough.
+
+    Cost: that of :func:`blocks_to_reach`, and an evaluation of the cost for each group and for each
+    block that is put back.
+    """
+    blocks = blocks_to_reach(line, costs, resource, sparsity)
+    left, budget = line.left(blocks), (1.0 - sparsity + 1e-12) * costs.total(resource, {})
+    closed: set[int] = set()
+    removed = zip(line.group[:blocks].tolist(), line.size[:blocks].tolist(), strict=True)
+    for index, size in reversed(list(removed)):
+        name = line.groups[index].name
+        more = {**left, name: left[name] + size}
+        if index not in closed and costs.total(resource, more) <= budget:
+            left = more
+        else:  # the earlier blocks of a group come back after its later ones only
+            closed.add(index)
+        if len(closed) == len(line.groups):
+            break
+    return left
 
 
 def blocks_below(line: Line, threshold: float) -> int:

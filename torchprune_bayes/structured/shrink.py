@@ -60,10 +60,10 @@ def shrink(
     :class:`~torchprune_bayes.structured.ConsumerGateFisherImportance`, shared out between groups by
     measured loss curves, and made up for by least squares.
 
-    The units go in order until exactly as many are gone as it takes: with one unit less (or one
-    block of ``round_to``), the sparsity would not be reached. Then the shrunk model is compared on
-    the example inputs with the whole one in which the same units are zeroed. If this or anything
-    else fails, the model is as it was.
+    The units go in order until exactly as many are gone as it takes: with one unit (or one block of
+    ``round_to``) of any group put back, the sparsity would not be reached. Then the shrunk model is
+    compared with the whole one in which the same units are zeroed. If this or anything else fails,
+    the model is as it was.
 
     Args:
         model: The model; changed in place. ``DataParallel`` and ``torch.compile`` are looked
