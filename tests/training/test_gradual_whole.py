@@ -15,12 +15,33 @@ from tests.training.gradual_cases import MODES, Network, Run, batch, calibration
 from tests.training.interruptions import interrupted_everywhere
 from torchprune_bayes import Calibration, GradualPruner, WoodFisher, cubic, linear
 from torchprune_bayes.costs import flops_per_weight
-from torchprune_bayes.errors import AlignmentError, ArgumentError, TorchPruneBayesError
+from torchprune_bayes.errors import (
+    AlignmentError,
+    ArgumentError,
+    ArgumentTypeError,
+    TorchPruneBayesError,
+)
 from torchprune_bayes.training import IterativeMagnitudePruning
 
-CHANGING = {"_commit", "_hold", "_restore_zeros", "keep_sparse", "hold_zeros", "hold_gradients"} | {
-    "set_zero", "_zero_gradient", "_forget_directions", "_hold_gradient", "hold_gradients_of"
-} | {"write_updates", "apply_decision", "_set_mask", "_rewind"}  # fmt: skip
+CHANGING = {
+    "_commit",
+    "_end_decay",
+    "end_weight_decay",
+    "_hold",
+    "_restore_zeros",
+    "keep_sparse",
+    "hold_zeros",
+    "hold_gradients",
+    "set_zero",
+    "_zero_gradient",
+    "_forget_directions",
+    "_hold_gradient",
+    "hold_gradients_of",
+    "write_updates",
+    "apply_decision",
+    "_set_mask",
+    "_rewind",
+}
 SCHEDULE = linear(0.5, begin=2, end=4, every=2, initial=0.25)
 
 
@@ -33,6 +54,7 @@ def everything(run: Run) -> list[Any]:
     sites = [sorted(module._forward_pre_hooks) for module in run.model.modules()]
     registered = (run.optimizer._optimizer_step_pre_hooks, run.optimizer._optimizer_step_post_hooks)
     steps = [len(hooked) for hooked in registered]
+    steps += [group["weight_decay"] for group in run.optimizer.param_groups]
     names = [name for name, _ in run.model.named_parameters()]
     state = run.pruner.state_dict()
     plain = [state["step"], copy.deepcopy(state["history"]), hooks, sites, steps, names]
@@ -57,7 +79,7 @@ def test_a_step_that_fails_anywhere_changes_nothing(mode: str, method: Any) -> N
     options: dict[str, Any] = {} if method == "magnitude" else {"damping": 0.1, "update_scale": 1.0}
 
     def prepare() -> tuple[Callable[[], Any], tuple[Run, list[Any]]]:
-        run = run_of(method, SCHEDULE, mode=mode, **options)
+        run = run_of(method, SCHEDULE, mode=mode, decay_after=False, **options)
         run.train(0, 3)  # pruned once; the next step prunes again
         cross_entropy(run.model(batch(9)[0]), batch(9)[1]).backward()
         return run.pruner.step, (run, everything(run))
@@ -173,6 +195,30 @@ def test_flop_targets_that_cannot_be_are_refused_at_once() -> None:
     each = {"first.weight": schedule, "last.weight": linear(0.6, 1, 2)}
     with pytest.raises(ArgumentError, match="one schedule for all"):
         GradualPruner(model, "woodfisher", each, flops_target=0.5, **options)
+
+
+def test_weight_decay_can_end_with_the_schedule() -> None:
+    torch.manual_seed(0)
+    model = Network()
+    weights = [model.first.weight, model.last.weight]
+    biases = [model.first.bias, model.last.bias]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.2}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(ArgumentTypeError, match="decay_after=False"):
+        GradualPruner(model, "magnitude", SCHEDULE, decay_after=False)
+    options: dict[str, Any] = {"optimizer": optimizer, "decay_after": False}
+    pruner = GradualPruner(model, "magnitude", SCHEDULE, **options)
+    found = []
+    for _ in range(6):
+        pruner.step()
+        found.append([group["weight_decay"] for group in optimizer.param_groups])
+    assert found == [[0.1, 0.2]] * 3 + [[0.0, 0.2]] * 3
+    fresh = Network()
+    groups = [{"params": [fresh.first.weight, fresh.last.weight], "weight_decay": 0.1}]
+    options["optimizer"] = torch.optim.SGD(groups, lr=0.1)
+    again = GradualPruner(fresh, "magnitude", SCHEDULE, **options)
+    again.load_state_dict(pruner.state_dict())
+    assert options["optimizer"].param_groups[0]["weight_decay"] == 0.0
 
 
 def test_a_pruner_lets_go_of_the_model() -> None:

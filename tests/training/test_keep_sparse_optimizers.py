@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -184,7 +185,12 @@ class Detached(Optimizer):
         self.param_groups = [{"params": list(parameters)}]
 
 
-@pytest.mark.parametrize("make", [Detached, lambda p: object()])
+def lookahead(parameters: Any) -> Any:
+    """Has a place for hooks, and a step that runs none."""
+    return timm.optim.Lookahead(torch.optim.SGD(parameters, lr=0.1))
+
+
+@pytest.mark.parametrize("make", [Detached, lambda p: object(), lookahead])
 def test_what_takes_no_hooks_is_refused_when_the_pruner_is_made(make: Any) -> None:
     model = Network()
     optimizer: Any = make(model.parameters())

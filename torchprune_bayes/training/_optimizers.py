@@ -23,6 +23,7 @@ MOMENTS = frozenset(
         "sum",
         "prev",
         "ax",
+        "z",
     }
 )
 """Names under which optimizers keep running values of each entry's gradients or weights."""
@@ -75,6 +76,14 @@ def ids_in(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
+def end_weight_decay(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Set the weight decay to zero in every group that has one of the parameters."""
+    ours = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        if "weight_decay" in group and any(id(p) in ours for p in group["params"]):
+            group["weight_decay"] = 0.0
+
+
 def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     """Running values of a parameter's entries: momentum, Adam's moments and their like.
 
@@ -104,7 +113,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def _takes_hooks(optimizer: Any) -> bool:
-    if not isinstance(optimizer, Optimizer):
+    # The mark of `Optimizer.__init__`: a step without it runs no hooks, whatever is registered.
+    if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
         return False
     try:  # a wrapper that never called `Optimizer.__init__` has no place for hooks
         optimizer.register_step_post_hook(lambda *_: None).remove()

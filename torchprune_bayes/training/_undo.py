@@ -55,7 +55,7 @@ def zeroing_undone(
         written = [local_part(tensor) for tensor in (parameter, *gradients, *moments)]
         dense = [tensor for tensor in written if not tensor.is_sparse]
         places += [(t, where.to(t.device) & (t.detach() != 0)) for t in dense]
-    with tensors_kept_on_error(places), _lbfgs_kept_on_error(optimizer):
+    with tensors_kept_on_error(places), _rest_kept_on_error(optimizer):
         yield
 
 
@@ -72,14 +72,17 @@ def state_kept_on_error(optimizer: Optimizer | None) -> Iterator[None]:
 
 
 @contextmanager
-def _lbfgs_kept_on_error(optimizer: Optimizer | None) -> Iterator[None]:
-    # What it remembers is forgotten whole, where directions are no more.
+def _rest_kept_on_error(optimizer: Optimizer | None) -> Iterator[None]:
+    # Of the groups their settings; of L-BFGS what it remembers, which is forgotten whole.
     held: dict[Any, Any] = {}
     if isinstance(optimizer, LBFGS):
         held = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+    groups = [] if optimizer is None else [(g, dict(g)) for g in optimizer.param_groups]
     try:
         yield
     except BaseException:
         if optimizer is not None:
             optimizer.state.update(held)
+        for group, settings in groups:
+            group.update(settings)
         raise

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.methods._module_state import all_or_nothing
 from torchprune_bayes.methods.base import PruningMethod, check_decision, write_updates
 from torchprune_bayes.methods.host import apply_decision, decide_on, unstructured_method
@@ -30,7 +30,12 @@ from torchprune_bayes.training._due import (
     pruned_count,
     schedule_groups,
 )
-from torchprune_bayes.training._optimizers import bare_optimizer, check_in_optimizer, ids_in
+from torchprune_bayes.training._optimizers import (
+    bare_optimizer,
+    check_in_optimizer,
+    end_weight_decay,
+    ids_in,
+)
 from torchprune_bayes.training._pruner_arguments import check_options, space_of
 from torchprune_bayes.training._pruner_state import PlannedPruning, PrunerState
 from torchprune_bayes.training._undo import zeroing_undone
@@ -76,6 +81,8 @@ class GradualPruner:
             :func:`~torchprune_bayes.keep_sparse`; wrapped by accelerate or not. Frozen weights need
             not be in it.
         mode: ``"zeros"`` or ``"hooks"``.
+        decay_after: Whether weight decay goes on when the end of the schedule is reached; else it
+            is zero from there on, in every group of the optimizer that has one of the tensors.
         options: Further arguments of the method. With ``flops_target``, the share of the FLOPs to
             keep in the end, the schedule gives the course alone: at a sparsity ``s`` of the
             schedule, ``s / final`` of the FLOPs to remove are removed.
@@ -122,12 +129,15 @@ class GradualPruner:
         calibration: Calibration | None = None,
         optimizer: Optimizer | None = None,
         mode: str = "zeros",
+        decay_after: bool = True,
         **options: Any,
     ) -> None:
         check_choice("mode", mode, MODES)
         kind = unstructured_method(method)
         check_options(kind, options)
-        self.mode = mode
+        if not decay_after and optimizer is None:
+            raise ArgumentTypeError("Expected `optimizer` with decay_after=False, got none.")
+        self.mode, self._decay_after = mode, decay_after
         self.history: list[dict[str, Any]] = []
         self._space = space_of(params, calibration)
         self._groups = schedule_groups(schedule, self._space)
@@ -244,6 +254,7 @@ class GradualPruner:
             self._step, self.history = found.step, found.history
             self._restore_zeros()
             self._held = self._hold()
+            self._end_decay()
 
     def _goal_of(self, flops_target: float | None) -> Goal:
         # The method is made once now, so that a wrong option shows before hours of training.
@@ -289,6 +300,7 @@ class GradualPruner:
             self._masks = self._masks | planned.masks
             self._restore_zeros()
         self._held = self._hold()
+        self._end_decay()
         event = {
             "step": planned.step,
             "sparsity": self.sparsity,
@@ -317,6 +329,10 @@ class GradualPruner:
         held = hold_gradients_of({p: ~mask for p, mask in sparse.items()})
         weakref.finalize(self, held.remove)
         return held
+
+    def _end_decay(self) -> None:
+        if self._optimizer is not None and not self._decay_after and self.finished:
+            end_weight_decay(self._optimizer, [tensor.leaf for tensor in self._space])
 
     @contextmanager
     def _all_or_nothing(self, masks: Masks, updates: Mapping[str, Tensor] | None) -> Iterator[None]:
