@@ -46,10 +46,12 @@ class InformationCheck:
 
     Args:
         mini_batch: Samples of a gradient.
+        ignore_index: The label without a term in the loss.
     """
 
-    def __init__(self, mini_batch: int) -> None:
+    def __init__(self, mini_batch: int, ignore_index: int) -> None:
         self._mini_batch = mini_batch
+        self._ignore_index = ignore_index
         self._rows = 0
         self._informative: Tensor | int = 0
 
@@ -72,7 +74,7 @@ class InformationCheck:
         """
         informative = int(self._informative)
         if self._rows and not informative:
-            refuse_zero_gradients(f"all {self._rows}")
+            refuse_zero_gradients(f"all {self._rows}", self._ignore_index)
         if warned or informative * _MOSTLY_ZERO > self._rows:
             return warned
         warn(
@@ -85,7 +87,7 @@ class InformationCheck:
         return True
 
 
-def refuse_zero_gradients(which: str) -> None:
+def refuse_zero_gradients(which: str, ignore_index: int) -> None:
     """Refuse gradients by which nothing can be decided.
 
     Raises:
@@ -93,8 +95,9 @@ def refuse_zero_gradients(which: str) -> None:
     """
     raise CalibrationError(
         f"Expected gradients that tell weights apart, got zeros alone in {which}: the loss does "
-        "not depend on the weights, no label counts, or it compares the samples of a batch with "
-        "one another, which takes a larger `mini_batch`."
+        f"not depend on the weights, no label counts (all are equal to ignore_index={ignore_index})"
+        ", or it compares the samples of a batch with one another, which takes a larger "
+        "`mini_batch`."
     )
 
 

@@ -290,7 +290,7 @@ class Calibration:
         place = float64_device(self.device)
         live = LiveVector(self.space.masks()) if live is None else live
         whole = 0, live.numel
-        information = InformationCheck(self.mini_batch)
+        information = InformationCheck(self.mini_batch, self.ignore_index)
         for rows in self._flat_rows(weights, live, whole if span is None else span):
             information.add(rows)
             yield rows.to(place)
@@ -313,7 +313,7 @@ class Calibration:
                 total[name] += gradient * (batch_size(batch) / self.num_samples)
         check_finite_gradients(total)
         if not any(gradient.any() for gradient in total.values()):
-            refuse_zero_gradients("the mean over all samples")
+            refuse_zero_gradients("the mean over all samples", self.ignore_index)
         place = float64_device(self.device)
         return {name: gradient.to(place) for name, gradient in total.items()}
 
@@ -341,7 +341,7 @@ class Calibration:
                     self._rows.look_for_gradients(self._functional, leaves, constants, batch)
             yield batch
         if not self._rows.informative:
-            refuse_zero_gradients("all batches")
+            refuse_zero_gradients("all batches", self.ignore_index)
 
     def loss(self, weights: Mapping[str, Tensor] | None, batch: Batch) -> Tensor:
         """Mean loss of one batch, differentiable in ``weights`` where these require gradients."""
