@@ -144,10 +144,23 @@ def test_samples_that_differ_late_are_compared_as_well() -> None:
     order = y.argsort()
     with pytest.raises(CalibrationError, match="Expected a loss that is a mean over samples"):
         _fit(OTHERS["class weights"], order.tolist(), [int((y == y.min()).sum())])
+
+
+def test_sums_begin_again_where_a_late_batch_tells_the_rule() -> None:
     same_length = (_texts()[1] != IGNORED).all(1)
     late = same_length.int().argsort(descending=True, stable=True).tolist()
-    with pytest.raises(CalibrationError, match="Expected one rule by which the loss counts"):
-        _fit(MEANS["padded"], late, [int(same_length.sum())])
+    for name in ("padded", "sequences"):
+        found = _fit(MEANS[name], late, [int(same_length.sum())])
+        expected = _fit(MEANS[name], late[::-1], [])
+        torch.testing.assert_close(found.diagonal(), expected.diagonal())
+    y = _vectors()[1]
+    order = y.argsort()
+    one_class = [int((y == y.min()).sum()) // 2 * 2]
+    weighted = [
+        _fit(OTHERS["class weights"], order.tolist(), cut, mini_batch=2) for cut in (one_class, [])
+    ]
+    torch.testing.assert_close(weighted[0].diagonal(), weighted[1].diagonal())
+    assert all("one by one" in how for how in weighted[0].coverage.values())
 
 
 def test_unverified_the_loss_is_taken_as_it_is() -> None:
@@ -157,7 +170,7 @@ def test_unverified_the_loss_is_taken_as_it_is() -> None:
 def test_labels_that_are_all_ignored_are_refused() -> None:
     ids, _ = _texts()
     nothing = torch.full_like(ids, IGNORED)
-    with pytest.raises(CalibrationError, match="all are equal to ignore_index=-1"):
+    with pytest.raises(CalibrationError, match="no label counts"):
         LayerCurvature(ignore_index=IGNORED).fit_model(_tagger(), [(ids, nothing)], _of_tokens)
 
 

@@ -249,8 +249,13 @@ def test_without_data_the_damping_is_the_mean_curvature() -> None:
 
 def test_refuses_data_that_decides_nothing() -> None:
     flat = _calibration(_model()).with_loss(lambda output, target: 0.0 * output.sum())
-    with pytest.raises(CalibrationError, match="gradients of zero"):
+    with pytest.raises(CalibrationError, match="zeros alone"):
         KFAC(0.5, calibration=flat).decide(flat.space)
+    calibration = _calibration(_model())
+    curvature = LayerCurvature(structure="kronecker").fit(calibration)
+    curvature.sums = {key: 0 * value for key, value in curvature.sums.items()}
+    with pytest.raises(CalibrationError, match="gradients of zero"):
+        KFAC(0.5, curvature=curvature).decide(calibration.space)
 
 
 def test_refuses_held_out_losses_that_are_no_numbers() -> None:

@@ -10,7 +10,7 @@ Factored Tikhonov damping (arXiv 1503.05671, section 6.3) replaces ``F + λI`` b
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,10 +42,8 @@ class KroneckerInverse:
     """
 
     def __init__(self, rows: Tensor, columns: Tensor, damping: float, *, pi: bool = False) -> None:
-        rows, columns = wide(rows), wide(columns)
-        ratio = _mean_eigenvalue_ratio(columns, rows) if pi else 1.0
-        self._rows = safe_cholesky(_plus_identity(rows, math.sqrt(damping / ratio)))
-        self._columns = safe_cholesky(_plus_identity(columns, math.sqrt(damping * ratio)))
+        damped = _damped(rows, columns, damping, pi=pi)
+        self._rows, self._columns = (safe_cholesky(matrix) for matrix in damped)
 
     def diagonal(self) -> Tensor:
         """Diagonal of ``F_λ⁻¹`` as ``[rows, columns]``: ``diag(R⁻¹) diag(C⁻¹)ᵀ``, both damped."""
@@ -84,10 +82,50 @@ class DiagonalInverse:
         return self._inverse * matrix.to(self._inverse)
 
 
-def _mean_eigenvalue_ratio(first: Tensor, second: Tensor) -> float:
-    above, below = (float(factor.diagonal().mean()) for factor in (first, second))
-    return above / below if above > 0 and below > 0 else 1.0
+def kronecker_inverses(
+    factors: Sequence[tuple[Tensor, Tensor]], damping: float, *, pi: bool = False
+) -> list[KroneckerInverse]:
+    """One :class:`KroneckerInverse` for each pair of factors.
+
+    Whether the factorisations succeeded is fetched from the device once for all; those that did
+    not are repeated as :class:`KroneckerInverse` does it.
+
+    Args:
+        factors: Pairs ``R, C``.
+        damping: ``λ > 0``.
+        pi: See :class:`KroneckerInverse`.
+
+    Raises:
+        NumericalError: If a factor is not finite, or indefinite beyond rounding.
+    """
+    found, failures = [], []
+    for rows, columns in factors:
+        inverse = object.__new__(KroneckerInverse)
+        damped = _damped(rows, columns, damping, pi=pi)
+        (inverse._rows, first), (inverse._columns, second) = map(torch.linalg.cholesky_ex, damped)
+        found.append(inverse)
+        failures.append((first != 0) | (second != 0))
+    failed = torch.stack(failures).tolist() if failures else []
+    return [
+        KroneckerInverse(*pair, damping, pi=pi) if bad else inverse
+        for inverse, pair, bad in zip(found, factors, failed, strict=True)
+    ]
 
 
-def _plus_identity(matrix: Tensor, shift: float) -> Tensor:
+def _damped(rows: Tensor, columns: Tensor, damping: float, *, pi: bool) -> tuple[Tensor, Tensor]:
+    """Both factors with their share of the damping on the diagonal, float64."""
+    rows, columns = wide(rows), wide(columns)
+    ratio = _mean_eigenvalue_ratio(columns, rows) if pi else rows.new_ones(())
+    return (
+        _plus_identity(rows, (damping / ratio).sqrt()),
+        _plus_identity(columns, (damping * ratio).sqrt()),
+    )
+
+
+def _mean_eigenvalue_ratio(first: Tensor, second: Tensor) -> Tensor:
+    above, below = (factor.diagonal().mean() for factor in (first, second))
+    return torch.where((above > 0) & (below > 0), above / below, 1.0)
+
+
+def _plus_identity(matrix: Tensor, shift: Tensor) -> Tensor:
     return matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)

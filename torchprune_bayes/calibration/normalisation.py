@@ -62,12 +62,9 @@ def differences_in(batch: Batch, ignore_index: int) -> frozenset[str]:
     counts = counted_labels(labels, ignore_index)
     if counts is None or batch_size(batch) < 2:
         return frozenset()
-    found = set()
-    if bool((counts != counts[0]).any()):
-        found.add("number of labels")
-    if bool((labels != labels[:1]).any()):
-        found.add("labels")
-    return frozenset(found)
+    unlike = torch.stack([(counts != counts[0]).any(), (labels != labels[:1]).any()]).tolist()
+    ways = ("number of labels", "labels")
+    return frozenset(way for way, is_so in zip(ways, unlike, strict=True) if is_so)
 
 
 def normaliser_of(

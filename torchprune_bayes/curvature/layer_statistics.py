@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, distributed
 
 from torchprune_bayes._files import read_tensors, reading, save_tensors
-from torchprune_bayes._numerics.kronecker import DiagonalInverse, KroneckerInverse
+from torchprune_bayes._numerics.kronecker import (
+    DiagonalInverse,
+    KroneckerInverse,
+    kronecker_inverses,
+)
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature.layers.sums import layer_of
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ParameterError
@@ -126,19 +130,38 @@ class LayerStatistics:
             damping: ``λ``, absolute; see :meth:`mean`.
             pi: Whether Kronecker factors share the damping out by their mean eigenvalues.
         """
-        if self._has_factors(name):
-            return KroneckerInverse(*self.factors(name), damping, pi=pi)
-        diagonal = self.block_diagonal(name)
-        return DiagonalInverse(diagonal.reshape(diagonal.shape[0], -1), damping)
+        return self.inverses([name], damping, pi=pi)[name]
+
+    def inverses(
+        self, names: Collection[str], damping: float, *, pi: bool = True
+    ) -> dict[str, KroneckerInverse | DiagonalInverse]:
+        """Damped inverses of several blocks, with one wait for the device instead of one for each.
+
+        Args:
+            names: Qualified names of the parameters.
+            damping: See :meth:`inverse`.
+            pi: See :meth:`inverse`.
+        """
+        known = [name for name in names if self._has_factors(name)]
+        factored = kronecker_inverses([self.factors(name) for name in known], damping, pi=pi)
+        found: dict[str, KroneckerInverse | DiagonalInverse] = dict(
+            zip(known, factored, strict=True)
+        )
+        for name in names:
+            if name not in found:
+                diagonal = self.block_diagonal(name)
+                found[name] = DiagonalInverse(diagonal.reshape(diagonal.shape[0], -1), damping)
+        return found
 
     def mean(self) -> float:
         """Mean of ``H_ii`` over the remaining entries of all parameters: a unit for dampings."""
-        remaining = sum(int(mask.sum()) for mask in self.masks.values())
-        total = sum(
-            float((self.block_diagonal(name) * mask.to(self.sums["terms"].device)).sum())
-            for name, mask in self.masks.items()
-        )
-        return total / max(remaining, 1)
+        totals = []
+        for name, mask in self.masks.items():
+            diagonal = self.block_diagonal(name)
+            kept = mask.to(diagonal.device)
+            totals.append(torch.stack([(diagonal * kept).sum(), kept.sum().to(diagonal)]))
+        total, remaining = torch.stack(totals).sum(0).tolist()
+        return float(total / max(remaining, 1.0))
 
     def merge(self, other: Self) -> Self:
         """Add the sums of another fit of the same weights, such as another rank's.

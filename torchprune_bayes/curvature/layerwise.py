@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -211,13 +211,25 @@ class LayerCurvature(LayerStatistics):
         """
         masks = calibration.space.masks() if masks is None else masks
         calibration = calibration.with_space(calibration.space.subset(masks))
-        batches = self._batches(calibration, weights)
-        head = self._head(batches)
+        head = self._head(self._batches(calibration, weights))
         passes = self._passes(calibration, weights, head[0])
         check = NormalisationCheck(passes)
         if self.verify:
             check.examine(joined(head) or head[0])
-        routes = self._routes_of(passes, head[0], couples=check.couples)
+        total = None
+        while total is None:
+            routes = self._routes_of(passes, head[0], couples=check.couples)
+            total = self._summed(passes, check, routes, self._batches(calibration, weights))
+        sums = total.finished(masks)
+        self.masks, self.sums, self.count = masks, sums, total.samples
+        self.coverage, self.calibration = coverage_of(total.routes, masks), calibration
+        self._routes = routes
+        return self
+
+    def _summed(
+        self, passes: Passes, check: NormalisationCheck, routes: Routes, batches: Iterator[Batch]
+    ) -> BatchSums | None:
+        """The sums over all batches; ``None`` if a late one shows that they were made wrongly."""
         taken, factors = needed(routes, self.structure, self.factor_limit)
         total = BatchSums(
             passes,
@@ -228,22 +240,20 @@ class LayerCurvature(LayerStatistics):
             draws=self.draws,
             stream=self.stream,
         )
-        samples = 0
-        for batch in chain(head, batches):
+        for batch in batches:
             if self.verify:
                 check.examine(batch)
+                if check.found_late:
+                    check.found_late = False
+                    return None
             total.add(batch)
-            samples += batch_size(batch) // self.mini_batch
-        sums = total.finished(masks)
-        self.masks, self.sums, self.count = masks, sums, samples
-        self.coverage, self.calibration = coverage_of(taken, masks), calibration
-        self._routes = routes
-        return self
+        return total
 
     def _routes_of(self, passes: Passes, first: Batch, *, couples: bool) -> Routes:
         if not self.verify:
             return unverified_routes(passes.calibration.space)
-        if self.calibration is None or not _same_task(self.calibration, passes.calibration):
+        before = self.calibration
+        if couples or before is None or not _same_task(before, passes.calibration):
             two = self._examples(first, passes.losses.ignore_index, 2)
             return verified_routes(passes, two, couples=couples)
         return self._routes

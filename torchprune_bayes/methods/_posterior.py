@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 
+import torch
 from torch import nn
 
 from torchprune_bayes.calibration import Calibration
@@ -159,14 +160,18 @@ def _check_fitted_to(posterior: Posterior, space: ParameterSpace) -> None:
     Raises:
         AlignmentError: In these cases.
     """
+    moved, names = [], []
     for tensor in space:
         mean = posterior.mean.get(tensor.name)
         if mean is None or mean.shape != tensor.leaf.shape:
             raise AlignmentError(f"Expected a posterior of `{tensor.name}` as well, got none.")
-        moved = (mean.to(tensor.value.device) - tensor.value)[tensor.mask].abs()
-        largest = float(tensor.leaf.detach().abs().max())
-        if moved.numel() and float(moved.max()) > _TOLERANCE * largest:
+        if mean.numel():
+            weights = tensor.leaf.detach()
+            change = ((mean.to(weights.device) - tensor.value) * tensor.mask).abs().max()
+            moved.append(change > _TOLERANCE * weights.abs().max())
+            names.append(tensor.name)
+    for name, has_moved in zip(names, torch.stack(moved).tolist() if moved else [], strict=True):
+        if has_moved:
             raise AlignmentError(
-                f"Expected a posterior at the weights of `{tensor.name}`, got one at others: fit "
-                "it again."
+                f"Expected a posterior at the weights of `{name}`, got one at others: fit it again."
             )

@@ -145,9 +145,7 @@ class _Step:
     def decide(self, damping: float) -> Decision:
         """What the damping ``λ`` leads to."""
         method = self.method
-        inverses = {
-            name: self.curvature.inverse(name, damping, pi=method.pi) for name in self.weights
-        }
+        inverses = self.curvature.inverses(self.weights, damping, pi=method.pi)
         ratios = {name: _over_diagonal(w, inverses[name]) for name, w in self.weights.items()}
         scores = {name: w * ratios[name] / 2 for name, w in self.weights.items()}
         kept = Target(self.masks, method.amount, scope=method.scope).keep(0, scores, self.masks)

@@ -114,16 +114,18 @@ def _right_as_a_whole(passes: Passes, two: Batch, layers: Sequence[Layer]) -> li
 
 
 def _agreeing(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: Masks) -> set[str]:
-    largest = max(float(square.max()) for square in exact.values())
-    right = set()
+    if not found:
+        return set()
+    largest = torch.stack([square.max() for square in exact.values()]).max()
+    right = []
     for name, square in found.items():
         mask = masks[name].to(square)  # the rules know nothing of masks
         square, expected = square * mask, exact[name] * mask
         zero = _ROUNDING[expected.dtype] ** 2 * largest * expected.numel() ** 0.5
-        room = _AGREEMENT[expected.dtype] * float(expected.norm()) + zero
-        if float((square - expected).norm()) <= room:
-            right.add(name)
-    return right
+        room = _AGREEMENT[expected.dtype] * expected.norm() + zero
+        right.append((square - expected).norm() <= room)
+    # Fetched from the device together.
+    return {name for name, is_so in zip(found, torch.stack(right).tolist(), strict=True) if is_so}
 
 
 def _restricted(layers: Sequence[Layer], names: set[str]) -> list[Layer]:
@@ -139,7 +141,10 @@ def _expandable(
 ) -> dict[str, int]:
     """Parameters that may be given in one copy per sample, tried together where shaped alike."""
     expanded: dict[str, int] = {}
-    names = [name for name in names if bool(exact[name].any())]  # zeros would prove nothing
+    moving = torch.stack([exact[name].any() for name in names]).tolist() if names else []
+    names = [
+        name for name, moves in zip(names, moving, strict=True) if moves
+    ]  # zeros prove nothing
     masks = passes.calibration.space.masks()
     for inserted in range(_MOST_INSERTED + 1):
         left = [name for name in names if name not in expanded]

@@ -38,7 +38,7 @@ class Evaluated:
     def total_loss(self) -> Tensor:
         """Sum of all terms; zero, not NaN, where there are none."""
         terms = self.terms.sum()
-        return self.loss.detach() * terms if terms else torch.zeros_like(self.loss)
+        return torch.where(terms > 0, self.loss.detach() * terms, 0.0)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from torchprune_bayes.calibration import Batch, batch_size, cut
 from torchprune_bayes.calibration.normalisation import (
     differences_in,
@@ -27,6 +29,8 @@ class NormalisationCheck:
         passes: The model; its ``losses`` are changed to what is found.
 
     Attributes:
+        found_late: Whether the last batch showed what all batches before it were silent about, so
+            that what was summed of these has to be summed again.
         couples: Whether mini-batches have losses that do not make up that of a batch. Their
             gradients are then taken one by one.
 
@@ -36,7 +40,7 @@ class NormalisationCheck:
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
         self._seen: frozenset[str] | None = None
-        self.couples = False
+        self.couples = self.found_late = False
 
     def examine(self, batch: Batch) -> None:
         """Compare samples of a batch, unless it has none that differ in a new way.
@@ -59,19 +63,19 @@ class NormalisationCheck:
             examples = differing_samples(batch, losses.ignore_index, MOST_EXAMPLES)
         else:
             examples = cut(batch, 0, group * min(MOST_EXAMPLES, batch_size(batch) // group))
-        self._compare(examples, first=first)
+        self._compare(examples, undecided="number of labels" not in before, first=first)
 
-    def _compare(self, examples: Batch, *, first: bool) -> None:
+    def _compare(self, examples: Batch, *, undecided: bool, first: bool) -> None:
         passes, group = self._passes, self._passes.losses.group
-        loss, _ = passes.loss_and_terms(examples)
-        found = [
-            passes.loss_and_terms(cut(examples, start, start + group))
-            for start in range(0, batch_size(examples), group)
+        parts = [
+            cut(examples, start, start + group) for start in range(0, batch_size(examples), group)
         ]
-        singles, terms = [single for single, _ in found], [count for _, count in found]
+        found = torch.stack([passes.loss_and_terms(part) for part in (examples, *parts)])
+        (loss, *singles), (_, *terms) = found.mT.tolist()
         normaliser = normaliser_of(loss, singles, terms)
+        self.found_late = False
         if normaliser is None and group > 1:
-            self.couples = True
+            self.found_late, self.couples = not (first or self.couples), True
         elif normaliser is None:
             raise CalibrationError(
                 "Expected a loss that is a mean over samples, or over labels other than "
@@ -81,11 +85,11 @@ class NormalisationCheck:
                 "number of samples, `cross_entropy(..., weight=weight, reduction='none').mean()`; "
                 "a loss that compares samples with each other has no curvature of single ones."
             )
-        elif first:
-            passes.losses = replace(passes.losses, normaliser=normaliser)
         elif passes.losses.normaliser != normaliser:
-            raise CalibrationError(
-                "Expected one rule by which the loss counts labels, got a mean over samples "
-                "in batches whose samples differ in their number, which the first ones did not "
-                "show: shuffle the data, or take token_loss='mean'."
-            )
+            if not undecided:
+                raise CalibrationError(
+                    "Expected one rule by which the loss counts labels, got a mean over labels in "
+                    "some batches and over samples in others."
+                )
+            passes.losses = replace(passes.losses, normaliser=normaliser)
+            self.found_late = not first

@@ -101,11 +101,11 @@ class Passes:
                 leaves[name] = recording.expand(name, leaves[name], inserted)
             return self._evaluated(leaves, batch), recording
 
-    def loss_and_terms(self, batch: Batch) -> tuple[float, float]:
-        """Loss of a batch, and how many terms it is the mean of."""
+    def loss_and_terms(self, batch: Batch) -> Tensor:
+        """Loss of a batch, and how many terms it is the mean of, ``[2]``."""
         with self._isolated(), torch.no_grad():
             evaluated = self._evaluated(self.leaves, batch)
-        return float(evaluated.loss.detach()), float(evaluated.terms.sum())
+        return torch.stack([evaluated.loss.detach(), evaluated.terms.sum()])
 
     def squares(self, batch: Batch, routes: Routes) -> dict[str, Tensor]:
         """``Σ_n g_n²`` of the samples' own losses, by the layers and copies of ``routes``."""

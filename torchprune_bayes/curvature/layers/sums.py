@@ -37,6 +37,10 @@ class BatchSums:
         every: Whether parameters with Kronecker factors have a diagonal as well.
         draws: Draws per sample.
         stream: Draws of other streams are others.
+
+    Attributes:
+        routes: As given.
+        samples: Samples that were added, or mini-batches.
     """
 
     def __init__(
@@ -50,7 +54,8 @@ class BatchSums:
         draws: int,
         stream: int,
     ) -> None:
-        self._passes, self._routes = passes, routes
+        self._passes, self.routes = passes, routes
+        self.samples = 0
         self._kind, self._draws = kind, draws
         self._generator = torch.Generator().manual_seed(
             derived_seed(passes.calibration.seed, "curvature", stream)
@@ -77,13 +82,14 @@ class BatchSums:
             CalibrationError: If a layer does not see whole samples.
         """
         passes = self._passes
-        evaluated, recording = passes.forward(batch, self._routes)
+        evaluated, recording = passes.forward(batch, self.routes)
         if recording.unbatched:
             raise CalibrationError(
                 f"Expected layers that see whole samples, got a layer of "
                 f"`{min(recording.unbatched)}` with inputs that are no multiple of "
                 f"{batch_size(batch)} samples: pass batch_size=1."
             )
+        self.samples += len(evaluated.terms)
         self._loss = self._loss + evaluated.total_loss.to(self._place)
         self._terms = self._terms + evaluated.terms.sum().to(self._place)
         vectors = list(
@@ -105,15 +111,11 @@ class BatchSums:
         for layer in list(self._outputs):
             sums[f"outputs:{layer}"] = self._outputs.pop(layer).matrix()
             sums[f"inputs:{layer}"] = self._inputs.pop(layer).matrix()
-        if not self._terms:
-            raise CalibrationError(
-                "Expected labels that count, got none in all samples: all are equal to "
-                f"ignore_index={self._passes.losses.ignore_index}."
-            )
         sums |= {**self._notes, "terms": self._terms, f"loss:{self._kind}": self._loss}
-        # NaN is both the least and the greatest; no tensor of truth values is made.
+        # NaN is both the least and the greatest; no large tensor of truth values is made.
+        finite = [torch.stack(value.aminmax()).isfinite().all() for value in sums.values()]
         bad = [
-            key for key, value in sums.items() if not torch.stack(value.aminmax()).isfinite().all()
+            key for key, fine in zip(sums, torch.stack(finite).tolist(), strict=True) if not fine
         ]
         if bad:
             names = dict.fromkeys(map(_what, bad))
@@ -143,10 +145,10 @@ class BatchSums:
                     add_squares(uses, self._diagonal[name])
                 if name in self._kronecker:
                     self._add_factors(name, uses, with_inputs=not index)
-        if self._routes.singles:
-            vectorized = self._routes.vectorized
+        if self.routes.singles:
+            vectorized = self.routes.vectorized
             for rows in self._passes.one_by_one(
-                batch, self._routes.singles, vector, vectorized=vectorized
+                batch, self.routes.singles, vector, vectorized=vectorized
             ):
                 for name, row in rows.items():
                     self._diagonal[name] += row.square().sum(0)
