@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from torchprune_bayes.cli import main
+from torchprune_bayes.cli._blocks import in_blocks
 from torchprune_bayes.cli._experiment import Trial, Variant, variants
+from torchprune_bayes.cli._families import STEPWISE, families_of
 from torchprune_bayes.cli.digits import load_digits, trained_network
 from torchprune_bayes.errors import NumericalWarning
 from torchprune_bayes.methods import Magnitude, registered_methods
 from torchprune_bayes.methods.registry import _METHODS, register
-from torchprune_bayes.reports import evaluate
+from torchprune_bayes.reports import ResultsTable, evaluate
 
 trained = cache(trained_network)
 SMALL = ["--seeds", "1", "--num-samples", "32"]
@@ -135,6 +137,47 @@ def test_quiet_prints_the_table_alone(tmp_path, capsys):
     assert "plan" not in captured.out
     assert "wrote" not in captured.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.csv", "compare.json"]
+
+
+def test_json_prints_the_rows_alone(tmp_path, capsys):
+    words = ["--methods", "random", "--sparsities", 0.5, "--output", tmp_path, "--no-plot"]
+    assert compare(*words, *SMALL, "--json") == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert json.loads(captured.out) == json.loads((tmp_path / "compare.json").read_text())
+
+
+def test_the_last_line_names_the_best_and_how_to_call_it(tmp_path, capsys):
+    words = ["--methods", "random", "woodtaylor", "--steps", 2, "--sparsities", 0.8, 0.9]
+    assert compare(*words, *SMALL, "--output", tmp_path, "--no-plot") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    rows = [row for row in json.loads((tmp_path / "compare.json").read_text()) if row["sparsity"]]
+    means = {
+        label: sum(row["accuracy"] for row in rows if row["method"] == label) / 2
+        for label in ("random", "woodtaylor", "woodtaylor, 2 steps")
+    }
+    best = max(means, key=means.get)
+    assert last.startswith(f"Best on these digits, {100 * means[best]:.1f} % on average: {best}.")
+    assert f"prune --method {best.partition(',')[0]}" in last
+    assert ("--option steps=2" in last) == ("steps" in best)
+
+
+def test_a_narrow_terminal_has_no_spread():
+    table = ResultsTable()
+    for seed in range(2):
+        measured = {"nll": 0.1 + seed, "ece": 0.02, "seed": seed}
+        table.add(method="dense", sparsity=0.0, accuracy=0.9 + 0.1 * seed, **measured)
+        table.add(method="random", sparsity=0.5, accuracy=0.7, seconds=0.2, **measured)
+    assert "±" in in_blocks(table)
+    assert in_blocks(table, 200) == in_blocks(table)
+    assert "±" not in in_blocks(table, 24)
+
+
+def test_every_method_has_a_family():
+    found = families_of(variants(None, None))
+    assert set(found) == {variant.label for variant in variants(None, None)}
+    assert "others" not in found.values(), "name a new method in cli/_families.py"
+    assert found["woodtaylor, 8 steps"] == STEPWISE
 
 
 def test_spread_is_over_seeds(tmp_path, capsys):

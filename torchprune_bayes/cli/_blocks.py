@@ -14,12 +14,14 @@ _BLOCKS = (
 )
 
 
-def in_blocks(table: ResultsTable) -> str:
+def in_blocks(table: ResultsTable, width: int | None = None) -> str:
     """Lay the runs of a comparison out for a terminal, averaged over seeds.
 
     Args:
         table: Rows as :class:`~torchprune_bayes.cli._experiment.Trial` makes them. The dense
             network, whose sparsity is 0, is repeated in every column to compare with.
+        width: Columns of the terminal; where the lines are longer the spread over seeds is left
+            out.
 
     Example:
         >>> measured = {"nll": 0.1, "ece": 0.02, "seed": 0}
@@ -33,6 +35,12 @@ def in_blocks(table: ResultsTable) -> str:
         dense   98.0
         random  71.0      0.2
     """
+    whole = _blocks(table, with_spread=True)
+    narrow = width is not None and max(map(len, whole.splitlines()), default=0) > width
+    return _blocks(table, with_spread=False) if narrow else whole
+
+
+def _blocks(table: ResultsTable, *, with_spread: bool) -> str:
     successes = ResultsTable(row for row in table if "error" not in row)
     summary = list(successes.summarise(["method", "sparsity"], [block[0] for block in _BLOCKS]))
     methods = list(dict.fromkeys(str(row["method"]) for row in table))
@@ -45,7 +53,8 @@ def in_blocks(table: ResultsTable) -> str:
             cells: dict[str, Cell] = {"method": method}
             for sparsity in sparsities:
                 row = found.get(0.0 if method == DENSE else sparsity, {})
-                cells |= _spread(row, value, f"{sparsity:g}", factor, decimals)
+                parts = ("mean", "std") if with_spread else ("mean",)
+                cells |= _spread(row, value, f"{sparsity:g}", factor, decimals, parts)
             if value == "accuracy":
                 cells |= _seconds(table, method) | _error(table, method)
                 title = "Accuracy in % at each sparsity; seconds per run"
@@ -54,10 +63,15 @@ def in_blocks(table: ResultsTable) -> str:
     return "\n\n".join(blocks)
 
 
-def _spread(row: Row, value: str, name: str, factor: float, decimals: int) -> Row:
+def _spread(
+    row: Row, value: str, name: str, factor: float, decimals: int, parts: tuple[str, ...]
+) -> Row:
+    # A mean without its spread is a plain column.
     return {
-        f"{name}_{part}": round(factor * float(row[f"{value}_{part}"]), decimals)
-        for part in ("mean", "std")
+        f"{name}_{part}" if len(parts) > 1 else name: round(
+            factor * float(row[f"{value}_{part}"]), decimals
+        )
+        for part in parts
         if row
     }
 

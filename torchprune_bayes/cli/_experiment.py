@@ -22,7 +22,7 @@ from torchprune_bayes.reports import evaluate
 STRONGEST, STEPS = "woodtaylor", 8
 """The method that is run in several steps too, and in how many."""
 
-LIMITS = {"probes": 32, "perturbations": 10, "steps": 20}
+LIMITS = {"probes": 32, "perturbations": 10, "steps": 20, "max_iterations": 20}
 """Largest values of options, to keep the comparison short; defaults beyond them are cut."""
 
 DENSE = "dense"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 import warnings
 from pathlib import Path
 from time import perf_counter
@@ -20,11 +22,12 @@ from torchprune_bayes.cli._experiment import (
     Variant,
     variants,
 )
+from torchprune_bayes.cli._families import families_of
 from torchprune_bayes.cli._help import add_command
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
 from torchprune_bayes.cli.digits import load_digits, one_thread, trained_network
 from torchprune_bayes.errors import ArgumentError, TorchPruneBayesWarning
-from torchprune_bayes.reports import ResultsTable, plot_accuracy_against_sparsity
+from torchprune_bayes.reports import ResultsTable, plot_comparison
 
 _DESCRIPTION = """\
 Train a small convolutional network on real 8 x 8 images of digits, prune copies of it with
@@ -32,7 +35,8 @@ every method at several sparsities, and compare what is left: accuracy, negative
 log-likelihood (NLL), expected calibration error (ECE) and time. Nothing is downloaded, and
 nothing is trained after pruning. One thread is used, for the network is too small for more.
 
-OUTPUT holds compare.json and compare.csv, one row per run, and compare.png.
+OUTPUT holds compare.json and compare.csv, one row per run, and compare.png: the best method of
+each family, and below it the families one by one. The last line says what was best.
 """
 
 _EXAMPLES = """\
@@ -57,7 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--sparsities",
         nargs="+",
         type=float,
-        default=[0.5, 0.8, 0.9, 0.95, 0.98],
+        default=[0.8, 0.9, 0.95, 0.98],
         metavar="S",
         help="fractions of the weights to prune, between 0 and 1",
     )
@@ -72,7 +76,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where to write")
     add("--no-plot", action="store_true", help="write no figure, which needs matplotlib")
-    add("--quiet", action="store_true", help="print the table and nothing else")
+    add("--quiet", action="store_true", help="print the table and the best method, nothing else")
+    add("--json", action="store_true", help="print the rows of all runs as JSON and nothing else")
     parser.set_defaults(run=run)
 
 
@@ -82,15 +87,27 @@ def run(arguments: argparse.Namespace) -> int:
     compared = variants(arguments.methods, arguments.steps)
     arguments.output.mkdir(parents=True, exist_ok=True)
     begin = perf_counter()
+    arguments.quiet |= arguments.json
     with one_thread(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TorchPruneBayesWarning)
         table = _all_rows(arguments, compared)
-    print(f"{_caption(arguments, compared)}\n\n{in_blocks(table)}")
-    files = _write(table, arguments)
+    files = _write(table, arguments, compared)
+    if arguments.json:
+        print(files[0].read_text(encoding="utf-8"), end="")
+        return _exit_code(table)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(f"{_caption(arguments, compared)}\n\n{in_blocks(table, width)}")
     if not arguments.quiet:
         for message in dict.fromkeys(str(warning.message) for warning in caught):
             print(f"warning: {message}")
         print(f"\nwrote {', '.join(map(str, files))} in {in_words(perf_counter() - begin)}")
+    best = _best(table, compared)
+    if best:
+        print(f"\n{best}")
+    return _exit_code(table)
+
+
+def _exit_code(table: ResultsTable) -> int:
     return 1 if "error" in table.columns else 0
 
 
@@ -166,12 +183,33 @@ def _caption(arguments: argparse.Namespace, compared: list[Variant]) -> str:
     return "\n".join(lines)
 
 
-def _write(table: ResultsTable, arguments: argparse.Namespace) -> list[Path]:
+def _best(table: ResultsTable, compared: list[Variant]) -> str:
+    """The method with the highest mean accuracy over all sparsities, and how to call it."""
+    runs = ResultsTable(row for row in table if "error" not in row and row["method"] != DENSE)
+    means = {
+        str(row["method"]): 100 * float(row["accuracy_mean"])
+        for row in runs.summarise(["method"], ["accuracy"])
+    }
+    if not means:
+        return ""
+    label = max(means, key=lambda label: means[label])
+    [best] = [variant for variant in compared if variant.label == label]
+    shown = "".join(f" --option {key}={value}" for key, value in best.options.items())
+    return (
+        f"Best on these digits, {means[label]:.1f} % on average: {label}. "
+        f"On your model: torchprune-bayes prune --method {best.method}{shown} ..."
+    )
+
+
+def _write(
+    table: ResultsTable, arguments: argparse.Namespace, compared: list[Variant]
+) -> list[Path]:
     files = [arguments.output / f"compare.{ending}" for ending in ("json", "csv", "png")]
     table.to_json(files[0])
     table.to_csv(files[1])
     measured = ResultsTable(row for row in table if "error" not in row)
     if arguments.no_plot or all(row["method"] == DENSE for row in measured):
         return files[:2]
-    plot_accuracy_against_sparsity(measured, files[2], title="Digits, no fine-tuning")
+    families = families_of(compared)
+    plot_comparison(measured, files[2], families, title="Digits, no fine-tuning")
     return files

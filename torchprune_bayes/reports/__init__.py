@@ -38,6 +38,7 @@ Example:
            0.25      0.75  2.0010  0.2490  0.4993        4
 """
 
+from torchprune_bayes.reports.comparison_plot import plot_comparison
 from torchprune_bayes.reports.compression import (
     compression_curve,
     stopping_points,
@@ -76,6 +77,7 @@ __all__ = [
     "perplexity",
     "plot_accuracy_against_compression",
     "plot_accuracy_against_sparsity",
+    "plot_comparison",
     "plot_loss_curves",
     "rank_correlations",
     "stopping_points",

@@ -70,12 +70,12 @@ def plot_accuracy_against_sparsity(
         'accuracy.svg'
     """
     path = checked_path(path)
-    lines, dense = _lines(table, x, y, series)
+    lines, dense = lines_of(table, x, y, series)
     figure, axes = new_figure(x, y, title)
-    _set_sparsity_ticks(axes, sorted({point.sparsity for line in lines.values() for point in line}))
+    set_sparsity_ticks(axes, sorted({point.sparsity for line in lines.values() for point in line}))
     styles = zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False)
     handles = {
-        name: draw_line(axes, [(_position(p.sparsity), p.mean, p.std) for p in line], *style)
+        name: draw_line(axes, [(position(p.sparsity), p.mean, p.std) for p in line], *style)
         for (name, line), *style in styles
     }
     # Ordered by the last value, the legend reads like the right edge of the figure.
@@ -102,7 +102,7 @@ class _Point(NamedTuple):
     std: float  # NaN for a single run
 
 
-def _lines(
+def lines_of(
     table: ResultsTable, x: str, y: str, series: str
 ) -> tuple[dict[str, list[_Point]], float | None]:
     """Return the points of each series by ascending sparsity, and the mean at sparsity 0."""
@@ -125,12 +125,24 @@ def _lines(
 
 def new_figure(x: str, y: str, title: str | None) -> tuple[Any, Any]:
     """An empty figure whose axes are labelled with two columns, and the axes."""
+    figure = blank_figure(7.0, 4.4)
+    axes = figure.add_subplot()
+    style_axes(axes, x, y, title)
+    return figure, axes
+
+
+def blank_figure(width: float, height: float, **options: Any) -> Any:
+    """A figure without axes, in inches; pyplot and its global state stay out of it."""
     with optional("matplotlib", "plots"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    figure = Figure(figsize=(7.0, 4.4))
-    FigureCanvasAgg(figure)  # attaches itself; pyplot and its global state stay out of it
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(width, height), **options)
+    FigureCanvasAgg(figure)  # attaches itself
+    return figure
+
+
+def style_axes(axes: Any, x: str, y: str, title: str | None) -> None:
+    """Label axes with two columns and leave no more ink than is needed."""
     axes.set_xlabel(_words(x), color=_INK, labelpad=8)
     axes.set_ylabel(_words(y), color=_INK, labelpad=8)
     if title:
@@ -142,7 +154,6 @@ def new_figure(x: str, y: str, title: str | None) -> tuple[Any, Any]:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#B0B0B0")
-    return figure, axes
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -155,23 +166,23 @@ def _words(column: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def _position(sparsity: float) -> float:
+def position(sparsity: float) -> float:
     """Place a sparsity: each step to the right divides what is left by ten."""
     return -math.log10(1.0 - sparsity)
 
 
-def _set_sparsity_ticks(axes: Any, sparsities: list[float]) -> None:
+def set_sparsity_ticks(axes: Any, sparsities: list[float]) -> None:
     """Label those of the sparsities, ascending, that have room."""
-    width = _position(sparsities[-1]) - _position(sparsities[0])
+    width = position(sparsities[-1]) - position(sparsities[0])
     labels: dict[float, str] = {}
     # The highest, the most telling, always has its label; then 0.9 goes before 0.905.
     for sparsity in sorted(sparsities, key=lambda s: (s != sparsities[-1], len(f"{s:.6g}"), -s)):
-        label, position = f"{sparsity:.6g}", _position(sparsity)
+        label, place = f"{sparsity:.6g}", position(sparsity)
         if all(
-            abs(position - other) >= _CHARACTER * (len(label) + len(text)) / 2 * width
+            abs(place - other) >= _CHARACTER * (len(label) + len(text)) / 2 * width
             for other, text in labels.items()
         ):
-            labels[position] = label
+            labels[place] = label
     axes.set_xticks(list(labels), list(labels.values()))
 
 
