@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torchprune_bayes import Calibration, prune_global
 from torchprune_bayes.calibration import calibration as module
-from torchprune_bayes.errors import CalibrationError
+from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 from torchprune_bayes.seeds import derived_seed
 
 SAMPLES = 60
@@ -176,6 +177,9 @@ def test_the_default_is_a_sensible_number_of_gradients(
     assert calibration_on(lists(), None, mini_batch=7).num_samples == 56
     assert calibration_on(lists(), "all").num_samples == SAMPLES
     assert calibration_on(lists(), "all", mini_batch=7).num_gradients == 8
+    assert calibration_on(lists(), np.int64(20)).num_samples == 20
+    with pytest.raises(ArgumentTypeError, match="`num_samples` to be an int"):
+        calibration_on(lists(), "most")
 
 
 def test_the_model_is_taken_to_be_trained_on_all_the_data(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from warnings import warn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes.calibration._batches import Batch, map_tensors, same_tensors
@@ -18,16 +18,35 @@ from torchprune_bayes.errors import ArgumentError, CalibrationError, Calibration
 _MOSTLY_ZERO = 2  # warned of from one in so many informative gradients on
 
 
-def check_num_samples(num_samples: int | str | None, mini_batch: int) -> None:
-    """Refuse a number of samples that is not a number of complete mini-batches."""
+def check_num_samples(num_samples: int | str | None, mini_batch: int) -> int | None:
+    """The number of samples, if there is one; refused if it is no number of whole mini-batches.
+
+    Raises:
+        ArgumentError: If it is not a multiple of ``mini_batch``, or not positive.
+        ArgumentTypeError: If it is no number, ``None`` or ``"all"``.
+    """
     if num_samples is None or num_samples == "all":
-        return
+        return None
     check_count("num_samples", num_samples)
-    assert isinstance(num_samples, int)
-    if num_samples % mini_batch:
+    number = int(num_samples)
+    if number % mini_batch:
         raise ArgumentError(
-            f"Expected `num_samples` to be a multiple of mini_batch={mini_batch}, "
-            f"got {num_samples}."
+            f"Expected `num_samples` to be a multiple of mini_batch={mini_batch}, got {number}."
+        )
+    return number
+
+
+def check_on_one_device(model: nn.Module) -> None:
+    """Refuse a model whose forward pass moves activations, as it would on copies of the weights.
+
+    Raises:
+        CalibrationError: If its parameters are on several devices.
+    """
+    devices = list(dict.fromkeys(str(parameter.device) for parameter in model.parameters()))
+    if len(devices) > 1:
+        raise CalibrationError(
+            f"Expected a model on one device, got {' and '.join(devices)}: move it to one; "
+            "`device=` says where to compute."
         )
 
 

@@ -33,6 +33,7 @@ from torchprune_bayes.calibration._verification import (
     RepeatCheck,
     check_finite_gradients,
     check_num_samples,
+    check_on_one_device,
     refuse_zero_gradients,
 )
 from torchprune_bayes.calibration.labels import IGNORED
@@ -127,15 +128,15 @@ class Calibration:
         check_choice("fisher", fisher, ("empirical", "true"))
         check_choice("vectorize", vectorize, ("auto", True, False))
         check_positive("memory_mb", memory_mb)
-        check_num_samples(num_samples, mini_batch)
+        number = check_num_samples(num_samples, mini_batch)
         self.space = ParameterSpace(model, params)
-        _check_on_one_device(self.space.model)
+        check_on_one_device(self.space.model)
         place = None if device is None else torch.device(device)
         self._functional = FunctionalModel(self.space, loss_fn, place)
         self._stream = SampleStream(data, seed, self._functional)
         self._draw = 0
-        self._asked = num_samples
-        self._num_samples = num_samples if isinstance(num_samples, int) else None
+        self._asked = self._num_samples = number
+        self._takes_all = num_samples == "all"
         self.mini_batch = mini_batch
         self.fisher = fisher
         self.ignore_index = ignore_index
@@ -188,14 +189,15 @@ class Calibration:
             CalibrationError: If the data holds no complete mini-batch.
         """
         if self._num_samples is None:
-            limit = None if self._asked == "all" else self._default_samples()
+            limit = None if self._takes_all else self._default_samples()
             found = self._stream.count(limit)
             if found < self.mini_batch:
                 raise CalibrationError(
                     f"Expected at least {self.mini_batch} samples in the data, got {found}."
                 )
             self._num_samples = found - found % self.mini_batch
-            logger.info("Gradients of %d samples; num_samples='all' takes all.", self._num_samples)
+            if self._num_samples == limit:
+                logger.info("Gradients of %d samples; num_samples='all' takes all.", limit)
         return self._num_samples
 
     @property
@@ -204,7 +206,7 @@ class Calibration:
 
         These are ``num_samples`` where that is a number, else all in the data.
         """
-        return self._asked if isinstance(self._asked, int) else self._stream.length()
+        return self._stream.length() if self._asked is None else self._asked
 
     @property
     def num_gradients(self) -> int:
@@ -470,18 +472,4 @@ class Calibration:
     def _targets(self) -> FisherTargets:
         return FisherTargets(
             self._functional, self.fisher, derived_seed(self.seed, "labels"), self.ignore_index
-        )
-
-
-def _check_on_one_device(model: nn.Module) -> None:
-    """Refuse a model whose forward pass moves activations, as it would on copies of the weights.
-
-    Raises:
-        CalibrationError: If its parameters are on several devices.
-    """
-    devices = list(dict.fromkeys(str(parameter.device) for parameter in model.parameters()))
-    if len(devices) > 1:
-        raise CalibrationError(
-            f"Expected a model on one device, got {' and '.join(devices)}: move it to one; "
-            "`device=` says where to compute."
         )

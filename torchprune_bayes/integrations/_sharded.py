@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchprune_bayes._checks import check_count
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._processes import everywhere, rank, together, world_size
 from torchprune_bayes.calibration import Calibration, MeanLoss
 from torchprune_bayes.calibration._batches import Batch, map_tensors
 from torchprune_bayes.calibration._functional import LossFunction
 from torchprune_bayes.calibration._targets import FisherTargets
+from torchprune_bayes.calibration._verification import check_num_samples
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._ranks import exchanged, exchanged_rows, refuse_sharded, summed
 from torchprune_bayes.seeds import derived_seed
@@ -84,7 +86,7 @@ class ShardedCalibration(Calibration):
 
         together(start)
         self._own: _Share | None = None
-        self._total = num_samples if isinstance(num_samples, int) else None
+        self._total = check_num_samples(num_samples, mini_batch)
 
     @property
     def local(self) -> Calibration:
@@ -196,9 +198,11 @@ class EveryNth:
 
 
 def _share_of(num_samples: int | str | None, mini_batch: int) -> int | str | None:
-    if not isinstance(num_samples, int):
+    check_count("mini_batch", mini_batch)
+    number = check_num_samples(num_samples, mini_batch)
+    if number is None:
         return num_samples
-    groups, remainder = divmod(num_samples // mini_batch, world_size())
+    groups, remainder = divmod(number // mini_batch, world_size())
     if not groups and world_size() > 1:
         raise ArgumentError(
             f"Expected num_samples of at least {world_size() * mini_batch}, a mini-batch of "
