@@ -104,6 +104,7 @@ class GradualPruner:
     :func:`~torchprune_bayes.keep_sparse`. One byte per weight.
 
     Example:
+        >>> import torch
         >>> from torchprune_bayes.schedules import cubic
         >>> model = nn.Linear(8, 8)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
