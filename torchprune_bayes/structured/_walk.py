@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from torchprune_bayes.structured._readers import (
     survey,
 )
 from torchprune_bayes.structured.slicing import first_names
+
+logger = logging.getLogger("torchprune_bayes")
 
 _LIVE_ACTIVATIONS = 4  # of the largest layer, inputs and outputs, in a pass without gradients
 _LEAST_SAMPLES, _MOST_SAMPLES = 256, 4096
@@ -200,6 +204,13 @@ class Walk:
         room = self._calibration.memory_mb * 2**20 / 2
         fitting = max(1, int(room // (_LIVE_ACTIVATIONS * largest)))
         whole = joined(pieces)
+        if fitting < min(_LEAST_SAMPLES, sum(map(batch_size, pieces))):
+            logger.info(
+                "The repair takes a pass for each layer, because %d samples at once need more "
+                "memory: memory_mb=%d in the calibration makes it one pass.",
+                _LEAST_SAMPLES,
+                math.ceil(2 * _LEAST_SAMPLES * _LIVE_ACTIVATIONS * largest / 2**20),
+            )
         if whole is not None:
             pieces = [cut(whole, 0, max(fitting, _LEAST_SAMPLES))]
         batches = [

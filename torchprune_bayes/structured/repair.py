@@ -12,6 +12,7 @@ https://arxiv.org/abs/1707.06168, for all layers that read a unit, in one pass.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,11 +43,13 @@ class Repair:
         layers: What was fitted, in the order of the forward pass.
         skipped: Layers that read what goes and are cut without a fit, because the forward pass
             does not call them as modules, or they are no plain matrix product.
+        seconds: How long it took.
     """
 
     values: dict[str, Tensor]
     layers: tuple[LayerRepair, ...]
     skipped: tuple[str, ...]
+    seconds: float = 0.0
 
 
 def repair(
@@ -108,6 +111,7 @@ def repair(
         check_choice("damping", damping, ("auto",))
     else:
         check_positive("damping", damping)
+    start = time.perf_counter()
     model = calibration.model
     readers, skipped = readers_of(model, groups)
     keeps = _keeps(model, groups, kept, readers)
@@ -124,7 +128,8 @@ def repair(
             "Not repaired, because the forward pass does not call them as plain layers: %s.",
             ", ".join(skipped),
         )
-    return Repair(walk.values(), tuple(walk.fits), tuple(skipped))
+    seconds = time.perf_counter() - start
+    return Repair(walk.values(), tuple(walk.fits), tuple(skipped), seconds)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ class RepairReport:
         loss_repaired: And with it.
         samples: Held-out samples that these were taken from.
         in_sample: Whether there were none, so that they are those of the fit.
+        seconds: How long the fits took.
     """
 
     layers: tuple[LayerRepair, ...]
@@ -146,6 +152,7 @@ class RepairReport:
     loss_repaired: float
     samples: int
     in_sample: bool
+    seconds: float
 
     @property
     def taken(self) -> bool:
@@ -156,7 +163,7 @@ class RepairReport:
         verdict = "repaired" if self.taken else "repair not taken"
         return (
             f"{verdict}: loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
-            f"{len(self.layers)} layers were fitted anew"
+            f"{len(self.layers)} layers were fitted anew in {self.seconds:.1f} s"
         )
 
 
@@ -190,6 +197,7 @@ def cut_with(
         loss_repaired.value,
         loss_repaired.samples,
         loss_repaired.in_sample,
+        found.seconds,
     )
     if not report.taken:
         change.undo()
