@@ -169,6 +169,7 @@ def _shrunk(path: Path) -> None:
         sparsity=0.8,
         target="channels",
         steps=halving_path(0.8),
+        repair="none",
     )
     save_from(acc.process_index, (acc.unwrap_model(model).state_dict(), report.units.after), path)
 
@@ -179,7 +180,9 @@ def test_units_are_cut_in_steps_as_by_one_process_on_the_union(tmp_path: Path) -
     calibration = Calibration(model, taken_in_turns(data()), cross_entropy)
     path = halving_path(0.8)
     importance = SNAPitImportance(calibration)
-    shrink(model, data()[0][0], importance, sparsity=0.8, target="channels", steps=path)
+    # A repair predicts one half of the samples from the other, and these are in another order here.
+    options: dict[str, Any] = {"target": "channels", "steps": path, "repair": "none"}
+    shrink(model, data()[0][0], importance, sparsity=0.8, **options)
     expected = model.state_dict()
     for state, units in load_all(tmp_path / "found"):
         assert units == 4
