@@ -79,7 +79,6 @@ def save_pruned(model: nn.Module, folder: Path, report: Mapping[str, Any]) -> li
     """
     folder.mkdir(parents=True, exist_ok=True)
     masks, weights = folder / "masks.safetensors", folder / "model.safetensors"
-    summary = folder / "report.json"
     export_masks(model, masks)
     bake(model)
     save_pretrained = getattr(model, "save_pretrained", None)
@@ -87,10 +86,30 @@ def save_pruned(model: nn.Module, folder: Path, report: Mapping[str, Any]) -> li
         save_pretrained(folder)
     else:
         save_model(model, str(weights))  # tied tensors once
+    return [weights, masks, write_report(folder, report)]
+
+
+def metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Each metric before and after, and what it was measured on; nothing without labels."""
+    if metrics["before"] is None:
+        return []
+    return [
+        *(
+            f"{name:>8}  {value:.4f} -> {metrics['after'][name]:.4f}"
+            for name, value in metrics["before"].items()
+            if name != "samples"
+        ),
+        f"measured on {metrics['data']}, without fine-tuning",
+    ]
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
+    """Write ``report.json``; numbers that JSON does not have become ``null``."""
+    path = folder / "report.json"
     plain = _plain({"torchprune_bayes": version("torchprune_bayes"), **report})
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
-    summary.write_text(text + "\n", encoding="utf-8")
-    return [weights, masks, summary]
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
 
 
 def _labels(batch: Any) -> Tensor | None:

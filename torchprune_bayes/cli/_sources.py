@@ -18,6 +18,7 @@ from safetensors.torch import load_model as load_safetensors
 from torch import nn
 
 from torchprune_bayes._extras import optional
+from torchprune_bayes.cli._text import TextOptions, is_text, text_batches
 from torchprune_bayes.cli.digits import CalibrationDigits, load_digits
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 
@@ -72,16 +73,19 @@ def load_data(
     *,
     batch_size: int,
     num_samples: int | None,
+    text: TextOptions | None = None,
 ) -> Data:
     """Make the batches that ``source`` names.
 
     Args:
-        source: ``digits``, a folder of images with one folder per class, or ``module:callable``.
+        source: ``digits``, a folder of images with one folder per class, a file of texts,
+            ``hf:NAME`` of the Hub, or ``module:callable``.
         evaluation: The same for the batches to measure with; default the test images for
             ``digits``, else ``source``.
         model: Decides about the preprocessing of images.
         batch_size: Images per batch.
         num_samples: Calibration samples; the held-out images of ``digits`` follow them.
+        text: Columns and sizes of texts.
 
     Raises:
         ArgumentError: If there is no such data.
@@ -90,19 +94,23 @@ def load_data(
     if source == "digits":
         calibration: Iterable[Any] = _calibration_digits(num_samples)
     else:
-        calibration = _batches(source, model, batch_size)
+        calibration = _batches(source, model, batch_size, text)
     if evaluation is None and source != "digits":
         return Data(calibration, calibration, f"{source} (the calibration data)")
     measured = source if evaluation is None else evaluation
     name = "the test images of digits" if measured == "digits" else measured
-    return Data(calibration, _batches(measured, model, batch_size), name)
+    return Data(calibration, _batches(measured, model, batch_size, text), name)
 
 
-def _batches(source: str, model: nn.Module, batch_size: int) -> Iterable[Any]:
+def _batches(
+    source: str, model: nn.Module, batch_size: int, text: TextOptions | None
+) -> Iterable[Any]:
     if source == "digits":
         return load_digits().test.batches(batch_size)
     if Path(source).is_dir():
         return _image_folder(Path(source), model, batch_size)
+    if is_text(source):
+        return text_batches(source, model, text or TextOptions(batch_size=batch_size))
     found = _called(source)
     if not isinstance(found, Iterable):
         raise ArgumentTypeError(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from torchprune_bayes.cli import compare, methods, prune
+from torchprune_bayes.cli import compare, methods, prune, shrink
 from torchprune_bayes.cli._help import HelpFormatter
 from torchprune_bayes.errors import CalibrationError, NumericalError, TorchPruneBayesError
 
@@ -23,7 +23,8 @@ _EPILOG = """\
 examples:
   torchprune-bayes methods                         what there is
   torchprune-bayes compare                         all methods on a small real problem
-  torchprune-bayes prune --help                    one method on your model
+  torchprune-bayes prune --help                    single weights of your model
+  torchprune-bayes shrink --help                   a smaller model
 
 exit codes: 0 done, 1 a method failed, 2 wrong usage
 """
@@ -69,6 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("torchprune_bayes"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (methods, compare, prune):
+    for command in (methods, compare, prune, shrink):
         command.add_parser(commands)
     return parser

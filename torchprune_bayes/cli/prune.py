@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -14,10 +13,17 @@ from torch import nn
 
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._inputs import (
+    add_model_options,
+    add_running_options,
+    add_sample_options,
+    calibration_of,
+    loaded,
+)
 from torchprune_bayes.cli._options import amount, parsed_options
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
-from torchprune_bayes.cli._results import count_pruned, loss_for, measure, save_pruned
-from torchprune_bayes.cli._sources import Data, load_data, load_model
+from torchprune_bayes.cli._results import count_pruned, measure, metric_lines, save_pruned
+from torchprune_bayes.cli._sources import Data
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.methods import find_method, prune_global
 from torchprune_bayes.params import ParameterSpace, prunable_parameters
@@ -40,6 +46,10 @@ _EXAMPLES = """\
   torchprune-bayes prune --model timm:resnet18 --data imagenet/train \\
       --eval-data imagenet/val --method woodfisher --amount 0.8 --option block_size=2000
 
+  # a classifier of texts, on a table of texts and labels
+  torchprune-bayes prune --model hf:FOLDER --data train.csv --eval-data dev.csv \\
+      --text-column sentence --label-column label --method woodfisher --amount 0.8
+
   # your own code: callables of a file in this folder
   torchprune-bayes prune --model my_project:make_model --checkpoint weights.safetensors \\
       --data my_project:make_loader --method magnitude --amount 0.9 --output sparse/
@@ -57,58 +67,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description=_DESCRIPTION,
         examples=_EXAMPLES,
     )
-    _add_model_options(parser.add_argument_group("model and data"))
+    add_model_options(parser)
     _add_method_options(parser.add_argument_group("method"))
-    group = parser.add_argument_group("running and saving")
-    group.add_argument("--device", help="where to compute (default: cuda if there is one)")
-    group.add_argument(
-        "--memory-mb", type=float, default=1024.0, metavar="MIB", help="budget for gradients"
-    )
-    group.add_argument(
-        "--output", type=Path, default=Path("pruned"), metavar="FOLDER", help="where to save"
-    )
+    add_running_options(parser, "pruned")
     parser.set_defaults(run=run)
-
-
-def _add_model_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model",
-        required=True,
-        metavar="SOURCE",
-        help="timm:NAME, hf:NAME_OR_FOLDER or module:callable, which returns a torch.nn.Module",
-    )
-    group.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="weights to load: .safetensors, or a .pt file of tensors (loaded with weights_only)",
-    )
-    group.add_argument(
-        "--random-init",
-        action="store_true",
-        help="leave timm and hf models at random weights instead of the published ones",
-    )
-    group.add_argument(
-        "--exclude",
-        nargs="+",
-        default=[],
-        metavar="MODULE",
-        help="names of modules to leave dense, with everything inside, such as the classifier",
-    )
-    group.add_argument(
-        "--data",
-        metavar="SOURCE",
-        help="digits, a folder of images with a folder per class, or module:callable, which "
-        "returns an iterable of (input, target) batches or of mappings with labels",
-    )
-    group.add_argument(
-        "--eval-data",
-        metavar="SOURCE",
-        help="data to measure with, as --data (default: test images for digits, else --data)",
-    )
-    group.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="images per batch of a folder"
-    )
 
 
 def _add_method_options(group: argparse._ArgumentGroup) -> None:
@@ -128,30 +90,14 @@ def _add_method_options(group: argparse._ArgumentGroup) -> None:
         metavar="KEY=VALUE",
         help="option of the method, a Python literal or a word; may be repeated",
     )
-    group.add_argument(
-        "--num-samples",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="calibration samples to take gradients from",
-    )
-    group.add_argument(
-        "--mini-batch",
-        type=int,
-        default=1,
-        metavar="M",
-        help="samples averaged into one gradient: M times less memory",
-    )
-    group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of draws and of random weights"
-    )
+    add_sample_options(group)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, prune, measure, save; returns the exit code."""
     options = _method_options(arguments)
     torch.manual_seed(arguments.seed)
-    model, data = _loaded(arguments)
+    model, data = loaded(arguments)
     space = ParameterSpace(model, prunable_parameters(model, exclude=arguments.exclude))
     if find_method(arguments.method).needs_calibration:
         options["calibration"] = _calibration(arguments, model, data, space)
@@ -186,27 +132,6 @@ def _method_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _loaded(arguments: argparse.Namespace) -> tuple[nn.Module, Data | None]:
-    model = load_model(
-        arguments.model, checkpoint=arguments.checkpoint, random_init=arguments.random_init
-    )
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model.to(device).eval()
-    except RuntimeError as error:
-        raise ArgumentError(f"Expected a device for --device, got {device!r}: {error}") from error
-    if arguments.data is None:
-        return model, None
-    data = load_data(
-        arguments.data,
-        arguments.eval_data,
-        model,
-        batch_size=arguments.batch_size,
-        num_samples=arguments.num_samples,
-    )
-    return model, data
-
-
 def _calibration(
     arguments: argparse.Namespace, model: nn.Module, data: Data | None, space: ParameterSpace
 ) -> Calibration:
@@ -214,16 +139,7 @@ def _calibration(
         raise ArgumentTypeError(
             f"Expected --data for {arguments.method}, which takes gradients, got none."
         )
-    return Calibration(
-        model,
-        data.calibration,
-        loss_for(data.calibration),
-        params=space.pairs(),
-        num_samples=arguments.num_samples,
-        mini_batch=arguments.mini_batch,
-        seed=arguments.seed,
-        memory_mb=arguments.memory_mb,
-    )
+    return calibration_of(arguments, model, data, space.pairs())
 
 
 def _print_plan(
@@ -256,12 +172,6 @@ def _summary(report: dict[str, Any]) -> str:
         f"pruned {report['pruned']:,} of {report['weights']:,} weights, sparsity "
         f"{report['sparsity']:.4f}, in {in_words(report['seconds'])}"
     ]
-    metrics = report["metrics"]
-    if metrics is not None:
-        lines += [
-            f"{name:>8}  {value:.4f} -> {metrics['after'][name]:.4f}"
-            for name, value in metrics["before"].items()
-            if name != "samples"
-        ]
-        lines.append(f"measured on {metrics['data']}, without fine-tuning")
+    if report["metrics"] is not None:
+        lines += metric_lines(report["metrics"])
     return "\n".join(lines)

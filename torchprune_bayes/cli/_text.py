@@ -1,0 +1,212 @@
+"""Texts from files or data sets, tokenised by the model's own tokenizer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchprune_bayes._extras import optional
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+"""Endings of files that are read as texts."""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How rows become batches.
+
+    Attributes:
+        columns: One column of texts or two (pairs); numbers for files without a header.
+        label: Column of labels; ``None`` for language models, which predict the next token.
+        max_length: Tokens of a sample at most; language models take blocks of as many.
+        batch_size: Samples per batch.
+    """
+
+    columns: tuple[str, ...] = ("text",)
+    label: str | None = "label"
+    max_length: int = 128
+    batch_size: int = 64
+
+
+def is_text(source: str) -> bool:
+    """Whether ``--data`` names a file of texts or a data set of the Hub."""
+    return source.startswith("hf:") or Path(source).suffix.lower() in FORMATS
+
+
+def text_batches(source: str, model: nn.Module, options: TextOptions) -> list[dict[str, Any]]:
+    """Read texts and make the batches that a model of transformers takes.
+
+    Rows are shuffled with a fixed seed, because files may be sorted by label. Where the model is a
+    language model, texts are joined and cut into blocks whose labels are their own tokens.
+
+    Args:
+        source: A file ending in one of :data:`FORMATS`, or ``hf:NAME``, ``hf:NAME@SPLIT``.
+        model: A model of transformers that was loaded by name or from a folder.
+        options: Columns and sizes.
+
+    Returns:
+        Dictionaries with ``input_ids``, ``attention_mask`` (both ``[samples, tokens]``, int64) and
+        ``labels`` (``[samples]``, or ``[samples, tokens]`` for a language model).
+
+    Raises:
+        ArgumentError: If the file cannot be read, a column is missing, a label is unknown, or
+            there is no tokenizer beside the model.
+        ArgumentTypeError: If the model is none of transformers.
+        MissingExtraError: If transformers is not installed.
+    """
+    tokenizer = _tokenizer(model)
+    rows = _rows(source, options)
+    if not rows:
+        raise ArgumentError(f"Expected texts in `{source}`, got none.")
+    label = None if _is_language_model(model) else options.label
+    for column in [*options.columns, *([label] if label is not None else [])]:
+        if column not in rows[0]:
+            raise ArgumentError(
+                f"Expected a column {column!r} in `{source}`, got {', '.join(rows[0])}: name it "
+                "with --text-column and --label-column; columns of a file without a header are "
+                "numbers, from 0."
+            )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = [rows[index] for index in order]
+    if label is None:
+        return _blocks(shuffled, tokenizer, options)
+    return _classified(shuffled, label, tokenizer, model, options)
+
+
+def _tokenizer(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    name = getattr(config, "name_or_path", None)
+    if not name:
+        raise ArgumentTypeError(
+            f"Expected a model of transformers (--model hf:NAME) for texts, got "
+            f"{type(model).__name__}: give --data as module:callable for other models."
+        )
+    with optional("transformers", "hf"):
+        from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ArgumentError(
+            f"Expected a tokenizer beside the model `{name}`, got: {reason} Save one there with "
+            "tokenizer.save_pretrained."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(config, "pad_token_id", None) is None:
+        # Classifiers that read the last token must know which tokens are padding.
+        config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
+    return tokenizer
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    return type(model).__name__.endswith(("LMHeadModel", "ForCausalLM"))
+
+
+def _rows(source: str, options: TextOptions) -> Rows:
+    if source.startswith("hf:"):
+        return _from_hub(source.removeprefix("hf:"))
+    path = Path(source)
+    try:
+        return _from_file(path, has_header=not options.columns[0].isdigit())
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise ArgumentError(f"Expected a file of texts, got: {error}") from error
+
+
+def _from_file(path: Path, *, has_header: bool) -> Rows:
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        with optional("pyarrow", "hf"):
+            from pyarrow import ArrowException, parquet
+        try:
+            return [*parquet.read_table(path).to_pylist()]
+        except ArrowException as error:
+            raise ArgumentError(f"Expected a parquet file, got: {error}") from error
+    if ending in (".jsonl", ".json"):
+        text = path.read_text(encoding="utf-8")
+        whole = text.lstrip().startswith("[")
+        return json.loads(text) if whole else [json.loads(x) for x in text.splitlines() if x]
+    with open(path, encoding="utf-8", newline="") as file:
+        if ending == ".txt":
+            return [{"text": line.rstrip("\n")} for line in file if line.strip()]
+        if ending == ".tsv":
+            cells = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        else:
+            cells = list(csv.reader(file))
+    names = cells[0] if cells and has_header else [str(n) for n in range(len(cells[0]))]
+    return [dict(zip(names, row, strict=False)) for row in cells[has_header:] if row]
+
+
+def _from_hub(name: str) -> Rows:
+    name, _, split = name.partition("@")
+    with optional("datasets", "hf"):
+        from datasets import load_dataset
+    try:
+        return list(load_dataset(name, split=split or "train"))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ArgumentError(f"Expected a data set of the Hub, got: {reason}") from error
+
+
+def _classified(
+    rows: Rows, label: str, tokenizer: Any, model: nn.Module, options: TextOptions
+) -> list[dict[str, Any]]:
+    numbers = _label_numbers([row[label] for row in rows], model)
+    batches = []
+    for begin in range(0, len(rows), options.batch_size):
+        part = rows[begin : begin + options.batch_size]
+        texts = [[str(row[column]) for row in part] for column in options.columns]
+        batch = dict(
+            tokenizer(
+                *texts,
+                truncation=True,
+                max_length=options.max_length,
+                padding=True,
+                return_tensors="pt",
+            )
+        )
+        batch["labels"] = torch.tensor([numbers[str(row[label])] for row in part])
+        batches.append(batch)
+    return batches
+
+
+def _label_numbers(labels: Sequence[Any], model: nn.Module) -> dict[str, int]:
+    """The class of each label: its number, the model's own name for it, or its place in order."""
+    found = sorted({str(label) for label in labels})
+    known = {str(name): int(number) for name, number in model.config.label2id.items()}  # type: ignore[union-attr, operator]
+    if all(name in known for name in found):
+        return {name: known[name] for name in found}
+    if all(name.isdigit() for name in found):
+        numbers = {name: int(name) for name in found}
+    else:
+        numbers = {name: index for index, name in enumerate(found)}
+    classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    if max(numbers.values()) >= classes:
+        raise ArgumentError(
+            f"Expected labels for {classes} classes of {type(model).__name__}, got "
+            f"{len(found)}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
+        )
+    return numbers
+
+
+def _blocks(rows: Rows, tokenizer: Any, options: TextOptions) -> list[dict[str, Any]]:
+    texts = ["\n".join(str(row[column]) for column in options.columns) for row in rows]
+    tokens = list(chain.from_iterable(tokenizer(texts)["input_ids"]))
+    length = min(options.max_length, len(tokens))
+    count = len(tokens) // length
+    blocks = torch.tensor(tokens[: count * length]).view(count, length)
+    return [
+        {"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part}
+        for part in blocks.split(options.batch_size)
+    ]
