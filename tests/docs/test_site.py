@@ -78,3 +78,10 @@ def test_equations_become_mathml():
 def test_docstrings_become_markdown():
     text = "See :func:`~torch.nn.relu`, ``x`` and `a\npaper <https://a.b/c>`_::"
     assert docstrings.as_markdown(text) == "See `relu`, `x` and [a paper](https://a.b/c):"
+
+
+def test_the_citation_has_the_version_of_the_package():
+    text = (ROOT / "CITATION.cff").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    [version] = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert f"version: {version}\n" in text
