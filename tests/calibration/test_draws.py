@@ -120,6 +120,24 @@ def test_later_draws_never_take_held_out_samples(
     assert numbers_of(calibration.fresh(index)) == expected
 
 
+def test_late_draws_pass_over_no_whole_rounds_once_their_length_is_known() -> None:
+    drawn = [0]
+
+    class Counted:
+        def __iter__(self) -> Iterator[Any]:
+            for inputs, labels in lists():
+                drawn[0] += len(labels)
+                yield inputs, labels
+
+    calibration = calibration_on(Counted())
+    expected = numbers_of(calibration.fresh(3))
+    for index in (3, 3 + 5, 3 + 5 * 100):
+        drawn[0] = 0
+        assert numbers_of(calibration.fresh(index)) == expected
+        if index > 8:
+            assert drawn[0] <= SAMPLES
+
+
 def test_draws_of_draws_go_on_too() -> None:
     calibration = calibration_on(lists())
     later = calibration.fresh(1)

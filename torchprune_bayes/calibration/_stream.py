@@ -151,6 +151,8 @@ class SampleStream:
 
     def _going_on(self, skipped: int, samples: int, reserved: int) -> Iterator[Batch]:
         """The batches after ``skipped`` samples, round and round, but for the reserved ones."""
+        round_of = f"round without {samples}:{samples + reserved}"
+        skipped %= self._known.get(round_of, skipped + 1)
         while True:
             passed = length = 0
             for batch in self._batches():
@@ -166,6 +168,7 @@ class SampleStream:
                 passed += batch_size(batch)
             if length < samples:  # fewer than asked, which whoever asked finds out
                 return
+            self._known[round_of] = length  # so that no later draw passes over whole rounds
             skipped %= length
 
     def _has_random_order(self) -> bool:
