@@ -19,6 +19,7 @@ from torchprune_bayes.methods.host import (
 )
 from torchprune_bayes.methods.kfac import KFAC
 from torchprune_bayes.methods.laplace_evidence import LaplaceEvidence
+from torchprune_bayes.methods.layerwise import Layerwise
 from torchprune_bayes.methods.magnitude import LayerMagnitude, Magnitude
 from torchprune_bayes.methods.opd import OPD
 from torchprune_bayes.methods.random import Random
@@ -30,7 +31,9 @@ from torchprune_bayes.methods.registry import (
 )
 from torchprune_bayes.methods.snip import SNIP, IterativeSNIP
 from torchprune_bayes.methods.snipit import SNIPit
+from torchprune_bayes.methods.sparsegpt import SparseGPT
 from torchprune_bayes.methods.synflow import SynFlow
+from torchprune_bayes.methods.wanda import Wanda
 from torchprune_bayes.methods.woodfisher import WoodFisher
 from torchprune_bayes.methods.woodtaylor import WoodTaylor
 
@@ -48,13 +51,16 @@ __all__ = [
     "IterativeSNIP",
     "LaplaceEvidence",
     "LayerMagnitude",
+    "Layerwise",
     "Magnitude",
     "PostUpdateCBS",
     "PruningMethod",
     "Random",
     "RegisteredMethod",
     "SNIPit",
+    "SparseGPT",
     "SynFlow",
+    "Wanda",
     "WoodFisher",
     "WoodTaylor",
     "apply_decision",

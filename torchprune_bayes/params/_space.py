@@ -141,6 +141,19 @@ class ParameterSpace(Sequence[PrunableTensor]):
         """The same tensors with values and masks given on a device, wherever the model is."""
         return self._of([replace(tensor, place=device) for tensor in self._tensors])
 
+    def with_values(self, values: Mapping[str, Tensor]) -> ParameterSpace:
+        """The same tensors as if they had other values, which the model knows nothing of.
+
+        Args:
+            values: Values by qualified name, for any of the tensors.
+
+        Example:
+            >>> space = ParameterSpace(nn.Linear(2, 1))
+            >>> space.with_values({"weight": torch.tensor([[3.0, 4.0]])}).values()["weight"]
+            tensor([[3., 4.]])
+        """
+        return self._of([replace(t, held_value=values.get(t.name)) for t in self._tensors])
+
     def check_same_tensors(self, params: ParameterPairs) -> None:
         """Refuse pairs, in any order, that are not the tensors of this space."""
         wanted = {id(leaf(module, name)) for module, name in without_repeats(params)}

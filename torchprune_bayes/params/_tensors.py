@@ -44,6 +44,8 @@ class PrunableTensor:
     """A mask held elsewhere, for plain weights whose zeros are the mask."""
     place: torch.device | None = field(default=None, compare=False)
     """Where :attr:`value` and :attr:`mask` are given; default where the leaf is."""
+    held_value: Tensor | None = field(default=None, compare=False)
+    """Values that the tensor is taken to have, such as those that a step would give it."""
 
     @property
     def leaf(self) -> Tensor:
@@ -70,7 +72,8 @@ class PrunableTensor:
     @property
     def value(self) -> Tensor:
         """The values in use, ``leaf * mask``, detached."""
-        value = self.leaf.detach().to(self.place or self.leaf.device)
+        value = self.leaf.detach() if self.held_value is None else self.held_value
+        value = value.to(self.place or self.leaf.device)
         for mask in self.known_masks:
             value = value * mask.to(value)
         return value

@@ -1,0 +1,134 @@
+"""New weights of a linear layer that is pruned, so that its outputs stay what they were.
+
+Legend: ``W [rows, n]`` the weights of a layer, ``G = E[x xᵀ] [n, n]`` the second moment of its
+inputs, damped and so positive definite. A mask keeps the inputs ``K`` of a row and prunes the
+inputs ``P``. The mean squared change of a row's output is ``(w − ŵ)ᵀ G (w − ŵ)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.cholesky import safe_cholesky
+
+_BYTES = {"cpu": 2**24, "cuda": 2**28}  # of the matrices that are factorised at one time
+
+Choice = Callable[[slice, Tensor, Tensor], Tensor]
+"""``choose(columns, values, costs) -> keep``: which entries of some columns stay."""
+
+
+def damped(moment: Tensor, damping: float) -> Tensor:
+    """``G`` plus ``damping`` times the mean of its diagonal, float64.
+
+    Example:
+        >>> damped(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.5).tolist()
+        [[2.5, 0.0], [0.0, 0.5]]
+    """
+    matrix = moment.double()
+    shift = damping * matrix.diagonal(dim1=-2, dim2=-1).mean()
+    return matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def solve_rows(gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
+    """The weights on a mask that change the outputs the least, every row exactly.
+
+    A row's solution is ``ŵ_K = w_K + G_KK⁻¹ G_KP w_P``, with ``ŵ_P = 0``.
+
+    Args:
+        gram: ``G``, float64 ``[n, n]``.
+        weights: ``W``, ``[rows, n]``.
+        keep: Boolean, like ``weights``; what is pruned may have weights, which are made up for.
+
+    Returns:
+        ``Ŵ``, float64.
+
+    Raises:
+        NumericalError: If ``G`` is not positive definite.
+
+    Cost: ``Σ_rows |K|³/3`` multiplications, with rows of like many kept weights taken together.
+
+    Example:
+        >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+        >>> solve_rows(gram, torch.tensor([[1.0, 1.0]]), torch.tensor([[True, False]]))
+        tensor([[1.5000, 0.0000]], dtype=torch.float64)
+    """
+    wanted = weights.double() @ gram
+    found = torch.zeros_like(wanted)
+    for rows, width in _alike(keep):
+        index = (~keep[rows]).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        within = keep[rows].gather(1, index)
+        square = gram[index.unsqueeze(2), index.unsqueeze(1)]
+        square *= within.unsqueeze(2) & within.unsqueeze(1)
+        square.diagonal(dim1=1, dim2=2).add_(~within)  # fills up the shorter rows
+        right = (wanted[rows].gather(1, index) * within).unsqueeze(2)
+        solved = torch.cholesky_solve(right, safe_cholesky(square)).squeeze(2)
+        found[rows] = found[rows].scatter(1, index, solved * within)
+    return found
+
+
+def sweep(
+    gram: Tensor, weights: Tensor, choose: Choice, *, group: int = 128, block: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Prune column by column and let the columns to come make up for it.
+
+    `SparseGPT (Frantar and Alistarh, 2023) <https://arxiv.org/abs/2301.00774>`_, algorithm 1: with
+    the upper Cholesky factor ``U`` of ``G⁻¹``, to prune ``w_j`` changes what comes after it by
+    ``−(w_j/U_jj) U_j,j+1:``; the columns before it are settled. Rows share ``U``, so that this is
+    much cheaper than :func:`solve_rows`, and less exact.
+
+    Args:
+        gram: ``G``, float64 ``[n, n]``.
+        weights: ``W``, ``[rows, n]``.
+        choose: Called for every ``group`` of columns with these columns, their values at the time,
+            and the costs ``w_j²/U_jj²`` of pruning them; returns what is kept.
+        group: Columns for which the mask is chosen together; divides ``block``.
+        block: Columns after which changes are handed to all others at once.
+
+    Returns:
+        New weights, float64 and zero where pruned, and the mask.
+
+    Raises:
+        NumericalError: If ``G`` is not positive definite.
+
+    Cost: ``n³ + rows n²/2`` multiplications.
+
+    Example:
+        >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+        >>> sweep(gram, torch.ones(1, 2), lambda columns, values, costs: costs > 1.6)
+        (tensor([[0.0000, 1.5000]], dtype=torch.float64), tensor([[False,  True]]))
+    """
+    inverse = torch.cholesky_inverse(safe_cholesky(gram))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    values = weights.double().clone()
+    keep = torch.ones_like(values, dtype=torch.bool)
+    columns = values.shape[1]
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        errors = values.new_zeros(len(values), stop - start)
+        for j in range(start, stop):
+            if (j - start) % group == 0:
+                chosen = slice(j, min(j + group, stop))
+                costs = (values[:, chosen] / upper.diagonal()[chosen]).square()
+                keep[:, chosen] = choose(chosen, values[:, chosen], costs)
+            error = torch.where(keep[:, j], 0.0, values[:, j] / upper[j, j])
+            values[:, j:stop] -= torch.outer(error, upper[j, j:stop])
+            errors[:, j - start] = error
+        values[:, stop:] -= errors @ upper[start:stop, stop:]
+    return torch.where(keep, values, 0.0), keep
+
+
+def _alike(keep: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Rows with like many kept entries, few enough at a time, and the most that one keeps."""
+    counts = keep.sum(1)
+    order = counts.argsort(stable=True)
+    sizes = counts[order].tolist()
+    budget = _BYTES.get(keep.device.type, _BYTES["cuda"])
+    stop = len(sizes)
+    while stop and sizes[stop - 1]:
+        width = sizes[stop - 1]
+        start = max(0, stop - max(1, budget // (8 * width**2)))
+        yield order[start:stop], width
+        stop = start

@@ -1,0 +1,244 @@
+"""Any scores, with every layer solved anew for what is left of it: the method for transformers."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._numerics.layer_update import damped, solve_rows, sweep
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature.layer_inputs import LayerInputs
+from torchprune_bayes.curvature.layers.inputs import InputMoment, matrix_of, weight_of
+from torchprune_bayes.errors import ArgumentError, CalibrationWarning
+from torchprune_bayes.methods._pattern import Pattern
+from torchprune_bayes.methods._stepwise import ranked_groups
+from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.registry import find_method, register
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.schedules import sparsity_path
+from torchprune_bayes.types import Decision, Masks
+
+PATHS = ("cubic", "geometric", "linear")
+SOLVERS = ("exact", "sequential")
+_OWN = ("amount", "calibration", "curvature", "model", "pattern", "posterior", "scope")
+
+
+@register("layerwise", title="global scores, layers solved anew in rounds", paper="")
+class Layerwise(PruningMethod):
+    """Choose masks by a method that only scores, and solve every layer anew, in rounds.
+
+    A global ranking knows which layers can spare most, and exact least squares on a layer's inputs
+    make up for what it loses; each round does both, at the weights that the last one left. After
+    the masks are chosen, the rows of every layer are solved for the weights that change its outputs
+    on the calibration tokens the least, as in `SparseGPT <https://arxiv.org/abs/2301.00774>`_ but
+    exactly and for any mask; layer by layer, so that later ones see the inputs that they will have.
+
+    Args:
+        amount: Fraction (float) or number (int) of the remaining entries to prune; ``None`` with a
+            pattern, which fixes it.
+        calibration: Data, model and loss. Layers are solved on all tokens of all its samples.
+        scores: The registered method that chooses the masks, such as ``"opd"``, ``"kfac"``,
+            ``"diagonal-fisher"``, ``"magnitude"`` or ``"snip"``; one that also moves weights is
+            asked not to.
+        score_options: Its options.
+        steps: Rounds, each with fresh scores.
+        path: Sparsity over the rounds, ``"cubic"``, ``"geometric"`` or ``"linear"``.
+        solver: ``"exact"`` solves each row for its own mask; ``"sequential"`` goes through the
+            columns once for all rows.
+        damping: Relative to the mean square of a layer's inputs.
+        ignore_padding: Whether tokens that the ``attention_mask`` leaves out do not count.
+        pattern: ``"N:M"``; the scoring method must know patterns. Rounds then go from ``M−1`` to
+            ``N`` kept of every ``M``.
+        scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
+
+    Raises:
+        ArgumentError: If an option has an impossible value, or the scores move weights.
+        ArgumentTypeError: If there is no calibration.
+        CalibrationError: If the data gave no usable scores or inputs.
+
+    Warns:
+        CalibrationWarning: If layers were only masked, because the samples do not reach them or
+            because they are no linear layers and no convolutions.
+
+    Cost per round: that of the scores, one forward pass with the activations of all samples (more
+    passes where the calibration's memory budget does not hold them), and for a row that keeps ``k``
+    inputs ``k³/3`` multiplications.
+
+    Example:
+        >>> from torchprune_bayes import prune_global
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 3))
+        >>> data = [(torch.randn(32, 8), torch.randint(3, (32,))) for _ in range(4)]
+        >>> calibration = Calibration(model, data, torch.nn.functional.cross_entropy)
+        >>> decision = prune_global(None, "layerwise", amount=0.5, calibration=calibration)
+        >>> [step["kept"] for step in decision.info["steps"]]
+        [125, 99, 89, 88]
+    """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int] | None,
+        *,
+        calibration: Calibration | None = None,
+        scores: str = "opd",
+        score_options: Mapping[str, Any] | None = None,
+        steps: int = 4,
+        path: Literal["cubic", "geometric", "linear"] = "cubic",
+        solver: Literal["exact", "sequential"] = "exact",
+        damping: float = 0.01,
+        ignore_padding: bool = True,
+        pattern: str | None = None,
+        scope: Literal["global", "layer"] = "global",
+    ) -> None:
+        self.pattern = None if pattern is None else _n_of_m(pattern)
+        if self.pattern is not None:
+            amount = self.pattern.amount(amount)
+        super().__init__(amount, calibration=calibration, scope=scope)  # type: ignore[arg-type]
+        check_count("steps", steps)
+        check_choice("path", path, PATHS)
+        check_choice("solver", solver, SOLVERS)
+        check_positive("damping", damping)
+        self.steps, self.path, self.solver, self.damping = steps, path, solver, damping
+        self.ignore_padding = ignore_padding
+        self.scores = scores
+        self.score_options = dict(score_options or {})
+        self._score_method(0.0 if self.pattern is None else None, self.pattern)
+
+    def decide(self, space: ParameterSpace) -> Decision:
+        """Choose masks and new weights, round by round; the model is not changed.
+
+        Args:
+            space: The calibration's parameters.
+
+        Raises:
+            ArgumentError: If the scoring method moves weights, or chose nothing new.
+            CalibrationError: If the data gave no usable scores or inputs.
+        """
+        weights, masks, reports = space.values(), space.masks(), []
+        found = Decision(masks)
+        moved = False
+        for amount, pattern in self._rounds(space, masks):
+            seen = space.with_masks(masks).with_values(weights)
+            method = self._score_method(amount, pattern)
+            method.calibration = self.required_calibration.with_space(seen)
+            found = method.decide(seen)
+            if found.updates is not None:
+                raise ArgumentError(
+                    f"Expected a method that only scores for `scores`, got {self.scores!r}, which "
+                    "moves weights."
+                )
+            masks = found.masks
+            weights = self._solved(seen, weights, masks)
+            moved = True
+            reports.append({"kept": _count(masks), "scores": found.info})
+        info = {"steps": reports, "scores": self.scores, "damping": self.damping}
+        return Decision(masks, weights if moved else None, found.scores, info)
+
+    def _rounds(self, space: ParameterSpace, masks: Masks) -> list[tuple[Any, Pattern | None]]:
+        """What each round prunes of what the one before left."""
+        if self.pattern is not None:
+            dims = self.pattern.dims(space)
+            self.pattern.target(masks, dims, self.amount, steps=1, scope=self.scope)  # checks
+            size, gone = self.pattern.size, self.pattern.size - self.pattern.kept
+            shares = sparsity_path(self.path, 1.0, self.steps) if self.steps > 1 else [1.0]
+            kept = dict.fromkeys(size - max(1, round(share * gone)) for share in shares)
+            return [(None, Pattern(size, n)) for n in kept]
+        groups = ranked_groups(masks, self.amount, self.scope, self._sparsities)
+        amounts: list[tuple[Any, Pattern | None]] = []
+        for step in range(len(groups[0].goals)):
+            counts = [g.goals[step] - (g.goals[step - 1] if step else 0) for g in groups]
+            if any(counts):
+                named = {g.names[0]: count for g, count in zip(groups, counts, strict=True)}
+                amounts.append((named if self.scope == "layer" else counts[0], None))
+        return amounts
+
+    def _sparsities(self, final: float, initial: float) -> list[float]:
+        if final == 1.0:  # nothing is left that could be scored
+            return [final]
+        return sparsity_path(self.path, final, self.steps, initial)
+
+    def _score_method(self, amount: Any, pattern: Pattern | None) -> PruningMethod:
+        kind = find_method(self.scores).method
+        if not issubclass(kind, PruningMethod) or kind is Layerwise:
+            raise ArgumentError(
+                f"Expected a method of this package that scores for `scores`, got {self.scores!r}."
+            )
+        known = inspect.signature(kind.__init__).parameters
+        wrong = [key for key in self.score_options if key in _OWN]
+        if wrong:
+            raise ArgumentError(
+                f"Expected options of the scores alone in `score_options`, got {wrong[0]!r}: it is "
+                "an argument of its own, or is found anew in each round."
+            )
+        options: dict[str, Any] = {"scope": self.scope} | self.score_options
+        if "update" in known:
+            options["update"] = "none"
+        if pattern is not None:
+            if "pattern" not in known:
+                raise ArgumentError(
+                    f"Expected `scores` that know patterns, such as 'opd', got {self.scores!r}."
+                )
+            options["pattern"] = f"{pattern.kept}:{pattern.size}"
+        return kind(amount, **options)
+
+    def _solved(
+        self, space: ParameterSpace, weights: Mapping[str, Tensor], masks: Masks
+    ) -> dict[str, Tensor]:
+        start = {name: value * masks[name] for name, value in weights.items()}
+        calibration = self.required_calibration.with_space(space)
+        inputs = LayerInputs(calibration, ignore_padding=self.ignore_padding)
+        unsolved = [name for name in start if name not in inputs.names]
+
+        def update(name: str, moment: InputMoment) -> Tensor | None:
+            if not moment.tokens:
+                unsolved.append(name)
+                return None
+            return self._new_weight(moment, weights[name], masks[name])
+
+        found = inputs.update(update, start)
+        _warn_of(unsolved)
+        return {name: found.get(name, value).to(value) for name, value in start.items()}
+
+    def _new_weight(self, moment: InputMoment, weight: Tensor, mask: Tensor) -> Tensor:
+        module, place = moment.module, moment.total.device
+        wanted, keep = (matrix_of(module, t.to(place)) for t in (weight, mask))
+        solved = []
+        for gram, rows, kept in zip(moment.mean, wanted, keep, strict=True):
+            matrix = damped(gram, self.damping)
+            if self.solver == "exact":
+                solved.append(solve_rows(matrix, rows, kept))
+            else:
+                solved.append(sweep(matrix, rows, partial(_given, kept))[0])
+        return weight_of(module, torch.stack(solved), weight)
+
+
+def _given(kept: Tensor, columns: slice, values: Tensor, costs: Tensor) -> Tensor:
+    return kept[:, columns]
+
+
+def _n_of_m(text: str) -> Pattern:
+    pattern = Pattern.parse(text)
+    if pattern.takes_whole_groups:
+        raise ArgumentError(f"Expected `pattern` like '2:4', got {text!r}.")
+    return pattern
+
+
+def _count(masks: Masks) -> int:
+    return sum(int(mask.sum()) for mask in masks.values())
+
+
+def _warn_of(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            f"The remaining weights of {', '.join(names)} stay as they are, because no calibration "
+            "sample reaches them or they are of no linear layer or convolution: give more samples, "
+            "or leave them out.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
