@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from torchprune_bayes.curvature.layers.convolution import patches
-from torchprune_bayes.params import ParameterSpace, is_hf_conv1d, leaf
+from torchprune_bayes.layer_kinds import kind_of
+from torchprune_bayes.layer_kinds.convolution import patches
+from torchprune_bayes.params import ParameterSpace, leaf
 
 Update = Callable[[str, "InputMoment"], Tensor | None]
 """``update(name, moment) -> new weight``, in the shape of the tensor; ``None`` leaves it."""
@@ -58,17 +59,13 @@ def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
         >>> matrix_of(layer, layer.weight).shape
         torch.Size([2, 3, 18])
     """
-    if is_hf_conv1d(module):
-        return weight.mT.unsqueeze(0)
     groups = getattr(module, "groups", 1)
-    return weight.flatten(1).unflatten(0, (groups, -1))
+    return kind_of(module).as_matrix(weight).unflatten(0, (groups, -1))
 
 
 def weight_of(module: nn.Module, matrix: Tensor, like: Tensor) -> Tensor:
     """The inverse of :func:`matrix_of`, in shape and dtype of a weight."""
-    if is_hf_conv1d(module):
-        return matrix[0].mT.to(like)
-    return matrix.reshape(like.shape).to(like)
+    return kind_of(module).as_weight(matrix.flatten(0, 1), like).to(like)
 
 
 def has_inputs(module: nn.Module, name: str) -> bool:
@@ -78,8 +75,8 @@ def has_inputs(module: nn.Module, name: str) -> bool:
         >>> has_inputs(nn.Linear(2, 2), "weight"), has_inputs(nn.ConvTranspose1d(1, 1, 1), "weight")
         (True, False)
     """
-    known = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return name == "weight" and (isinstance(module, known) or is_hf_conv1d(module))
+    kind = kind_of(module)
+    return name == "weight" and kind.has_factors and kind.is_called
 
 
 class Finished(Exception):  # noqa: N818  # no error
