@@ -135,7 +135,8 @@ class _Run:
 
     def calls_of_one(self) -> _Calls:
         """The calls that the first sample makes; layers that it does not reach come as listed."""
-        calls, last = _Calls(), [None]
+        calls = _Calls()
+        last: list[Tensor | None] = [None]
 
         def note(name: str, x: Tensor) -> None:
             if name not in calls.counts:
@@ -188,8 +189,9 @@ class _Run:
         if not (self._inputs.ignore_padding and isinstance(inputs, Mapping)):
             return None
         mask = inputs.get("attention_mask")
-        real = isinstance(mask, Tensor) and mask.ndim == 2 and not bool((mask != 0).all())
-        return mask != 0 if real else None
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask != 0).all()):
+            return None
+        return mask != 0
 
     def _forward(
         self, batch: Batch, names: Collection[str], see: Callable[[str, Tensor], None]

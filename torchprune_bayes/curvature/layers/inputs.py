@@ -148,7 +148,7 @@ def _is_convolution(module: nn.Module) -> bool:
 def _rows(module: nn.Module, x: Tensor, real: Tensor | None) -> Tensor:
     """What a layer's weight is multiplied with, ``[groups, tokens, n]``."""
     if _is_convolution(module):
-        unbatched = x.ndim == len(module.kernel_size) + 1
+        unbatched = x.ndim == len(cast("nn.Conv2d", module).kernel_size) + 1
         found = patches(cast("nn.Conv2d", module), x.unsqueeze(0) if unbatched else x)
         return found.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     if real is not None:
