@@ -9,10 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.references.mlpnet import accuracy, load_mlpnet, load_mnist, shuffled_batches
 from tests.references.second_order import damped_kronecker_product
-from torchprune_bayes import KFAC, Calibration, LayerCurvature, Magnitude, prune_global
+from torchprune_bayes import (
+    KFAC,
+    Calibration,
+    LayerCurvature,
+    Magnitude,
+    prune_global,
+    registered_methods,
+)
 from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import (
     AlignmentError,
@@ -293,3 +301,32 @@ def test_reproduces_the_published_accuracy(shared_data: Path) -> None:
         prune_global(None, KFAC, amount=0.95, calibration=calibration, damping=1e-5, pi=False)
         found.append(accuracy(model, test_x, test_y))
     assert 80.5 < sum(found) / 6 < 82.5
+
+
+class _Fetches(TorchDispatchMode):
+    """Counts how often a number is fetched from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += "local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["kfac", "diagonal-fisher"])
+def test_the_device_is_asked_as_often_for_many_layers_as_for_few(method: str) -> None:
+    counts = []
+    for depth in (2, 12):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(depth) for layer in (nn.Linear(4, 4), nn.Tanh())]
+        data = [(torch.randn(64, 4), torch.randint(4, (64,)))]
+        calibration = Calibration(nn.Sequential(*layers), data, cross_entropy, num_samples=32)
+        options: dict[str, Any] = {"damping": 0.01} if method == "kfac" else {}
+        with _Fetches() as fetches:
+            prune = registered_methods()[method].method
+            prune(0.5, calibration=calibration, **options).decide(calibration.space)  # type: ignore
+        counts.append(fetches.count)
+    assert counts[0] == counts[1]
+    assert counts[0] < 50

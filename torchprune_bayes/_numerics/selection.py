@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import repeat
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def smallest_k(
     """
     check_count("k", k, minimum=0)
     pools = _pools(scores, live)
-    left = sum(pool.count() for pool in pools)
+    left = sum(_counts(pools))
     if k > left:
         raise ArgumentError(f"Expected `k` of at most {left}, the number of entries left, got {k}.")
     return _free(pools, Fraction(int(k)))
@@ -107,7 +108,8 @@ def within_budget(
         if not 0.0 <= value < math.inf:
             raise ArgumentError(f"Expected `{name}` to be finite and at least 0, got {value!r}.")
     pools = _pools(scores, live, costs)
-    return _free(pools, sum(pool.cost * pool.count() for pool in pools) - Fraction(budget))
+    spent = sum(pool.cost * count for pool, count in zip(pools, _counts(pools), strict=True))
+    return _free(pools, spent - Fraction(budget))
 
 
 @torch.no_grad()
@@ -159,16 +161,13 @@ class _Pool:
     cost: Fraction
     dtype: torch.dtype  # in which all pools are compared
 
-    def count(self) -> int:
-        return self.score.numel() if self.live is None else int(self.live.sum())
-
-    def check(self) -> None:
-        shape = tuple(self.score.shape)
-        if self.live is not None and self.live.shape != self.score.shape:
-            raise ArgumentError(f"Expected `live` of shape {shape}, got {tuple(self.live.shape)}.")
-        for part, mask in self.pieces():
-            if (part.isnan() if mask is None else part.isnan() & mask).any():
-                raise ArgumentError(f"Expected no NaN in `scores`, got one in shape {shape}.")
+    def has_nan(self) -> Tensor:
+        """Whether a live score is NaN, still on the device."""
+        found = [
+            (part.isnan() if mask is None else part.isnan() & mask).any()
+            for part, mask in self.pieces()
+        ]
+        return torch.stack(found).any()
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Cut scores and live mask into flat pieces, in the order of the index."""
@@ -222,20 +221,41 @@ def _cumulative_counts(pools: Sequence[_Pool], low: int, shift: int) -> dict[Fra
 def _masks(pools: Sequence[_Pool], threshold: int, rest: Fraction) -> list[Tensor]:
     """Prune live keys below ``threshold``, then those equal to it until ``rest`` is freed."""
     masks = []
+    tied = iter(_ties(pools, threshold) if rest > 0 else [])
     for pool in pools:
         out = torch.empty(pool.score.shape, dtype=torch.bool, device=pool.score.device)
         for (part, live), keep in zip(pool.pieces(), _split(out), strict=True):
+            count = next(tied, 0)
             keys = _keys(part, pool.dtype)
             torch.ge(keys, threshold, out=keep)
             if live is not None:
                 keep &= live
-            if rest > 0:
+            if rest > 0 and count:
                 ties = keep & (keys == threshold)
                 wanted = min(math.ceil(rest / pool.cost), len(ties)) if pool.cost else len(ties)
                 keep &= ~ties | (ties.cumsum(0) > wanted)
-                rest -= pool.cost * min(wanted, int(ties.sum()))
+                rest -= pool.cost * min(wanted, count)
         masks.append(out)
     return masks
+
+
+def _counts(pools: Sequence[_Pool]) -> list[int]:
+    """Live entries of each, fetched from the device together."""
+    if pools[0].live is None:
+        return [pool.score.numel() for pool in pools]
+    found: list[int] = torch.stack([cast(Tensor, pool.live).sum() for pool in pools]).tolist()
+    return found
+
+
+def _ties(pools: Sequence[_Pool], threshold: int) -> list[int]:
+    """Live keys equal to the threshold in every piece, likewise."""
+    found = []
+    for pool in pools:
+        for part, live in pool.pieces():
+            ties = _keys(part, pool.dtype) == threshold
+            found.append((ties if live is None else ties & live).sum())
+    counts: list[int] = torch.stack(found).tolist()
+    return counts
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -280,7 +300,13 @@ def _pools(
         for score, mask, cost in zip(scores, masks, values, strict=True)
     ]
     for pool in pools:
-        pool.check()
+        shape = tuple(pool.score.shape)
+        if pool.live is not None and pool.live.shape != shape:
+            raise ArgumentError(f"Expected `live` of shape {shape}, got {tuple(pool.live.shape)}.")
+    nan = torch.stack([pool.has_nan() for pool in pools]).tolist()
+    for pool in [pool for pool, has_nan in zip(pools, nan, strict=True) if has_nan]:
+        shape = tuple(pool.score.shape)
+        raise ArgumentError(f"Expected no NaN in `scores`, got one in shape {shape}.")
     return pools
 
 

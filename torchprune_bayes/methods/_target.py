@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import count_to_prune
@@ -55,7 +56,7 @@ class Target:
         self, step: int, names: list[str], scores: Scores, masks: Masks
     ) -> list[Tensor]:
         ranked, live = [scores[name] for name in names], [masks[name] for name in names]
-        start = sum(int(self.initial[name].sum()) for name in names)
+        start, left = _count([[self.initial[name] for name in names], live])
         amount = self._amount_of(names)
         total = count_to_prune(amount, start)
         is_count = isinstance(amount, numbers.Integral)
@@ -65,8 +66,7 @@ class Target:
             dead = 1.0 - start / sum(mask.numel() for mask in live)
             return keep_strictly_above(ranked, share + (1.0 - share) * dead, live)
         goal = total if self._is_last(step) else round(share * start)
-        done = start - sum(int(mask.sum()) for mask in live)
-        return smallest_k(ranked, max(goal - done, 0), live)
+        return smallest_k(ranked, max(goal - (start - left), 0), live)
 
     def _within_flops(self, step: int, scores: Scores, masks: Masks) -> Masks:
         assert self.costs is not None
@@ -94,3 +94,11 @@ class Target:
 
     def _is_last(self, step: int) -> bool:
         return step == self.steps - 1
+
+
+def _count(groups: Sequence[Sequence[Tensor]]) -> list[int]:
+    """Remaining entries of each group of masks, fetched from the device together."""
+    place = groups[0][0].device
+    totals = [torch.stack([m.sum().to(place) for m in masks]).sum() for masks in groups]
+    counts: list[int] = torch.stack(totals).tolist()
+    return counts
