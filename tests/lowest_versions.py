@@ -14,10 +14,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 import venv
 from pathlib import Path
 from typing import Any
+
+import tomllib  # type: ignore[import-not-found]  # from 3.11 on
 
 ROOT = Path(__file__).resolve().parents[1]
 _BOUND = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?>=([0-9][0-9A-Za-z.]*)$")

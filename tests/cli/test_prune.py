@@ -246,3 +246,16 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.startswith(f"error: Expected `{path}` to hold the weights of Sequential")
     assert err.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(
+    tmp_path, capsys, monkeypatch
+):
+    def work(*_, **__):
+        raise AssertionError("pruned before it looked")
+
+    monkeypatch.setattr("torchprune_bayes.cli.prune.prune_global", work)
+    (tmp_path / "file").write_text("in the way")
+    words = [*MODEL, "--method", "magnitude", "--amount", "0.5"]
+    assert prune(*words, "--output", tmp_path / "file") == 2
+    assert capsys.readouterr().err.startswith("error: Expected to write ")

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -21,6 +23,7 @@ from tests.contracts.cases import (
     pairs,
 )
 from tests.contracts.state import unchanged
+from tests.damage import flipped, truncated
 from torchprune_bayes import (
     Decision,
     Magnitude,
@@ -39,6 +42,7 @@ from torchprune_bayes.errors import (
     ArgumentError,
     ArgumentTypeError,
     ParameterError,
+    TorchPruneBayesError,
 )
 from torchprune_bayes.methods import apply_decision
 from torchprune_bayes.params import ParameterSpace
@@ -331,3 +335,23 @@ def test_files_that_do_not_fit_are_refused(masks, error, message, tmp_path):
     model = mlp()
     with unchanged(model), pytest.raises(error, match=message):
         import_masks(model, tmp_path / "masks")
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_damaged_masks_are_refused_in_a_sentence_or_are_masks(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    prune_global(prunable_parameters(model), "magnitude", amount=0.5)
+    export_masks(model, path)
+    content = path.read_bytes()
+    path.write_bytes(data.draw(st.one_of(flipped(content), truncated(content))))
+    fresh = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {name: (id(p), p.tolist()) for name, p in fresh.named_parameters()}
+    try:
+        import_masks(fresh, path)
+    except TorchPruneBayesError:
+        assert {n: (id(p), p.tolist()) for n, p in fresh.named_parameters()} == before
+        assert not masks_of(fresh)

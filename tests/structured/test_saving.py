@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import pickletools
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from tests.damage import flipped, truncated
+from tests.interruptions import interrupted_everywhere
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.structured.saving import load_shrunk, save_shrunk
 
@@ -277,3 +283,78 @@ def test_masks_and_extra_state_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="extra state in `0`"):
         save_shrunk(nn.Sequential(Extra(2, 2)), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def _retyped(folder: Path) -> None:
+    """Both files agree on a type that no weight can have, and nothing says that they changed."""
+    tensors = load_file(folder / "shrunk.safetensors")
+    tensors["norm.bias"] = tensors["norm.bias"].long()
+    save_file(tensors, folder / "shrunk.safetensors")
+
+    def change(content: dict) -> None:
+        content["tensors"]["norm.bias"]["dtype"] = "int64"
+        del content["sha256"]
+
+    _edit(change)(folder)
+
+
+def test_weights_of_whole_numbers_are_refused(tmp_path: Path) -> None:
+    save_shrunk(small(), tmp_path)
+    _retyped(tmp_path)
+    fresh = Net()
+    before = snapshot(fresh)
+    with pytest.raises(ArgumentError, match=r"`norm\.bias` of a type like .* got int64"):
+        load_shrunk(fresh, tmp_path)
+    assert_untouched(fresh, before)
+
+
+@pytest.mark.parametrize("name", ["shrunk.json", "shrunk.safetensors"])
+@settings(max_examples=30)
+@given(st.data())
+def test_damaged_files_are_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    folder, model, fresh = tmp_path_factory.mktemp("damaged"), small(), Net()
+    save_shrunk(model, folder)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.draw(st.one_of(flipped(content), truncated(content))))
+    before = snapshot(fresh)
+    try:
+        load_shrunk(fresh, folder)
+    except ArgumentError:
+        assert_untouched(fresh, before)
+        assert fresh.units == 6
+    else:
+        assert fresh.units == 4
+        for key, tensor in model.state_dict().items():
+            assert torch.equal(fresh.state_dict()[key], tensor)
+
+
+def test_a_folder_holds_the_older_model_or_the_new_one() -> None:
+    older, newer = small(), small()
+    with torch.no_grad():
+        newer.norm.bias.add_(1.0)
+
+    def prepare() -> tuple[Callable[[], None], Path]:
+        folder = Path(tempfile.mkdtemp())
+        save_shrunk(older, folder)
+        return lambda: save_shrunk(newer, folder), folder
+
+    found = set()
+    functions = {"save_shrunk", "save_tensors", "write_whole", "sync"}
+    for folder in interrupted_everywhere(prepare, functions):
+        loaded = load_shrunk(Net(), folder).state_dict()
+        alike = [
+            all(torch.equal(loaded[name], t) for name, t in one.state_dict().items())
+            for one in (older, newer)
+        ]
+        assert alike.count(True) == 1
+        found.add(alike.index(True))
+        shutil.rmtree(folder)
+    assert found == {0, 1}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArgumentError, match=r"Expected to write .*file"):
+        save_shrunk(small(), tmp_path / "file")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tests.interruptions import interrupted_everywhere
 from tests.training.gradual_cases import MODES, Network, Run, batch, calibration_for, run_of
-from tests.training.interruptions import interrupted_everywhere
 from torchprune_bayes import Calibration, GradualPruner, WoodFisher, cubic, linear
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.errors import (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from tests.interruptions import interrupted_everywhere
 from tests.training.gradual_cases import Network, batch
-from tests.training.interruptions import interrupted_everywhere
 from torchprune_bayes import Calibration, linear
 from torchprune_bayes.errors import TorchPruneBayesError
 from torchprune_bayes.training import SpaM

@@ -15,6 +15,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from torchprune_bayes._files import write_whole
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.calibration._batches import batch_size
 from torchprune_bayes.calibration._functional import LossFunction
@@ -85,7 +86,7 @@ def save_pruned(model: nn.Module, folder: Path, report: Mapping[str, Any]) -> li
     if callable(save_pretrained):
         save_pretrained(folder)
     else:
-        save_model(model, str(weights))  # tied tensors once
+        write_whole(weights, lambda draft: save_model(model, str(draft)))  # tied tensors once
     return [weights, masks, write_report(folder, report)]
 
 
@@ -108,7 +109,7 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
     path = folder / "report.json"
     plain = _plain({"torchprune_bayes": version("torchprune_bayes"), **report})
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_whole(path, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
     return path
 
 

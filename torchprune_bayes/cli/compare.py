@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_count, check_fraction
 from torchprune_bayes._extras import require
+from torchprune_bayes._files import check_writable
 from torchprune_bayes.cli._blocks import in_blocks
 from torchprune_bayes.cli._experiment import (
     DENSE,
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the comparison, print and write it; returns the exit code."""
     _check(arguments)
     compared = variants(arguments.methods, arguments.steps)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.output)
     begin = perf_counter()
     arguments.quiet |= arguments.json
     with one_thread(), warnings.catch_warnings(record=True) as caught:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchprune_bayes._files import check_writable
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.cli._help import add_command
 from torchprune_bayes.cli._inputs import (
@@ -101,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     space = ParameterSpace(model, prunable_parameters(model, exclude=arguments.exclude))
     if find_method(arguments.method).needs_calibration:
         options["calibration"] = _calibration(arguments, model, data, space)
+    check_writable(arguments.output)
     _print_plan(arguments, space, options)
     before = None if data is None else measure(model, data.evaluation)
     begin = perf_counter()

@@ -247,7 +247,7 @@ def import_masks(model: nn.Module, path: str | Path) -> Masks:
 
     Raises:
         AlignmentError: If a tensor is missing or has another shape; nothing is changed then.
-        ArgumentError: If there is no such file, or it is damaged or of another kind.
+        ArgumentError: If the file is missing, damaged, or of another kind.
         ArgumentTypeError: If the file holds other things than boolean masks.
         ParameterError: If a tensor cannot be pruned.
     """
@@ -321,6 +321,8 @@ def _set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
 def _place_of(modules: Mapping[str, nn.Module], full: str, mask: Tensor) -> tuple[nn.Module, str]:
     if mask.dtype != torch.bool:
         raise ArgumentTypeError(f"Expected a boolean mask of `{full}`, got {mask.dtype}.")
+    if bool((mask.view(torch.uint8) > 1).any()):  # a truth value is a byte in the file
+        raise ArgumentError(f"Expected zeros and ones in the mask of `{full}`, got other bytes.")
     prefix, _, name = full.rpartition(".")
     tensor = leaf(modules[prefix], name) if prefix in modules else None
     if tensor is None or tensor.shape != mask.shape:

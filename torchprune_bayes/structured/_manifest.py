@@ -38,11 +38,13 @@ class Manifest:
         tensors: Sizes and types by qualified name, one entry for each distinct tensor.
         aliases: Further names of tied tensors, each with the name under which it is stored.
         attributes: Numbers by module and attribute.
+        sha256: Of all this and the file of tensors; ``None`` where it is not known.
     """
 
     tensors: Mapping[str, TensorRecord]
     aliases: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    sha256: str | None = None
 
     def to_json(self) -> str:
         """Write the manifest down.
@@ -61,6 +63,8 @@ class Manifest:
             "attributes": self.attributes,
         }
         lines = [f'"format": {json.dumps(FORMAT)}', f'"version": {VERSION}']
+        if self.sha256 is not None:
+            lines.append(f'"sha256": {json.dumps(self.sha256)}')
         lines += [f"{json.dumps(name)}: {_lines(entries)}" for name, entries in sections.items()]
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -87,6 +91,7 @@ class Manifest:
             _mapping(content, "tensors", _record),
             _mapping(content, "aliases", _name),
             _mapping(content, "attributes", _values),
+            _text(content.get("sha256")),
         )
 
 
@@ -130,6 +135,12 @@ def _record(entry: Any) -> TensorRecord:
         if isinstance(shape, list) and _is_value(tuple(shape)) and min(shape, default=0) >= 0:
             return TensorRecord(tuple(shape), entry["dtype"])
     raise ArgumentError(f"Expected shape and dtype of a tensor in the manifest, got {entry!r}.")
+
+
+def _text(entry: Any) -> str | None:
+    if entry is not None and not isinstance(entry, str):
+        raise ArgumentError(f"Expected a checksum in the manifest, got {entry!r}.")
+    return entry
 
 
 def _name(entry: Any) -> str:

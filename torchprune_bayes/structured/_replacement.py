@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.structured._layer_sizes import layer_sizes
@@ -39,6 +41,41 @@ class Change:
         """Put the new tensors and numbers in place."""
         for table, key, new, _ in self._writes:
             table[key] = new
+
+
+@contextmanager
+def as_it_was_on_error(
+    models: Sequence[nn.Module], optimizer: Optimizer | None = None
+) -> Iterator[None]:
+    """Put the very objects back into models and an optimizer if the body fails, at any line.
+
+    Args:
+        models: Their parameters, buffers and attributes are exchanged in the body, not written to;
+            what is no module is passed over.
+        optimizer: Its lists of parameters and its state are exchanged.
+
+    Cost: a reference for each of these.
+    """
+    modules = [m for model in models if isinstance(model, nn.Module) for m in model.modules()]
+    tables: list[dict[Any, Any]] = [
+        table for module in modules for table in (module._parameters, module._buffers, vars(module))
+    ]
+    lists: list[list[Any]] = []
+    if optimizer is not None:
+        tables.append(optimizer.state)
+        lists += [group["params"] for group in optimizer.param_groups]
+    held = [(table, dict(table)) for table in tables]
+    listed = [(one, list(one)) for one in lists]
+    try:
+        yield
+    except BaseException:
+        for table, before in held:
+            for key in [key for key in table if key not in before]:
+                del table[key]
+            table.update(before)
+        for one, members in listed:
+            one[:] = members
+        raise
 
 
 def replacement(

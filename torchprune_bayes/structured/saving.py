@@ -9,15 +9,23 @@ by those of the file and the numbers are set. Nothing is pickled, and a folder w
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from torchprune_bayes._files import (
+    check_writable,
+    read_tensors,
+    reading,
+    save_tensors,
+    write_whole,
+    writing,
+)
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._manifest import (
@@ -27,10 +35,12 @@ from torchprune_bayes.structured._manifest import (
     dtype_of,
     numbers_of,
 )
+from torchprune_bayes.structured._replacement import as_it_was_on_error
 from torchprune_bayes.wiring._tensors import all_tensors
 
 TENSORS_FILE = "shrunk.safetensors"
 MANIFEST_FILE = "shrunk.json"
+_DRAFT = ".part"
 
 
 def save_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -42,12 +52,15 @@ def save_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: The shrunk model; wrappers are looked through.
-        folder: Created if it does not exist. Each file is put in place whole.
+        folder: Created if it does not exist; other files in it stay. Whoever is killed at any
+            moment leaves a folder that loads, the older model or this one.
 
     Raises:
+        ArgumentError: If the folder cannot be written.
         ParameterError: If a module is pruned with a mask or keeps state that is no tensor.
 
-    Cost: one copy of the tensors that are not contiguous or overlap others.
+    Cost: one copy of the tensors that are not contiguous or overlap others; the file is read once
+    for its checksum.
 
     Example:
         >>> import tempfile
@@ -63,9 +76,16 @@ def save_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     _check_savable(model)
     manifest, tensors = _describe(model)
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    _put(target / TENSORS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _put(target / MANIFEST_FILE, lambda path: path.write_text(manifest.to_json(), encoding="utf-8"))
+    check_writable(target)
+    drafts = [target / f"{name}{_DRAFT}" for name in (TENSORS_FILE, MANIFEST_FILE)]
+    with writing(target):
+        save_tensors(drafts[0], tensors, {"format": "pt"})
+        manifest = replace(manifest, sha256=_checksum(drafts[0], manifest))
+        text = manifest.to_json()
+        write_whole(drafts[1], lambda path: path.write_text(text, encoding="utf-8"))
+        # Between the two the new manifest is the draft, which the loader knows by the checksum.
+        os.replace(drafts[0], target / TENSORS_FILE)
+        os.replace(drafts[1], target / MANIFEST_FILE)
 
 
 def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
@@ -80,25 +100,32 @@ def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         The same model, with the saved tensors bit for bit.
 
     Raises:
-        ArgumentError: If a file is missing, broken, or does not belong to the other or to the
+        ArgumentError: If a file is missing, damaged, or does not belong to the other or to the
             model. The model is then as it was.
 
-    Cost: the saved tensors are held beside the model's own until all checks have passed.
+    Cost: the saved tensors are held beside the model's own until all checks have passed; the file
+    is read once more for its checksum.
     """
     inner = unwrap(model)
     source = Path(folder)
-    manifest = Manifest.from_json(_existing(source / MANIFEST_FILE).read_text(encoding="utf-8"))
-    tensors = _read_tensors(_existing(source / TENSORS_FILE))
+    manifest = _manifest_in(source)
+    tensors = read_tensors(source / TENSORS_FILE, "a safetensors file").tensors
     _check_file(manifest, tensors)
     _check_tensors(inner, manifest)
     _check_attributes(inner, manifest)
-    _replace(inner, manifest, tensors)
-    for name, values in manifest.attributes.items():
-        module = inner.get_submodule(name)
-        for attribute, value in values.items():
-            if getattr(module, attribute) != value:
-                setattr(module, attribute, value)
-    return model
+    if manifest.sha256 is not None and not _belongs(manifest, source):
+        raise ArgumentError(
+            f"Expected `{TENSORS_FILE}` and `{MANIFEST_FILE}` in {source} as they were written, "
+            "got another checksum: they are damaged or were edited; save the model again."
+        )
+    with as_it_was_on_error([inner]):
+        _replace(inner, manifest, tensors)
+        for name, values in manifest.attributes.items():
+            module = inner.get_submodule(name)
+            for attribute, value in values.items():
+                if getattr(module, attribute) != value:
+                    setattr(module, attribute, value)
+        return model
 
 
 def _check_savable(model: nn.Module) -> None:
@@ -139,23 +166,38 @@ def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
     ), tensors
 
 
-def _put(path: Path, write: Callable[[Path], Any]) -> None:
-    draft = path.with_name(f"{path.name}.part")
-    write(draft)
-    os.replace(draft, path)
+def _checksum(path: Path, manifest: Manifest) -> str:
+    """SHA-256 of what a manifest says and of the file of tensors."""
+    digest = hashlib.sha256(replace(manifest, sha256=None).to_json().encode())
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise ArgumentError(f"Expected a file `{path.name}` in {path.parent}, got none.")
-    return path
+def _belongs(manifest: Manifest, folder: Path) -> bool:
+    with reading(folder / TENSORS_FILE, "tensors"):
+        return manifest.sha256 == _checksum(folder / TENSORS_FILE, manifest)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ArgumentError(f"Expected a safetensors file at {path}, got: {error}.") from error
+def _manifest_in(folder: Path) -> Manifest:
+    """The manifest that the folder's tensors go with, which may be a finished draft."""
+    if not (folder / TENSORS_FILE).is_file():
+        raise ArgumentError(f"Expected a file `{TENSORS_FILE}` in {folder}, got none.")
+    draft = folder / f"{MANIFEST_FILE}{_DRAFT}"
+    if draft.is_file():
+        with suppress(ArgumentError):
+            found = _read_manifest(draft)
+            if _belongs(found, folder):
+                return found
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ArgumentError(f"Expected a file `{MANIFEST_FILE}` in {folder}, got none.")
+    return _read_manifest(folder / MANIFEST_FILE)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    with reading(path, "a manifest"):
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
 
 
 def _check_file(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
@@ -189,6 +231,11 @@ def _check_tensors(model: nn.Module, manifest: Manifest) -> None:
             raise ArgumentError(
                 f"Expected `{name}` with {len(record.shape)} dimensions as it was saved, got shape "
                 f"{tuple(present[name][0].shape)}."
+            )
+        if present[name][0].is_floating_point() != dtype_of(record).is_floating_point:
+            raise ArgumentError(
+                f"Expected `{name}` of a type like the model's {present[name][0].dtype}, got "
+                f"{record.dtype}."
             )
 
 

@@ -13,6 +13,7 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._recipe import Recipe, Repairing
+from torchprune_bayes.structured._replacement import as_it_was_on_error
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
 from torchprune_bayes.structured._shrinking import Shrinking, Target
 from torchprune_bayes.structured.allocation import Allocation
@@ -156,21 +157,20 @@ def shrink(
     found = units.groups
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
     run = Shrinking(inner, found, recipe, costs, _measured(inner, found, target, inputs))
-    try:
+    averages = [ema] if isinstance(ema, nn.Module) else list(ema)
+    with as_it_was_on_error([inner, *averages], optimizer):
         for fraction in wanted:
             run.step(target, fraction)
         plan = run.whole_plan()
         difference = run.difference(plan, example_inputs, forward_fn) if verify else None
+        counted = example_inputs is not None
+        report = _report(run, target, sparsity, plan, difference, units.left_out, counted=counted)
         replaced = run.replaced()
-        for copy in [ema] if isinstance(ema, nn.Module) else ema:
-            run.changes.append(slice_ema(copy, plan))
+        for copy in averages:
+            slice_ema(copy, plan)
         if optimizer is not None:
             slice_optimizer(optimizer, plan, replaced)
-    except BaseException:
-        run.undo()
-        raise
-    counted = example_inputs is not None
-    return _report(run, target, sparsity, plan, difference, units.left_out, counted=counted)
+        return report
 
 
 def _shrinkable(model: nn.Module) -> nn.Module:
