@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchprune_bayes._files import check_writable
 from torchprune_bayes.cli._help import add_command
 from torchprune_bayes.cli._inputs import (
     add_model_options,
@@ -21,7 +22,6 @@ from torchprune_bayes.cli._inputs import (
 from torchprune_bayes.cli._plan import in_words
 from torchprune_bayes.cli._results import measure, metric_lines, write_report
 from torchprune_bayes.errors import ArgumentTypeError
-from torchprune_bayes.integrations._importances import importance_of
 from torchprune_bayes.reports import compare_speed
 from torchprune_bayes.structured import save_shrunk, shrink
 
@@ -97,10 +97,14 @@ def run(arguments: argparse.Namespace) -> int:
     if data is None:
         raise ArgumentTypeError("Expected --data to shrink with, got none.")
     example = example_of(data, model)
+    check_writable(arguments.output)
     before, whole = measure(model, data.evaluation), copy.deepcopy(model)
     calibration = calibration_of(arguments, model, data, None)
     importance: Any = calibration
     if arguments.importance != _BY_LOSS:
+        # Importances load torch-pruning, which a command line without them does not need.
+        from torchprune_bayes.integrations._importances import importance_of
+
         importance = importance_of(arguments.importance, calibration)
     begin = perf_counter()
     found = shrink(
