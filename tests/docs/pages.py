@@ -34,8 +34,8 @@ class Step:
 
 
 def pages_with_code() -> list[Path]:
-    """Every page of the site that has code in it."""
-    pages = sorted((ROOT / "docs").rglob("*.md"))
+    """The README and every page of the site that has code in it."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [page for page in pages if "```python\n" in page.read_text(encoding="utf-8")]
 
 

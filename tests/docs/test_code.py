@@ -1,5 +1,6 @@
 import contextlib
 import io
+import re
 
 import pytest
 
@@ -37,3 +38,10 @@ def test_blocks_run_and_print_what_the_page_says(page, tmp_path, monkeypatch, re
 )
 def test_what_counts_as_the_same_output(printed, promised, tolerance, different):
     assert differs(printed, promised, tolerance) == different
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 130
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
