@@ -166,7 +166,7 @@ def _check_fitted_to(posterior: Posterior, space: ParameterSpace) -> None:
         if mean is None or mean.shape != tensor.leaf.shape:
             raise AlignmentError(f"Expected a posterior of `{tensor.name}` as well, got none.")
         if mean.numel():
-            weights = tensor.leaf.detach()
+            weights = tensor.leaf.detach().to(tensor.value.device)
             change = ((mean.to(weights.device) - tensor.value) * tensor.mask).abs().max()
             moved.append(change > _TOLERANCE * weights.abs().max())
             names.append(tensor.name)

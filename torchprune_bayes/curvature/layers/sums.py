@@ -113,6 +113,7 @@ class BatchSums:
             sums[f"inputs:{layer}"] = self._inputs.pop(layer).matrix()
         sums |= {**self._notes, "terms": self._terms, f"loss:{self._kind}": self._loss}
         # NaN is both the least and the greatest; no large tensor of truth values is made.
+        sums = {key: value.to(self._place) for key, value in sums.items()}
         finite = [torch.stack(value.aminmax()).isfinite().all() for value in sums.values()]
         bad = [
             key for key, fine in zip(sums, torch.stack(finite).tolist(), strict=True) if not fine
@@ -123,7 +124,7 @@ class BatchSums:
                 f"Expected a finite curvature, got NaN or infinite entries in {', '.join(names)}: "
                 "check the loss, the data and the weights."
             )
-        return {key: value.to(self._place) for key, value in sums.items()}
+        return sums
 
     def _add_pass(
         self,
