@@ -290,3 +290,26 @@ def test_many_rows_are_thinned_out_over_all_places():
         found.values["weight"].squeeze()[:, 1], expected, rtol=0.02, atol=0.02
     )
     torch.testing.assert_close(found.values["bias"], bias + weight[:, 0] / 2, rtol=0.02, atol=0.02)
+
+
+def test_batches_of_different_lengths_are_fitted_together():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Embedding(9, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)
+        ).double()
+    tokens = [torch.arange(4 * size).reshape(4, size) % 9 for size in (5, 8, 3)]
+    calibration = Calibration(model, [(each, torch.zeros(4)) for each in tokens], mean_output)
+    units = torch.arange(6)[:, None]
+    slices = (
+        UnitSlice("1.weight", 0, units, "producer"),
+        UnitSlice("1.bias", 0, units, "producer"),
+        UnitSlice("3.weight", 1, units, "consumer"),
+    )
+    group = UnitGroup("1", "hidden", 6, slices)
+    found = repair(calibration, [group], {"1": torch.tensor([0, 2, 3])}, damping=1e-3)
+    with torch.no_grad():
+        hidden = torch.cat([model[2](model[1](model[0](each))).flatten(0, 1) for each in tokens])
+    weight, shift = fitted(model[3], hidden, [1, 4, 5], 1e-3, intercept=True)
+    torch.testing.assert_close(found.values["3.weight"], weight)
+    torch.testing.assert_close(found.values["3.bias"], model[3].bias.detach() + shift)
