@@ -130,4 +130,7 @@ def test_text_from_file_to_file(folders, tmp_path, capsys, command, kind):
     code = main([command, *words, "--num-samples", "4", "--output", str(output)])
     assert code == 0, capsys.readouterr().err
     metrics = json.loads((output / "report.json").read_text())["metrics"]["after"]
+    if command == "prune":  # the folder is a whole model, tokenizer included
+        again = ["--model", f"hf:{output}", "--data", str(data), "--max-length", "8", *chosen]
+        assert main(["prune", *again, "--output", str(tmp_path / "again")]) == 0
     assert ("accuracy" if kind == "classifier" else "loss") in metrics

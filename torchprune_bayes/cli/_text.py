@@ -84,6 +84,11 @@ def text_batches(source: str, model: nn.Module, options: TextOptions) -> list[di
     return _classified(shuffled, label, tokenizer, model, options)
 
 
+def save_tokenizer(model: nn.Module, folder: Path) -> None:
+    """Put the model's tokenizer beside its weights, so that the folder is a whole model."""
+    _tokenizer(model).save_pretrained(folder)
+
+
 def _tokenizer(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     name = getattr(config, "name_or_path", None)

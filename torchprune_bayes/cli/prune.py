@@ -25,6 +25,7 @@ from torchprune_bayes.cli._options import amount, parsed_options
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
 from torchprune_bayes.cli._results import count_pruned, measure, metric_lines, save_pruned
 from torchprune_bayes.cli._sources import Data
+from torchprune_bayes.cli._text import is_text, save_tokenizer
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.methods import find_method, prune_global
 from torchprune_bayes.params import ParameterSpace, prunable_parameters
@@ -119,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
         after = measure(model, data.evaluation)
         report["metrics"] = {"data": data.evaluated_on, "before": before, "after": after}
     files = save_pruned(model, arguments.output, report)
+    if arguments.data is not None and is_text(arguments.data):
+        save_tokenizer(model, arguments.output)
     print(_summary(report))
     print("wrote", ", ".join(map(str, files)))
     return 0
