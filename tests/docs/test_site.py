@@ -85,3 +85,10 @@ def test_the_citation_has_the_version_of_the_package():
     project = (ROOT / "pyproject.toml").read_text()
     [version] = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)
     assert f"version: {version}\n" in text
+
+
+def test_every_page_of_the_navigation_exists():
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    pages_named = re.findall(r"(\S+\.md)$", navigation, re.MULTILINE)
+    assert len(pages_named) > 40
+    assert [page for page in pages_named if not (DOCS / page).is_file()] == []
