@@ -90,10 +90,10 @@ class Wanda(LayerLocalPruning):
         elif self.compare == "layer":
             keep = smallest_k([scores], count, [alive])[0]
         else:
-            counts = shares(count, alive.sum(1).tolist())
-            kept = [
-                smallest_k([row], k, [mask])[0]
-                for row, k, mask in zip(scores, counts, alive, strict=True)
-            ]
-            keep = torch.stack(kept)
+            # Ties go by index; what is pruned already comes before everything.
+            order = scores.masked_fill(~alive, -1.0).argsort(dim=1, stable=True)
+            gone = (~alive).sum(1) + torch.tensor(
+                shares(count, alive.sum(1).tolist()), device=alive.device
+            )
+            keep = order.argsort(dim=1) >= gone.unsqueeze(1)
         return weights * keep, keep
