@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tests.gates.cases import FAMILIES, LeNet, built, timm_model, torchvision_resnet, vgg
+from tests.wiring.models import Attention
+from tests.wiring.models import build as wired
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.gates import find_sites
+from torchprune_bayes.gates import attach_gates, find_sites, gates_of
+from torchprune_bayes.methods import prune_gated
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -58,14 +63,92 @@ def test_a_chain_gates_channels_behind_convolutions_and_hidden_units_in_front_of
     assert [(site.name, site.producer) for site in find_sites(vgg())] == [("1", "0"), ("4", "3")]
 
 
-def test_attention_of_unknown_models_is_left_out_of_a_chain():
-    class OddAttention(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4)
+class Residual(nn.Module):
+    """A block whose input skips it."""
 
-    model = nn.Sequential(OddAttention(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4))
-    assert [site.name for site in find_sites(model)] == ["3:in"]
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Backwards(nn.Module):
+    """Layers that run in another order than they were registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+
+class Twice(nn.Module):
+    """A layer that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("preset", ["auto", "chain"])
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 8), Residual(), nn.Linear(8, 2)), "to several oper"),
+        (Backwards, "in the order in which they were registered"),
+        (Twice, "do not run once each"),
+        (lambda: Attention("apart"), "goes on to several|cannot be followed"),
+    ],
+)
+def test_what_is_no_chain_is_not_read_as_one(build, why, preset):
+    with pytest.raises(ArgumentError, match=f"({why}).*give `example_inputs`"):
+        find_sites(build(), preset)
+
+
+def test_sites_are_seen_in_a_run():
+    model = nn.Sequential(nn.Linear(4, 8), Residual(), Residual(), nn.Linear(8, 2))
+    sites = find_sites(model, example_inputs=torch.ones(2, 4))
+    assert [(site.name, site.units, site.producer) for site in sites] == [
+        ("1.down:in", 16, "1.up"),
+        ("2.down:in", 16, "2.up"),
+    ]
+    assert [site.name for site in find_sites(Backwards(), example_inputs=torch.ones(2, 4))] == [
+        "last:in"
+    ]
+
+
+@pytest.mark.parametrize("name", ["heads in blocks", "heads apart", "heads that share keys"])
+def test_heads_are_seen_in_a_run(name):
+    model, inputs = wired(name)
+    [site] = find_sites(model, example_inputs=inputs)
+    assert (site.name, site.kind, site.units * site.repeat) == ("o:in", "head", 24)
+    assert find_sites_or_none(model, inputs) == []
+
+
+def find_sites_or_none(model, inputs):
+    try:
+        return find_sites(model, example_inputs=inputs, heads=False)
+    except ArgumentError:
+        return []
+
+
+@pytest.mark.parametrize("name", ["heads interleaved", "heads that share keys", "gated halves"])
+def test_closed_gates_and_cut_units_agree(name):
+    model, inputs = wired(name)
+    gates = attach_gates(model, example_inputs=inputs)
+    with torch.no_grad():
+        for gate in gates.values():
+            gate.mu[1], gate.log_sigma[1] = -19.0, 1.0
+    closed, pruned = copy.deepcopy(model), copy.deepcopy(model)
+    assert gates_of(closed).prune() == len(gates)
+    prune_gated(pruned)
+    torch.testing.assert_close(pruned(inputs), closed(inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_norms_over_units_end_a_chain():
@@ -82,3 +165,10 @@ def test_batch_norms_without_weights_get_no_gate():
 def test_one_layer_has_no_sites():
     with pytest.raises(ArgumentError, match=r"preset 'auto', found none in Linear"):
         find_sites(nn.Linear(3, 2))
+
+
+def test_units_that_several_layers_read_get_no_gate():
+    for name in ("chunks", "both directions"):
+        model, inputs = wired(name)
+        with pytest.raises(ArgumentError, match="found none"):
+            find_sites(model, example_inputs=inputs)

@@ -160,7 +160,7 @@ class Experts(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A buffer of one number for each channel, in a network whose other layer can be cut."""
+    """A buffer of one number for each channel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ WIRED = {
     "aside in training": Wired(Aside, ROW, {"a": (8, 1)}),
     "aside if asked": Wired(Asked, ROW, {}),
     "experts": Wired(Experts, ROW, {"": (5, 2)}),
-    "a buffer for each": Wired(Scaled, ROW, {"b": (6, 1)}),
+    "a buffer for each": Wired(Scaled, ROW, {"a": (8, 1), "b": (6, 1)}),
     "standardized weights": Wired(
         lambda: nn.Sequential(
             Standardized(3, 6, 1), nn.ReLU(), Standardized(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)

@@ -20,6 +20,7 @@ from torchprune_bayes.gates.collection import Gates
 from torchprune_bayes.gates.noise_gate import NoiseGate
 from torchprune_bayes.gates.sites import Site, activation_dim, check_site, entries_of, find_sites
 from torchprune_bayes.params import unwrap
+from torchprune_bayes.wiring._forward import ForwardFunction
 
 GATE_NAMES = {"out": "noise_gate_out", "in": "noise_gate_in"}
 
@@ -27,10 +28,12 @@ GATE_NAMES = {"out": "noise_gate_out", "in": "noise_gate_in"}
 def attach_gates(
     model: nn.Module,
     sites: str | Sequence[str | Site] = "auto",
+    example_inputs: Any = None,
     *,
     preserve: bool = False,
     heads: bool = True,
     residual: bool = False,
+    forward_fn: ForwardFunction | None = None,
     **options: Any,
 ) -> Gates:
     """Put a :class:`NoiseGate` on each site. Do it before the optimizer and DDP are made.
@@ -39,10 +42,13 @@ def attach_gates(
         model: Any module; wrappers are looked through.
         sites: The name of a preset, see :func:`~torchprune_bayes.gates.find_sites`; or a list of
             sites, and of patterns of module names whose outputs are to be gated.
+        example_inputs: What the model is called with, for ``"auto"`` to see how its units are
+            wired; needed for models of no preset that are no chains.
         preserve: Divide the weights beside the gates by the first E[θ], so that the output in
             evaluation mode stays what it is; for pretrained models.
         heads: Whether a preset gates attention heads.
         residual: Whether the ResNet preset gates what writes to residual streams.
+        forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
         options: Further arguments of :class:`NoiseGate`, such as ``noise="batch"``.
 
     Returns:
@@ -60,7 +66,9 @@ def attach_gates(
     """
     model = unwrap(model)
     if isinstance(sites, str):
-        chosen = find_sites(model, sites, heads=heads, residual=residual)
+        chosen = find_sites(
+            model, sites, example_inputs, heads=heads, residual=residual, forward_fn=forward_fn
+        )
     else:
         chosen = _resolve(model, sites)
     modules = [check_site(model, site) for site in chosen]

@@ -10,11 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import nn
 
 from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.gates._chains import check_chain
 from torchprune_bayes.layer_kinds import Side, kind_of
+from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.groups import UnitGroup, UnitSlice
+from torchprune_bayes.wiring.trace import observe
+from torchprune_bayes.wiring.units import groups_of
 
 
 @dataclass(frozen=True)
@@ -96,28 +103,41 @@ RESNET_BLOCKS = ("BasicBlock", "Bottleneck")
 
 
 def find_sites(
-    model: nn.Module, preset: str = "auto", *, heads: bool = True, residual: bool = False
+    model: nn.Module,
+    preset: str = "auto",
+    example_inputs: Any = None,
+    *,
+    heads: bool = True,
+    residual: bool = False,
+    forward_fn: ForwardFunction | None = None,
 ) -> list[Site]:
     """List where gates belong in a model.
 
     Known blocks are recognised by class name and attributes: the hidden units and heads of ViT
     (timm and Hugging Face), BERT, DistilBERT and GPT-2, and the channels of ResNet (torchvision
-    and timm). Everything else is read as a chain of layers that are called in the order in which
-    they were registered, as in an MLP, LeNet or VGG; the last layer gets no gate.
+    and timm). Any other model is run on example inputs, if there are some, and each group of units
+    that shrinking would find, and that one batch norm or one layer reads, gets a gate there.
+    Without them it must be a chain, as an MLP, LeNet or VGG is: its code is followed
+    symbolically, and each value must go on to one layer, in the order in which they were
+    registered. The last layer gets no gate.
 
     Args:
         model: Any module.
         preset: ``"auto"``, or one of ``"chain"``, ``"resnet"``, ``"timm-vit"``, ``"hf-vit"``,
             ``"bert"``, ``"distilbert"``, ``"gpt2"``.
+        example_inputs: What the model is called with: a tensor, a tuple of positional or a mapping
+            of keyword arguments.
         heads: Whether attention heads get gates.
         residual: Whether the batch norms that write to a residual stream of a ResNet get gates, as
             in arXiv:2406.01345. A channel of the stream goes only where all of them agree.
+        forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
 
     Returns:
         The sites, in the order of the model's modules.
 
     Raises:
-        ArgumentError: If the preset is unknown or matches nothing.
+        ArgumentError: If the preset is unknown or matches nothing, or the model is no chain and
+            there are no example inputs.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -131,9 +151,13 @@ def find_sites(
     finders |= {"resnet": lambda: _resnet(model, residual), "chain": lambda: _chain(model)}
     if preset != "auto" and preset not in finders:
         raise ArgumentError(f"Expected one of auto, {', '.join(finders)}, got {preset!r}.")
+    if preset == "auto" and example_inputs is not None:
+        finders["chain"] = lambda: _wired(model, example_inputs, forward_fn, heads)
     for name in finders if preset == "auto" else [preset]:
         found = list(finders[name]())
         if found:
+            if name == "chain" and example_inputs is None:
+                check_chain(model)
             return found
     raise ArgumentError(
         f"Expected a model with sites of preset {preset!r}, found none in {type(model).__name__}."
@@ -231,6 +255,45 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         known = kind_of(module).is_norm or entries_of(module, "out") is not None
         if known and not any(f"{name}.".startswith(f"{outer}.") for outer in attention):
             yield name, module
+
+
+def _wired(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None, heads: bool
+) -> Iterator[Site]:
+    """Yield a site for each group of units that one batch norm scales or one layer reads."""
+    for group in groups_of(model, observe(model, example_inputs, forward_fn)):
+        if heads or group.kind != "head":
+            yield from _site_of(model, group)
+
+
+def _site_of(model: nn.Module, group: UnitGroup) -> Iterator[Site]:
+    weights = [piece for piece in group.slices if not piece.name.endswith("bias")]
+    makers = [piece for piece in weights if piece.role == "producer"]
+    norms = [piece for piece in weights if piece.role == "norm" and piece.name.endswith("weight")]
+    readers = [piece for piece in weights if piece.role == "consumer"]
+    if len(readers) == 1 and _fits(model, group, readers[0], "in"):
+        yield _site(model, group, readers[0], "in", makers)
+    elif len(norms) == len(makers) == 1 and _fits(model, group, norms[0], "out"):
+        yield _site(model, group, norms[0], "out", makers)
+
+
+def _site(
+    model: nn.Module, group: UnitGroup, piece: UnitSlice, side: Side, makers: list[UnitSlice]
+) -> Site:
+    """The producer is named if it is one layer whose outputs are laid out like the gate."""
+    each = piece.positions.shape[1]
+    known = len(makers) == 1 and makers[0].positions.shape[1] == each
+    known = known and _fits(model, group, makers[0], "out")
+    producer = makers[0].name.rpartition(".")[0] if known else None
+    return Site(piece.name.rpartition(".")[0], side, group.units, each, group.kind, producer)
+
+
+def _fits(model: nn.Module, group: UnitGroup, piece: UnitSlice, side: Side) -> bool:
+    """Whether the units lie side by side and fill a side of a layer that can hold a gate."""
+    name, _, key = piece.name.rpartition(".")
+    entries = piece.positions.numel()
+    in_order = torch.equal(piece.positions.reshape(-1), torch.arange(entries))
+    return in_order and key == "weight" and entries_of(model.get_submodule(name), side) == entries
 
 
 def _lookup(module: object, path: str) -> object:

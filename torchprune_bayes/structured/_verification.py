@@ -36,6 +36,9 @@ precision whatever their type keep double precision from telling more.
 """
 
 
+_CHANGED = "without some of its units the others change"
+
+
 class Twin:
     """A copy of a model that can be cut, compared with itself, and put back.
 
@@ -67,28 +70,23 @@ class Twin:
             lambda leaf: _input(leaf, dtype, place, seed, generator), example_inputs
         )
         self._forward_fn = forward_fn
+        self.place = ""
 
     def difference(self, plan: ShrinkPlan) -> tuple[float, int]:
         """Compare the copy after a cut with itself before it, with zeros in place of what goes.
 
         Returns:
             The largest difference, relative to the largest output, and how many entries were
-            compared.
+            compared. Where something is wrong, ``place`` names the innermost module that did not
+            run, or the first whose output differs.
 
         Raises:
             ParameterError: If the cut copy does not run.
             NumericalError: If outputs have other shapes or are not finite at other places.
         """
-        _, tensors = first_names(self.model)
-        padded = {name: plan.expand(name, plan.cut(name, tensors[name])) for name in plan.kept}
-        change = replacement(self.model, padded, lambda name, gradient: gradient, {})
-        try:
-            masked, inner = self._outputs(watch=True)
-        finally:
-            change.undo()
         change = apply_plan(self.model, plan)
         try:
-            shrunk, inner_shrunk = self._outputs(watch=True)
+            shrunk, inner_shrunk = self._outputs()
         except Exception as error:
             raise ParameterError(
                 "Expected the shrunk model to run on the example inputs, got "
@@ -97,13 +95,28 @@ class Twin:
             ) from error
         finally:
             change.undo()
+        _, tensors = first_names(self.model)
+        padded = {name: plan.expand(name, plan.cut(name, tensors[name])) for name in plan.kept}
+        change = replacement(self.model, padded, lambda name, gradient: gradient, {})
+        try:
+            masked, inner = self._outputs()
+        finally:
+            change.undo()
         found = _compare(masked, shrunk)
-        return found if found[1] else _compare_inner(inner, inner_shrunk)
+        if not found[1]:
+            found = _compare_inner(inner, inner_shrunk)
+        if found[0] > TOLERANCES[self.dtype]:
+            self.place = _first_other(inner, inner_shrunk, TOLERANCES[self.dtype])
+        return found
 
-    def _outputs(self, *, watch: bool) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    def _outputs(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
         inner: dict[str, list[Tensor]] = {}
-        with at_rest(self.model), _watched(self.model, inner):
-            return tensors_in(run(self.model, self._inputs, self._forward_fn)), inner
+        running = [""]
+        try:
+            with at_rest(self.model), _watched(self.model, inner, running):
+                return tensors_in(run(self.model, self._inputs, self._forward_fn)), inner
+        finally:
+            self.place = running[-1]
 
 
 def check_equal(
@@ -195,16 +208,46 @@ def failing_groups(
     Cost: a copy of the model and two forward passes; a few more for every group that fails.
     """
     reasons: dict[str, str] = {}
+    changed: dict[str, str] = {}
     suspects = list(groups)
+    if not suspects:
+        return {}
     for dtype in dtypes_for(model):
-        twin = Twin(model, example_inputs, forward_fn, dtype)
-        if _failure(twin, suspects) is None:
-            return {}
-        reasons = _halved(twin, suspects)
-        suspects = [group for group in suspects if group.name in reasons]
-        if not suspects:  # they fail together only
-            return {}
+        twin = Twin(model, example_inputs, forward_fn, dtype, seed=1)
+        found = _failing(twin, suspects)
+        # Rounding is no reason for a model not to run.
+        reasons |= {name: why for name, why in found.items() if not why.startswith(_CHANGED)}
+        changed = {name: why for name, why in found.items() if why.startswith(_CHANGED)}
+        suspects = [group for group in suspects if group.name in changed]
+        if not suspects:
+            return reasons
+    return reasons | changed
+
+
+def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
+    """Take out the groups at the place where a cut fails, until none fails any more."""
+    reasons: dict[str, str] = {}
+    rest = list(groups)
+    while rest and (failure := _failure(twin, rest)) is not None:
+        near = _near(twin.place, rest)
+        found = _halved(twin, near) or {group.name: failure for group in near}
+        reasons |= found
+        rest = [group for group in rest if group.name not in found]
     return reasons
+
+
+def _near(place: str, groups: Sequence[UnitGroup]) -> Sequence[UnitGroup]:
+    """Groups with a tensor in a module, or else in the nearest one around it that has some."""
+    while place:
+        inside = [
+            group
+            for group in groups
+            if any(piece.name.startswith(f"{place}.") for piece in group.slices)
+        ]
+        if inside:
+            return inside
+        place = place.rpartition(".")[0]
+    return groups
 
 
 def _halved(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
@@ -225,7 +268,7 @@ def _failure(twin: Twin, groups: Sequence[UnitGroup]) -> str | None:
     except Exception as error:
         return _first_line(error)
     if found > TOLERANCES[twin.dtype]:
-        return f"without some of its units the others change by {found:.2g} of the largest output"
+        return f"{_CHANGED} by {found:.2g} of the largest output"
     return None
 
 
@@ -292,16 +335,24 @@ def _input(
 
 
 @contextmanager
-def _watched(model: nn.Module, inner: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Collect what the innermost modules return."""
+def _watched(
+    model: nn.Module, inner: dict[str, list[Tensor]], running: list[str]
+) -> Iterator[None]:
+    """Collect what the innermost modules return, and keep track of which modules run."""
+
+    def leave(name: str, module: nn.Module, output: Any) -> None:
+        running.pop()
+        if not module._modules:
+            inner.setdefault(name, []).extend(tensors_in(output))
+
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if not module._modules:
-                kept = inner.setdefault(name, [])
-                handle = module.register_forward_hook(
-                    lambda _, __, output, kept=kept: kept.extend(tensors_in(output))
-                )
-                stack.callback(handle.remove)
+            enter = module.register_forward_pre_hook(lambda _, __, name=name: running.append(name))
+            done = module.register_forward_hook(
+                lambda module, _, output, name=name: leave(name, module, output)
+            )
+            stack.callback(enter.remove)
+            stack.callback(done.remove)
         yield
 
 
@@ -333,11 +384,26 @@ def _compare_inner(
     """Compare modules whose outputs keep their shapes, where the model itself returns nothing."""
     largest, count = 0.0, 0
     for name, outputs in masked.items():
-        others = shrunk[name]
+        others = shrunk.get(name, [])
         if [tensor.shape for tensor in outputs] == [tensor.shape for tensor in others]:
             found, compared = _compare(outputs, others)
             largest, count = max(largest, found), count + compared
     return largest, count
+
+
+def _first_other(
+    masked: Mapping[str, list[Tensor]], shrunk: Mapping[str, list[Tensor]], tolerance: float
+) -> str:
+    """Name the first module that returns something else in the same shape."""
+    for name, outputs in masked.items():
+        others = shrunk.get(name, [])
+        if [tensor.shape for tensor in outputs] == [tensor.shape for tensor in others]:
+            try:
+                if _compare(outputs, others)[0] > tolerance:
+                    return name
+            except NumericalError:
+                return name
+    return ""
 
 
 def _first_line(error: BaseException) -> str:

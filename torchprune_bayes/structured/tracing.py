@@ -7,7 +7,7 @@ of units found so is tried once on a copy. What breaks the copy is left out, wit
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -112,9 +112,15 @@ def find_units(
     chosen = without_ignored(inner, found, ignored)
     reasons = read_unseen(inner, chosen, wiring.used)
     chosen = [group for group in chosen if group.name not in reasons]
-    if chosen:
-        reasons |= failing_groups(inner, chosen, example_inputs, forward_fn)
-    return Units([group for group in chosen if group.name not in reasons], reasons)
+    failed = failing_groups(inner, chosen, example_inputs, forward_fn)
+    # A number on a module may be of the units' size by chance.
+    bare = [replace(group, attributes=()) for group in chosen
+            if group.name in failed and group.attributes]  # fmt: skip
+    served = failing_groups(inner, bare, example_inputs, forward_fn)
+    again = {group.name: group for group in bare if group.name not in served}
+    reasons |= {name: why for name, why in failed.items() if name not in again}
+    groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
+    return Units(groups, reasons)
 
 
 def without_ignored(

@@ -28,7 +28,7 @@ class State:
 
     Attributes:
         layers: Its layers of labels.
-        weight: Whether it is a parameter, or computed from parameters alone.
+        weight: Whether it is a parameter, or computed from parameters and constants alone.
         pliable: Whether it was made to measure by the running code, as zeros are, so that its sizes
             follow those of others.
     """
@@ -48,6 +48,7 @@ class Cut:
         start: First index of the part.
         stop: One past the last.
         step: Distance between two.
+        module: Qualified name of the module that was running.
     """
 
     layer: Layer
@@ -55,6 +56,7 @@ class Cut:
     start: int
     stop: int
     step: int = 1
+    module: str = ""
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,17 @@ def normalized(call: Call) -> State | list[State]:
     elif call.name in ("native_layer_norm", "_fused_rms_norm"):
         state = _layer_normalized(call, x)
     else:
-        state = _channels(call, x, [t for t in call.args[1:5] if isinstance(t, Tensor)])
+        state = _batch_normalized(call, x)
     count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
     return [state] + [State()] * (count - 1) if count > 1 else state
+
+
+def _batch_normalized(call: Call, x: Tensor) -> State:
+    statistics = [tensor for tensor in call.args[3:5] if isinstance(tensor, Tensor)]
+    if not statistics or call.args[5] is True:  # statistics of the input itself, or of a weight
+        for layer in call.state_of(x).layers:
+            call.ledger.stiffen(layer, [dim for dim in varying(layer) if dim != 1], call.reason)
+    return _channels(call, x, [t for t in call.args[1:5] if isinstance(t, Tensor)])
 
 
 def _channels(call: Call, x: Tensor, vectors: Sequence[Tensor]) -> State:
@@ -245,7 +253,10 @@ def attended(call: Call) -> State | list[State]:
         for layer in call.state_of(tensor).layers:
             found = ledger.stiffen(layer, [dims - 1, dims - 2], call.reason)
             scores.append(_repeated(found, tensor, query))
-    values = [_repeated(layer, value, query) for layer in call.state_of(value).layers]
+    values = [
+        _repeated(ledger.stiffen(layer, [dims - 2], call.reason), value, query)
+        for layer in call.state_of(value).layers
+    ]
     masks = [
         tensor for tensor in tensors_of([*call.args[3:], *call.kwargs.values()]) if tensor.dim() > 1
     ]
@@ -276,7 +287,8 @@ def embedded(call: Call) -> State:
         if layer.shape[1] > 1:
             call.ledger.note_role(layer.reshape(-1), "producer")
             layers.append(aligned(layer.reshape(-1), call.output.dim()))
-    return State(call.ledger.keep(layers), call.state_of(call.args[0]).weight)
+    weight = call.state_of(call.args[0]).weight and call.state_of(call.args[1]).weight
+    return State(call.ledger.keep(layers), weight)
 
 
 def spatial(call: Call) -> State | list[State]:

@@ -106,13 +106,14 @@ class Recorder(TorchDispatchMode):
 
     Args:
         known: What is known about parameters and buffers.
+        inputs: The tensors that the model is called with.
 
     Attributes:
         ledger: What was noted.
         used: Parameters and buffers that some operation has read, by ``id``.
     """
 
-    def __init__(self, known: Sequence[tuple[Tensor, State]]) -> None:
+    def __init__(self, known: Sequence[tuple[Tensor, State]], inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.ledger = Ledger()
         self.used: set[int] = set()
@@ -120,12 +121,16 @@ class Recorder(TorchDispatchMode):
         self._states: Any = WeakTensorKeyDictionary()
         for tensor, state in known:
             self._states[tensor] = state
+        for tensor in inputs:
+            self._states[tensor] = State()
+        # Where the inputs are not seen, any tensor may depend on them.
+        self._constant = State(weight=bool(inputs))
         self._stack: list[str] = []
 
     def state_of(self, tensor: Tensor) -> State:
         """Return what is known about a tensor."""
         found = self._states.get(tensor)
-        return State() if found is None else found
+        return self._constant if found is None else found
 
     @contextmanager
     def modules(self, model: nn.Module) -> Iterator[None]:
@@ -163,11 +168,17 @@ class Recorder(TorchDispatchMode):
             pliable = name in _MADE or (states and all(state.pliable for state in states))
             if pliable:
                 for tensor in outputs:
-                    self._states[tensor] = State(pliable=True)
+                    self._states[tensor] = State(weight=True, pliable=True)
+            elif not all(state.weight for state in states):
+                for tensor in outputs:
+                    self._states[tensor] = State()
             return
         module = self._stack[-1] if self._stack else ""
         call = Call(operation, tuple(args), kwargs, output, module, self.ledger, self.state_of)
-        found = self._rule(operation, name)(call)
+        try:
+            found = self._rule(operation, name)(call)
+        except Exception:  # an unusual form of an operation: all that goes into it stays
+            found = rules.everything(call)
         found = [found] if isinstance(found, State) else list(found)
         for tensor, state in zip(outputs, found, strict=False):
             self._states[tensor] = state

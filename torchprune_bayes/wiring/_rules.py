@@ -121,7 +121,7 @@ def combined(call: Call, tensors: Sequence[Tensor]) -> State:
 def _shared_scales(
     call: Call, states: list[State], own: list[list[Layer]], tensors: list[Tensor]
 ) -> None:
-    """Leave whole what one parameter scales in all heads alike, such as the norm of a query."""
+    """Leave whole what scales all heads alike: the norm of a query, the angles of positions."""
     for index, (state, tensor) in enumerate(zip(states, tensors, strict=True)):
         if not state.weight:
             continue
@@ -132,7 +132,7 @@ def _shared_scales(
                     more = varying(layer) - dims
                     alike = dims <= varying(layer) and all(tensor.shape[dim] == 1 for dim in more)
                     if other != index and more and alike and not states[other].weight:
-                        call.ledger.fix(scale, "one parameter scales every head alike")
+                        call.ledger.fix(scale, "every head is scaled alike")
                         layers[place] = call.ledger.stiffen(layer, dims, call.reason)
                         own[index] = [mine for mine in own[index] if mine is not scale]
 
@@ -150,6 +150,9 @@ def moved(call: Call) -> State | list[State]:
     outputs = list(call.output) if several else [call.output]
     found: list[list[Layer]] = [[] for _ in outputs]
     for layer in state.layers:
+        if call.name == "constant_pad_nd" and not varying(layer) & _padded(call, x):
+            found[0].append(layer)
+            continue
         full = layer.expand(x.shape)
         if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
             labels = [full.reshape(outputs[0].shape)]
@@ -162,6 +165,11 @@ def moved(call: Call) -> State | list[State]:
             _note_reshape(call, layer, found[0][-1])
     states = [State(call.ledger.keep(layers), state.weight, state.pliable) for layers in found]
     return states if several else states[0]
+
+
+def _padded(call: Call, x: Tensor) -> set[int]:
+    pads = list(call.args[1])
+    return {x.dim() - 1 - place // 2 for place, pad in enumerate(pads) if pad}
 
 
 def _note_reshape(call: Call, before: Layer, after: Layer) -> None:
@@ -177,7 +185,7 @@ def parted(call: Call) -> State | list[State]:
     for layer in call.state_of(x).layers:
         for dim, start, stop, step in _parts(call, x):
             if layer.shape[dim] > 1 and stop - start < x.shape[dim]:
-                call.ledger.cuts.append(Cut(layer, dim, start, stop, step))
+                call.ledger.cuts.append(Cut(layer, dim, start, stop, step, call.module))
     return moved(call)
 
 

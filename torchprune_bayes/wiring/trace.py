@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves
 
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run, tensors_in
@@ -48,6 +49,8 @@ class Wiring:
         heads: Whether an atom's class is shared by a product inside of heads.
         reshapes: Views in which code named sizes, with classes for labels.
         used: Names of the parameters that some operation has read.
+        widths: Modules that cut a dimension into parts, with the classes along it and the sizes of
+            the parts.
         numbers: Module, attribute and the classes of the entries that it counts.
         reasons: Atoms that stay, and why.
     """
@@ -58,6 +61,7 @@ class Wiring:
     heads: Tensor
     reshapes: tuple[Reshape, ...]
     used: frozenset[str]
+    widths: tuple[tuple[str, Tensor, int], ...]
     numbers: tuple[tuple[str, str, Tensor], ...]
     reasons: tuple[tuple[Tensor, str], ...]
 
@@ -80,7 +84,8 @@ def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction |
     """
     sides, known = _sides(model)
     atoms = 1 + sum(side.size for side in sides)
-    recorder = Recorder(known)
+    inputs = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    recorder = Recorder(known, inputs)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with (
         at_rest(model),
@@ -108,6 +113,11 @@ def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction |
         _marked(ledger.heads, classes),
         tuple(Reshape(each.module, classes[each.labels], each.width) for each in ledger.reshapes),
         used,
+        tuple(
+            (cut.module, classes[cut.layer].reshape(-1), cut.stop - cut.start)
+            for cut in ledger.cuts
+            if cut.layer.shape[cut.dim] == cut.layer.numel()
+        ),
         tuple((name, key, classes[labels]) for name, key, labels in ledger.numbers),
         tuple(ledger.reasons),
     )
@@ -120,8 +130,10 @@ def _sides(model: nn.Module) -> tuple[list[Side], list[tuple[Tensor, State]]]:
     start = 1
     for prefix, module in model.named_modules():
         own = [*module._parameters.items()]
-        if isinstance(module, _NormBase):
-            own += [(key, module._buffers.get(key)) for key in ("running_mean", "running_var")]
+        # Buffers of other shapes are tables, masks and filters.
+        vectors = [(key, each) for key, each in module._buffers.items()
+                   if each is not None and each.dim() == 1]  # fmt: skip
+        own += vectors
         for key, tensor in own:
             if tensor is None or id(tensor) in seen or not tensor.is_floating_point():
                 continue

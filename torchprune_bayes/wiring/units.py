@@ -164,26 +164,44 @@ def _rules(
         labels = compressed(each.labels)
         if len(varying(labels)) == 1 and bool((labels == classes[0]).any()):
             rules += _head_rules(model, each.module, group, labels.numel())
+    for name, labels, width in wiring.widths:
+        if bool((labels == classes[0]).any()):
+            rules += _width_rules(model, name, group, {len(labels), width})
     yield from dict.fromkeys([*rules, *_model_numbers(model, group)])
 
 
 def _head_rules(
     model: nn.Module, name: str, group: UnitGroup, count: int
 ) -> Iterator[AttributeRule]:
-    """Yield what a module that views ``count`` heads keeps about their number and width."""
+    """Yield what a module that views ``count`` heads keeps about their number and width.
+
+    Modules inside of it, such as one that makes a bias for every head, keep the number too.
+    """
     sizes = {piece.positions.numel() for piece in group.slices}
-    numbers = {key: value for key, value in vars(model.get_submodule(name)).items()
-               if type(value) is int and value and value % group.units == 0}  # fmt: skip
-    for key, value in numbers.items():
-        if (key in COUNTS and value == count) or (key in WIDTHS and value in sizes):
+    for inner, module in model.get_submodule(name).named_modules(prefix=name):
+        for key, value in vars(module).items():
+            if type(value) is not int or not value or value % group.units:
+                continue
+            width = inner == name and key in WIDTHS and value in sizes
+            if width or (key in COUNTS and value == count):
+                yield AttributeRule(inner, key, value // group.units)
+
+
+def _width_rules(
+    model: nn.Module, name: str, group: UnitGroup, sizes: set[int]
+) -> Iterator[AttributeRule]:
+    """Yield the numbers by which a module may cut a dimension into parts."""
+    for key, value in vars(model.get_submodule(name)).items():
+        if type(value) is int and value in sizes and value % group.units == 0:
             yield AttributeRule(name, key, value // group.units)
 
 
 def _model_numbers(model: nn.Module, group: UnitGroup) -> Iterator[AttributeRule]:
     """Yield the sizes that timm and torchvision keep on the model for whoever replaces its head."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for piece in group.slices:
-        owner = model.get_submodule(piece.name.rpartition(".")[0])
-        if piece.role == "consumer" and isinstance(owner, nn.Linear):
+        owner = piece.name.rpartition(".")[0]
+        if piece.role == "consumer" and owner in linear[-1:]:
             size = model.get_parameter(piece.name).shape[piece.dim]
             if piece.positions.numel() == size:
                 for name in _MODEL_NUMBERS:
