@@ -294,16 +294,16 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _move(model: nn.Module, generator: torch.Generator) -> None:
-    """Add noise to all parameters; vectors, which may start at zero or one, get more."""
+    """Add noise to vectors, which may start at zero or one, and to constant weights."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point() or not parameter.numel():
                 continue
-            size = float(parameter.abs().mean())
             vector = parameter.numel() == max(parameter.shape, default=1)
-            scale = 0.1 if vector else 0.1 * size or parameter.shape[-1] ** -0.5
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.add_((scale * noise).to(parameter))
+            if vector or float(parameter.min()) == float(parameter.max()):
+                scale = 0.1 if vector else parameter.shape[-1] ** -0.5
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.add_((scale * noise).to(parameter))
 
 
 def _place(model: nn.Module, dtype: torch.dtype) -> torch.device | None:

@@ -155,6 +155,12 @@ def shrink(
     else:
         units = Units(without_ignored(inner, groups, ignored))
     found = units.groups
+    if not found and sparsity:
+        why = "; ".join(f"`{name}`: {reason}" for name, reason in [*units.left_out.items()][:3])
+        raise ArgumentError(
+            f"Expected units that can be removed, got none in {type(inner).__name__}, so that a "
+            f"sparsity of at most 0 can be reached{': ' + why if why else ''}."
+        )
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
     run = Shrinking(inner, found, recipe, costs, _measured(inner, found, target, inputs))
     averages = [ema] if isinstance(ema, nn.Module) else list(ema)

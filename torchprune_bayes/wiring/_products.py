@@ -10,7 +10,8 @@ from torch import Tensor
 from torchprune_bayes.wiring._labels import Layer, State, aligned, compressed, varying
 from torchprune_bayes.wiring._rules import Call, combined, tensors_of
 
-_BATCH, _INNER, _OUTER = 0, 2, 3
+_BATCH, _INNER = 0, 2
+_ALIGNED = 8
 
 
 def multiplied(call: Call) -> State:
@@ -22,7 +23,19 @@ def multiplied(call: Call) -> State:
 
 
 def grouped(call: Call) -> State:
-    """Rows of one matrix, each with one of several others: experts."""
+    """Rows of one matrix, each with one of several others: experts.
+
+    The operation takes sizes of multiples of 16 bytes, so that eight neighbours go together.
+    """
+    for tensor in call.args[:2]:
+        for layer in call.state_of(tensor).layers:
+            for dim in varying(layer) & {tensor.dim() - 1, tensor.dim() - 2}:
+                rows = layer.movedim(dim, -1)
+                if rows.shape[-1] % _ALIGNED:
+                    call.ledger.fix(layer, call.reason)
+                else:
+                    rows = rows.reshape(*rows.shape[:-1], -1, _ALIGNED)
+                    call.ledger.join(rows, [rows.dim() - 1])
     return _product(call, call.args[0], call.args[1])
 
 

@@ -86,6 +86,9 @@ def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction |
     atoms = 1 + sum(side.size for side in sides)
     inputs = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
     recorder = Recorder(known, inputs)
+    names: dict[int, str] = {}
+    for name, tensor, _ in all_tensors(model):
+        names.setdefault(id(tensor), name)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with (
         at_rest(model),
@@ -100,7 +103,6 @@ def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction |
             _in_training(model, recorder, example_inputs, forward_fn)
     ledger = recorder.ledger
     _tie_recurrent(model, recorder)
-    names = {id(tensor): name for name, tensor, _ in all_tensors(model)}
     used = frozenset(names[each] for each in recorder.used)
     classes = solve(ledger, atoms)
     for side in sides:
