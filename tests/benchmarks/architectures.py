@@ -110,7 +110,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 """Configurations that say their sizes in another way; others of :data:`SIZES` are not given."""
 
 
-CLASSES = {"Gemma3Text": "Gemma3ForCausalLM"}
+CLASSES = {"Gemma3Text": "Gemma3ForCausalLM", "Marian": "MarianMTModel"}
 """Classes that are called neither after their configuration nor by an ending."""
 
 
