@@ -41,7 +41,7 @@ def race(calibration: Calibration, *, sparsity: float, iterations: int) -> str:
         iterations: Outer iterations of the literal search at most.
     """
     fisher = EmpiricalFisher(block_size="full").fit(calibration)
-    ((_, gradients),) = fisher.sweep()
+    ((_, gradients),) = fisher.whole_blocks()
     flat = fisher.live.gather(calibration.space.values())
     kept = flat.abs().topk(round((1.0 - sparsity) * len(flat))).indices
     start = torch.zeros_like(flat).bool().scatter(0, kept, True)

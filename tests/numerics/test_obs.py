@@ -4,25 +4,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.references import fisher as reference
-from torchprune_bayes._numerics.fisher_blocks import gram, invert
+from torchprune_bayes._numerics.fisher_blocks import invert
+from torchprune_bayes._numerics.gradient_tiles import TiledGradients, gram
 from torchprune_bayes._numerics.obs import (
+    Directions,
     joint_directions,
-    joint_directions_in_dual,
     joint_directions_in_primal,
     joint_directions_in_sample_space,
     single_directions,
 )
 
 
+def joint_directions_over_the_kept(gradients, damping, weights, keep):
+    kept = int(keep.sum(-1).max())
+    return joint_directions_in_primal(gradients, damping, weights, keep, kept)
+
+
 def joint_directions_with_known_gram(gradients, damping, weights, keep):
-    return joint_directions_in_sample_space(gradients, damping, weights, keep, gram(gradients))
+    inner = gram(gradients, keep)
+    return joint_directions_in_sample_space(gradients, damping, weights, keep, inner)
+
+
+def joint_directions_tile_by_tile(gradients, damping, weights, keep):
+    parts = [
+        joint_directions(tiled(block), damping, w[None], k[None])
+        for block, w, k in zip(gradients, weights, keep, strict=True)
+    ]
+    return Directions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def tiled(block):
+    def read(start, stop):
+        return block[:, start:stop]
+
+    return TiledGradients(read, (1, *block.shape), block.dtype, block.device)
 
 
 JOINT = [
     joint_directions,
     joint_directions_with_known_gram,
-    joint_directions_in_dual,
-    joint_directions_in_primal,
+    joint_directions_tile_by_tile,
+    joint_directions_over_the_kept,
     joint_directions_in_sample_space,
 ]
 

@@ -12,45 +12,22 @@ condition numbers up to 10⁶ at the dampings that the papers use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import safe_cholesky
-
-_TILE = 8192
-
-
-def gram(left: Tensor) -> Tensor:
-    """Return ``left @ leftᵀ`` in float64, converted tile by tile.
-
-    Args:
-        left: ``[..., n, m]`` of any float dtype.
-
-    Returns:
-        ``[..., n, n]`` float64.
-    """
-    total = left.new_zeros((*left.shape[:-1], left.shape[-2]), dtype=torch.float64)
-    for tile in left.split(_TILE, dim=-1):
-        wide = tile.double()
-        total += wide @ wide.mT
-    return total
-
-
-def times(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Return ``matrix @ columns`` in float64, converted tile by tile along its longer side.
-
-    Args:
-        matrix: ``[..., n, m]`` of any float dtype.
-        columns: ``[..., m, k]`` float64.
-
-    Returns:
-        ``[..., n, k]`` float64.
-    """
-    if matrix.shape[-2] > matrix.shape[-1]:
-        return torch.cat([tile.double() @ columns for tile in matrix.split(_TILE, dim=-2)], dim=-2)
-    tiles = zip(matrix.split(_TILE, dim=-1), columns.split(_TILE, dim=-2), strict=True)
-    return torch.stack([tile.double() @ part for tile, part in tiles]).sum(0)
+from torchprune_bayes._numerics.gradient_tiles import (
+    Gradients,
+    gram,
+    mean_squares,
+    tiles,
+    times,
+    transposed_times,
+)
+from torchprune_bayes._numerics.precision import float64_device, wide
 
 
 class InverseFisher(ABC):
@@ -61,7 +38,7 @@ class InverseFisher(ABC):
     ``1/(λ + Σ_n g_ni²/N) <= inverse_diagonal()[i] <= 1/λ``.
     """
 
-    def __init__(self, gradients: Tensor, damping: float) -> None:
+    def __init__(self, gradients: Gradients, damping: float) -> None:
         self.gradients = gradients
         self.damping = damping
         self.count = gradients.shape[-2]
@@ -82,109 +59,124 @@ class InverseFisher(ABC):
     def solve(self, vectors: Tensor) -> Tensor:
         """``F⁻¹ v`` for vectors ``[blocks, B]`` or columns ``[blocks, B, k]``."""
         if vectors.ndim == 3:
-            return self.solve_columns(vectors.double())
-        return self.solve_columns(vectors.double().unsqueeze(-1)).squeeze(-1)
+            return self.solve_columns(wide(vectors))
+        return self.solve_columns(wide(vectors).unsqueeze(-1)).squeeze(-1)
 
     def columns(self, indices: Tensor) -> Tensor:
         """Columns ``F⁻¹[:, i]`` for indices ``[blocks, k]``, as ``[blocks, B, k]``."""
-        return self.solve_columns(_unit_columns(self.gradients, indices))
-
-    def _clamped(self, diagonal: Tensor) -> Tensor:
-        # F⁻¹_ii >= 1/F_ii, with equality for a diagonal F: guards against cancellation.
-        squares = torch.linalg.vector_norm(self.gradients, dim=-2).double().square() / self.count
-        return diagonal.maximum(1.0 / (self.damping + squares)).clamp_max(1.0 / self.damping)
+        shape = (*self.shape, indices.shape[-1])
+        place = float64_device(self.gradients.device)
+        units = torch.zeros(shape, dtype=torch.float64, device=place)
+        return self.solve_columns(units.scatter_(1, indices.to(place).unsqueeze(1), 1.0))
 
 
 class WoodburyInverse(InverseFisher):
-    """A form of ``F⁻¹ = (I − XᵀX)/λ``, for ``N < B``."""
+    """A form of ``F⁻¹ = (I − XᵀX)/λ``, for ``N < B``.
+
+    Attributes:
+        space: ``GGᵀ`` and its factorisations.
+    """
+
+    def __init__(self, gradients: Gradients, damping: float, space: SampleSpace) -> None:
+        super().__init__(gradients, damping)
+        self.space = space
 
     @abstractmethod
     def whitened(self, gradients: Tensor) -> Tensor:
         """``X`` for some columns of the gradients, in their dtype."""
 
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of ``F⁻¹``: ``(1 − Σ_n X_ni²)/λ``."""
+        sums = [wide(self.whitened(tile).square_().sum(-2)) for _, tile in tiles(self.gradients)]
+        diagonal = (1.0 - torch.cat(sums, dim=-1)) / self.damping
+        return _bounded(diagonal, self.space.mean_squares, self.damping)
+
 
 class SampleSpaceInverse(WoodburyInverse):
     """Woodbury form. Cost per block: N²B + N³/3 to build, N B per solve, N²B for the diagonal."""
 
-    def __init__(self, gradients: Tensor, damping: float, inner: Tensor | None = None) -> None:
-        super().__init__(gradients, damping)
-        damped = gram(gradients) if inner is None else inner.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(self.count * damping)
-        self.factor = safe_cholesky(damped)
+    def __init__(
+        self, gradients: Gradients, damping: float, space: SampleSpace | None = None
+    ) -> None:
+        super().__init__(gradients, damping, space or SampleSpace(gradients))
+        self.factor = damped_factor(self.space.inner, self.count * damping)
 
     def whitened(self, gradients: Tensor) -> Tensor:
         """``L⁻¹ G`` for some columns of the gradients, in their dtype."""
-        factor = self.factor.to(gradients.dtype)
-        return torch.linalg.solve_triangular(factor, gradients, upper=False)
-
-    def inverse_diagonal(self) -> Tensor:
-        """Diagonal of ``F⁻¹``: ``(1 − Σ_n X_ni²)/λ``."""
-        sums = [
-            self.whitened(tile).double().square().sum(-2)
-            for tile in self.gradients.split(_TILE, dim=-1)
-        ]
-        return self._clamped((1.0 - torch.cat(sums, dim=-1)) / self.damping)
+        return torch.linalg.solve_triangular(self.factor.to(gradients), gradients, upper=False)
 
     def solve_columns(self, columns: Tensor) -> Tensor:
         """``(V − Gᵀ S⁻¹ G V)/λ``."""
         inner = torch.cholesky_solve(times(self.gradients, columns), self.factor)
-        return (columns - times(self.gradients.mT, inner)) / self.damping
+        return (columns - transposed_times(self.gradients, inner)) / self.damping
 
 
 class SpectralInverse(WoodburyInverse):
     """The sample-space form by the eigenvalues of ``GGᵀ = UΛUᵀ``, which serve every damping.
 
-    Cost per block: ``N B`` for the diagonal and for a solve, once ``U`` and ``UᵀG`` are known.
+    Cost per block: ``N B`` for a solve and for the diagonal, once the space has ``(UᵀG)²``.
     """
 
-    def __init__(self, gradients: Tensor, damping: float, spectrum: Spectrum) -> None:
-        super().__init__(gradients, damping)
-        self.spectrum = spectrum
-        self.shares = 1.0 / (spectrum.eigenvalues + self.count * damping)  # [blocks, N]
-
-    def inverse_diagonal(self) -> Tensor:
-        """Diagonal of ``F⁻¹``: ``(1 − Σ_n (UᵀG)_ni²/(Λ_n + Nλ))/λ``."""
-        sums = times(self.spectrum.squares.mT, self.shares.unsqueeze(-1)).squeeze(-1)
-        return self._clamped((1.0 - sums) / self.damping)
+    def __init__(
+        self, gradients: Gradients, damping: float, space: SampleSpace | None = None
+    ) -> None:
+        super().__init__(gradients, damping, space or SampleSpace(gradients))
+        values, self._vectors = self.space.spectrum
+        self._shares = 1.0 / (values + self.count * damping)  # [blocks, N]
 
     def whitened(self, gradients: Tensor) -> Tensor:
         """``(Λ + Nλ)^(−½)Uᵀ G`` for some columns of the gradients, in their dtype."""
-        rotated = self.spectrum.vectors.mT.to(gradients.dtype) @ gradients
-        return self.shares.sqrt().unsqueeze(-1).to(gradients.dtype) * rotated
+        rotation = self._shares.sqrt().unsqueeze(-1) * self._vectors.mT
+        return rotation.to(gradients) @ gradients
+
+    def inverse_diagonal(self) -> Tensor:
+        """Diagonal of ``F⁻¹``: ``(1 − Σ_n (UᵀG)_ni²/(Λ_n + Nλ))/λ``."""
+        return inverse_diagonals(self.gradients, self.space, [self.damping])[0]
 
     def solve_columns(self, columns: Tensor) -> Tensor:
         """``(V − GᵀU(Λ + Nλ)⁻¹UᵀG V)/λ``."""
-        rotated = self.spectrum.vectors.mT @ times(self.gradients, columns)
-        inner = self.spectrum.vectors @ (self.shares.unsqueeze(-1) * rotated)
-        return (columns - times(self.gradients.mT, inner)) / self.damping
-
-
-class Spectrum:
-    """Eigenvalues and eigenvectors of ``GGᵀ`` and the squares of ``UᵀG``; ``4 N B`` bytes.
-
-    Cost per block: ``9 N³`` and ``N² B``.
-    """
-
-    def __init__(self, gradients: Tensor, inner: Tensor) -> None:
-        eigenvalues, self.vectors = torch.linalg.eigh(inner)
-        self.eigenvalues = eigenvalues.clamp_min(0.0)
-        self.squares = (self.vectors.mT.to(gradients.dtype) @ gradients).square_()
+        rotated = self._vectors.mT @ times(self.gradients, columns)
+        inner = self._vectors @ (self._shares.unsqueeze(-1) * rotated)
+        return (columns - transposed_times(self.gradients, inner)) / self.damping
 
 
 class SampleSpace:
-    """``GGᵀ`` of a batch of blocks, and what else inverses of several dampings can share."""
+    """``GGᵀ`` of a batch of blocks, and what inverses of several dampings share.
 
-    def __init__(self, gradients: Tensor) -> None:
+    Args:
+        gradients: ``[blocks, N, B]``.
+        room_bytes: How much ``(UᵀG)²`` may take, ``N B`` numbers of the gradients' dtype, which is
+            computed anew for every diagonal where it does not fit.
+    """
+
+    def __init__(self, gradients: Gradients, room_bytes: int = 0) -> None:
         self.inner = gram(gradients)
-        self._spectrum: Spectrum | None = None
+        self.mean_squares = mean_squares(gradients)
+        fits = gradients.shape.numel() * gradients.dtype.itemsize <= room_bytes
+        self._squares: list[Tensor] | None = [] if fits else None
 
-    def inverse(self, gradients: Tensor, damping: float) -> InverseFisher:
-        """Invert the blocks, by the spectrum unless it would cost more than the gradients do."""
-        if 8 * gradients.shape[-2] > gradients.shape[-1]:
-            return SampleSpaceInverse(gradients, damping, self.inner)
-        if self._spectrum is None:
-            self._spectrum = Spectrum(gradients, self.inner)
-        return SpectralInverse(gradients, damping, self._spectrum)
+    def rotated_squares(self, gradients: Gradients) -> Iterator[Tensor]:
+        """``(UᵀG)²``, a tile of columns at a time; ``N²B`` where it is not kept."""
+        if self._squares:
+            yield from self._squares
+            return
+        rotation = self.spectrum[1].mT.to(gradients.device, gradients.dtype)
+        for _, tile in tiles(gradients):
+            found = (rotation @ tile).square_()
+            if self._squares is not None:
+                self._squares.append(found)
+            yield found
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues ``[blocks, N]``, not negative, and eigenvectors of ``GGᵀ``; ``9N³``."""
+        values, vectors = torch.linalg.eigh(self.inner)
+        return values.clamp_min(0.0), vectors
+
+    def inverse(self, gradients: Gradients, damping: float) -> WoodburyInverse:
+        """Invert the blocks, by the spectrum where it costs less than the gradients do."""
+        cheap = 8 * gradients.shape[-2] <= gradients.shape[-1]
+        return (SpectralInverse if cheap else SampleSpaceInverse)(gradients, damping, self)
 
 
 class PrimalInverse(InverseFisher):
@@ -192,9 +184,7 @@ class PrimalInverse(InverseFisher):
 
     def __init__(self, gradients: Tensor, damping: float) -> None:
         super().__init__(gradients, damping)
-        fisher = gram(gradients.mT) / self.count
-        fisher.diagonal(dim1=-2, dim2=-1).add_(damping)
-        self.factor = safe_cholesky(fisher)
+        self.factor = damped_factor(gram(gradients.mT) / self.count, damping)
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``: column sums of squares of ``L⁻¹``."""
@@ -202,38 +192,72 @@ class PrimalInverse(InverseFisher):
         inverse = torch.linalg.solve_triangular(
             self.factor, eye.expand_as(self.factor), upper=False
         )
-        return self._clamped(inverse.square().sum(-2))
+        return _bounded(inverse.square().sum(-2), mean_squares(self.gradients), self.damping)
 
     def solve_columns(self, columns: Tensor) -> Tensor:
         """Two triangular solves."""
         return torch.cholesky_solve(columns, self.factor)
 
 
-def invert(gradients: Tensor, damping: float, inner: Tensor | None = None) -> InverseFisher:
+def inverse_diagonals(
+    gradients: Gradients, space: SampleSpace, dampings: Sequence[float]
+) -> Tensor:
+    """Diagonals of ``F⁻¹`` for several dampings, from one look at the gradients.
+
+    ``(1 − Σ_n (UᵀG)_ni²/(Λ_n + Nλ))/λ`` with ``GGᵀ = UΛUᵀ``.
+
+    Args:
+        gradients: ``[blocks, N, B]``.
+        space: Their ``GGᵀ``.
+        dampings: ``k`` dampings.
+
+    Returns:
+        Float64 ``[k, blocks, B]``.
+
+    Cost: ``9N³ + N²B + kNB`` per block.
+    """
+    values, _ = space.spectrum
+    steps = torch.tensor(dampings, dtype=torch.float64, device=values.device)
+    shares = 1.0 / (values.unsqueeze(-2) + gradients.shape[-2] * steps.unsqueeze(-1))  # [b, k, N]
+    found = [wide(shares.to(squares) @ squares) for squares in space.rotated_squares(gradients)]
+    sums = torch.cat(found, dim=-1).movedim(-2, 0)  # [k, blocks, B]
+    scale = steps.view(-1, *[1] * (sums.ndim - 1))
+    return _bounded((1.0 - sums) / scale, space.mean_squares, scale)
+
+
+def damped_factor(matrix: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of ``matrix + damping I``, which is not written to."""
+    damped = matrix.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return safe_cholesky(damped)
+
+
+def invert(gradients: Gradients, damping: float, space: SampleSpace | None = None) -> InverseFisher:
     """Invert Fisher blocks in the cheaper of the two exact forms.
 
     Args:
         gradients: ``[blocks, N, B]``.
         damping: ``λ > 0``.
-        inner: ``GGᵀ`` in float64, if it is known.
+        space: Their ``GGᵀ``, if it is known.
 
     Example:
         >>> g = torch.tensor([[[1.0, 0.0]]])
         >>> invert(g, damping=1.0).inverse_diagonal()
         tensor([[0.5000, 1.0000]], dtype=torch.float64)
     """
-    if in_sample_space(gradients):
-        return SampleSpaceInverse(gradients, damping, inner)
+    if in_sample_space(gradients) or not isinstance(gradients, Tensor):
+        return SampleSpaceInverse(gradients, damping, space)
     return PrimalInverse(gradients, damping)
 
 
-def in_sample_space(gradients: Tensor) -> bool:
+def in_sample_space(gradients: Gradients) -> bool:
     """Whether ``N`` is so much smaller than ``B`` that the sample-space form is cheaper."""
     count, size = gradients.shape[-2:]
     return count <= 0.9 * size
 
 
-def _unit_columns(gradients: Tensor, indices: Tensor) -> Tensor:
-    blocks, _, size = gradients.shape
-    units = gradients.new_zeros((blocks, size, indices.shape[-1]), dtype=torch.float64)
-    return units.scatter_(1, indices.unsqueeze(1), 1.0)
+def _bounded(diagonal: Tensor, mean_squares: Tensor, damping: float | Tensor) -> Tensor:
+    # F⁻¹_ii >= 1/F_ii, with equality for a diagonal F: guards against cancellation.
+    return diagonal.maximum(1.0 / (damping + mean_squares)).minimum(
+        torch.as_tensor(1.0 / damping, dtype=torch.float64, device=diagonal.device)
+    )

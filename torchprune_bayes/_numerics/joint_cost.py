@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import safe_cholesky
-from torchprune_bayes._numerics.fisher_blocks import gram
+from torchprune_bayes._numerics.gradient_tiles import gram
 
 
 class JointCosts:

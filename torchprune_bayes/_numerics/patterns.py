@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.fisher_blocks import InverseFisher, WoodburyInverse
+from torchprune_bayes._numerics.gradient_tiles import read
+from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.errors import ArgumentError
 
 _GROUPS = 64  # taken together
@@ -47,7 +49,7 @@ def group_inverses(inverse: InverseFisher, size: int) -> Tensor:
 def _in_sample_space(inverse: InverseFisher, start: int, stop: int, size: int) -> Tensor:
     # H = (I − XᵀX)/λ, so a group needs its own columns of X alone.
     assert isinstance(inverse, WoodburyInverse)
-    columns = inverse.gradients[..., start:stop].double()
+    columns = wide(read(inverse.gradients, start, stop))
     whitened = inverse.whitened(columns)
     groups = whitened.unflatten(-1, (-1, size)).movedim(-3, -2)  # [blocks, groups, N, M]
     eye = torch.eye(size, dtype=torch.float64, device=columns.device)
@@ -55,7 +57,7 @@ def _in_sample_space(inverse: InverseFisher, start: int, stop: int, size: int) -
 
 
 def _by_columns(inverse: InverseFisher, start: int, stop: int, size: int) -> Tensor:
-    own = torch.arange(start, stop, device=inverse.gradients.device)
+    own = torch.arange(start, stop, device=float64_device(inverse.gradients.device))
     square = inverse.columns(own.expand(inverse.shape[0], -1))[:, own]
     pairs = square.unflatten(2, (-1, size)).unflatten(1, (-1, size))
     return pairs.diagonal(dim1=1, dim2=3).movedim(-1, 1)

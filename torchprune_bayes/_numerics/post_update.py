@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import safe_cholesky
-from torchprune_bayes._numerics.fisher_blocks import times
+from torchprune_bayes._numerics.gradient_tiles import transposed_times
 from torchprune_bayes._numerics.swaps import SwapObjective, Tile, best_pairs
 
 _TILE = 8192
@@ -103,7 +103,7 @@ class PostUpdateObjective(SwapObjective):
         self.inner = inner  # A
         self.factor = safe_cholesky(inner)
         dual = torch.cholesky_solve(self.residual.unsqueeze(-1), self.factor)
-        self.moved = self.weights + times(self.gradients.mT, dual).squeeze(-1)  # z
+        self.moved = self.weights + transposed_times(self.gradients, dual).squeeze(-1)  # z
 
 
 def _changes(inner: Tensor, moved: Tensor, rows: int) -> Tensor:

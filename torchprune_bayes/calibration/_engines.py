@@ -46,14 +46,14 @@ class Engine:
     activation_bytes: int = 0
 
     def rows_at_once(
-        self, leaves: Mapping[str, Tensor], memory_mb: float, mini_batch: int = 1
+        self, leaves: Mapping[str, Tensor], chunk_bytes: int, mini_batch: int = 1
     ) -> int:
-        """How many gradients, with their activations, a quarter of the memory budget holds."""
+        """How many gradients, with their activations, go into one chunk."""
         if not self.vectorized:
             return 1
         gradient_bytes = sum(leaf.nbytes for leaf in leaves.values())
         row_bytes = gradient_bytes + mini_batch * self.activation_bytes
-        return max(1, min(int(memory_mb * 2**20 / 4) // row_bytes, _LARGEST_CHUNK))
+        return max(1, min(chunk_bytes // row_bytes, _LARGEST_CHUNK))
 
     def gradient_rows(
         self,

@@ -53,10 +53,10 @@ class GradientRows:
             if self.informative:
                 return
 
-    def at_once(self, leaves: Mapping[str, Tensor], memory_mb: float) -> int:
+    def at_once(self, leaves: Mapping[str, Tensor], chunk_bytes: int) -> int:
         """How many gradients a quarter of the memory budget holds."""
         assert self.engine is not None
-        return self.engine.rows_at_once(leaves, memory_mb, self._mini_batch)
+        return self.engine.rows_at_once(leaves, chunk_bytes, self._mini_batch)
 
     def compute(
         self,

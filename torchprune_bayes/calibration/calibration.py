@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._checks import check_choice, check_count
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration._batches import (
@@ -38,6 +40,7 @@ from torchprune_bayes.calibration._verification import (
 )
 from torchprune_bayes.calibration.labels import IGNORED
 from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
+from torchprune_bayes.memory import MemoryBudget
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import ParameterPairs
@@ -47,6 +50,7 @@ logger = logging.getLogger("torchprune_bayes")
 _DEFAULT_GRADIENTS = 1024
 _HELD_OUT_SAMPLES = 2000
 _EVALUATION_BATCH = 512
+_OFFLOADS = ("auto", "device", "host")
 _FORWARD_BATCH_CPU = 128  # activations stay in the caches: twice as fast with a ResNet-20
 
 
@@ -77,7 +81,13 @@ class Calibration:
             true Fisher, :class:`~torchprune_bayes.LayerCurvature` and what is made of it.
         vectorize: ``"auto"``, or force (``True``) or forbid (``False``) ``torch.func.vmap``.
         device: Where to compute; by default where the model is at the time. The model itself stays.
-        memory_mb: Budget in MiB for gradients and activations held at one time.
+        memory_mb: Budget in MiB for what is held beside the model at one time; ``"auto"`` takes
+            half of what is free. It bears on speed alone, not on results.
+        offload: Where a curvature keeps gradients: ``"device"``, the computing device; ``"host"``,
+            the CPU's memory; a folder, in which they take a scratch file; or ``"auto"``, the first
+            of these that has room.
+        gradient_dtype: Dtype in which they are kept, default that of the gradients;
+            ``torch.bfloat16`` takes half of the room and rounds them to eight bits.
         check_deterministic: Whether it is verified that model and data repeat.
         progress: Whether long passes show a progress bar.
 
@@ -119,7 +129,9 @@ class Calibration:
         ignore_index: int = IGNORED,
         vectorize: bool | str = "auto",
         device: torch.device | str | None = None,
-        memory_mb: float = 1024.0,
+        memory_mb: float | Literal["auto"] = "auto",
+        offload: str | Path = "auto",
+        gradient_dtype: torch.dtype | None = None,
         check_deterministic: bool = True,
         progress: bool = False,
     ) -> None:
@@ -127,7 +139,7 @@ class Calibration:
         check_count("seed", seed, minimum=0)
         check_choice("fisher", fisher, ("empirical", "true"))
         check_choice("vectorize", vectorize, ("auto", True, False))
-        check_positive("memory_mb", memory_mb)
+        check_choice("gradient_dtype", gradient_dtype, (None, torch.float32, torch.bfloat16))
         number = check_num_samples(num_samples, mini_batch)
         self.space = ParameterSpace(model, params)
         check_on_one_device(self.space.model)
@@ -140,13 +152,20 @@ class Calibration:
         self.mini_batch = mini_batch
         self.fisher = fisher
         self.ignore_index = ignore_index
-        self.memory_mb = memory_mb
+        self.memory = MemoryBudget.of(memory_mb, self._functional.device)
+        self.offload = offload if offload in _OFFLOADS else Path(offload)
+        self.gradient_dtype = gradient_dtype
         self.progress = progress
         self._rows = GradientRows(vectorize, mini_batch)
         self._held_out: HeldOutSamples | None = None
         self._repeats = RepeatCheck(
             self._functional, derived_seed(seed, "model"), enabled=check_deterministic
         )
+
+    @property
+    def memory_mb(self) -> float:
+        """The memory budget in MiB."""
+        return self.memory.total_mb
 
     @property
     def model(self) -> nn.Module:
@@ -368,7 +387,7 @@ class Calibration:
 
     def _drawn_held_out(self) -> HeldOutSamples:
         size = _FORWARD_BATCH_CPU if self.device.type == "cpu" else _EVALUATION_BATCH
-        room = self.memory_mb * 2**20 / 8
+        room = self.memory.held_out_bytes
         drawn = self._stream.following(self.num_samples, self._most_held_out(), size, room)
         kept = [map_tensors(batch, self._functional.move_input) for batch in drawn]
         if kept:
@@ -435,7 +454,7 @@ class Calibration:
         self._look_at_first_samples()
         leaves, constants = self._functional.bind(weights, names)
         randomness, targets = self._randomness(), self._targets()
-        rows = self._rows.at_once(leaves, self.memory_mb)
+        rows = self._rows.at_once(leaves, self.memory.chunk_bytes)
         total = self.num_samples
         with tqdm(total=total, unit="sample", disable=not self.progress) as bar:
             for pieces in self._groups(rows * self.mini_batch):

@@ -1,56 +1,86 @@
-"""The damped empirical Fisher of the live weights, as blocks of per-mini-batch gradients."""
+"""The damped empirical Fisher of the remaining weights, as blocks of per-mini-batch gradients."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from torchprune_bayes._checks import check_count, check_positive
+from torchprune_bayes._files import read_tensors, reading, save_tensors
 from torchprune_bayes._numerics.fisher_blocks import (
     InverseFisher,
     SampleSpace,
     in_sample_space,
+    inverse_diagonals,
     invert,
 )
+from torchprune_bayes._numerics.gradient_tiles import (
+    Gradients,
+    TiledGradients,
+    mean,
+    mean_squares,
+    times,
+    transposed_times,
+)
+from torchprune_bayes._numerics.grouped_vector import GroupedVector
+from torchprune_bayes._numerics.leave_one_out import HeldOutErrors, kept_block, leave_one_out
 from torchprune_bayes._numerics.live_vector import LiveVector
-from torchprune_bayes._numerics.partition import group_by_budget, partition, runs_of_equal_size
+from torchprune_bayes._numerics.obs import Directions, joint_directions, single_directions
+from torchprune_bayes._numerics.partition import partition, runs_of_equal_size
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
+from torchprune_bayes.curvature.gradient_store import GradientStore, Placement
+from torchprune_bayes.errors import AlignmentError, ArgumentError
+from torchprune_bayes.memory import MemoryBudget
 from torchprune_bayes.types import Masks
 
-_MIB = 2**20
+_SAMPLED_BLOCKS = 16
+_FEWEST_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """An order of entries in which groups of a pattern are consecutive; blocks hold whole groups.
+
+    Attributes:
+        dims: The dimension of the groups in each tensor.
+        size: Entries of a group; divides the length of every tensor along its dimension.
+    """
+
+    dims: Mapping[str, int]
+    size: int
 
 
 class EmpiricalFisher:
-    """``F = λI + (1/N) Σ_n g_n g_nᵀ`` of the live weights, block by block.
+    """``F = λI + (1/N) Σ_n g_n g_nᵀ`` of the remaining weights, block by block.
 
-    Nothing of size ``B x B`` or ``D x D`` is stored. If the gradients fit into a quarter of the
-    calibration's memory budget they are kept; otherwise every sweep streams them again, a group of
-    blocks at a time. Sweeps are exact: streamed and kept gradients give the same numbers.
+    The gradients are taken in one pass over the data and kept where there is room: on the device,
+    in the CPU's memory, or in a scratch file that goes with the object. Nothing of size ``B x B``
+    or ``D x D`` is stored, and results do not depend on where gradients are.
 
-    Legend: ``D`` live entries, ``N`` gradients, ``B`` entries of a block.
+    Legend: ``D`` remaining entries, ``N`` gradients, ``B`` entries of a block.
 
     Args:
         block_size: ``"full"`` (one block over all tensors), ``"tensor"`` (one per tensor), an int
-            (contiguous blocks of at most that many entries), or ``"auto"``: ``"full"`` where the
-            gradients are kept, else the largest blocks that a quarter of the budget holds.
+            (contiguous blocks of at most that many entries), or ``"auto"``, the same as ``"full"``.
         across_tensors: Whether blocks of a given size may span several tensors.
-        active_only: Whether blocks are cut from the live entries alone (the papers' dynamic
-            variant); otherwise masked entries take their place with gradients of zero.
+        active_only: Whether blocks are cut from the remaining entries alone (the papers' dynamic
+            variant); otherwise pruned entries take their place with gradients of zero.
         centred: Whether the mean gradient is subtracted, ``F − ḡḡᵀ``.
         damping: ``λ``.
+        layout: Another order of the entries, for patterns; then ``active_only`` is false.
 
     Attributes:
         calibration: Where the gradients came from; ``None`` after :meth:`load`.
         live: Order of the entries, a ``LiveVector``; vectors below are ``[D]`` in this order.
         count: ``N``.
+        blocks: Ranges ``(start, stop)`` of the blocks in this order.
 
     Example:
         >>> model = torch.nn.Linear(3, 2, bias=False)
@@ -58,7 +88,7 @@ class EmpiricalFisher:
         >>> calibration = Calibration(model, data, torch.nn.functional.mse_loss)
         >>> fisher = EmpiricalFisher(damping=0.1).fit(calibration)
         >>> v = torch.randn(6, dtype=torch.float64)
-        >>> torch.allclose(fisher.multiply(fisher.solve(v)), v)
+        >>> torch.allclose(fisher.multiply(fisher.solve(v)), v, atol=1e-5)
         True
     """
 
@@ -70,18 +100,18 @@ class EmpiricalFisher:
         active_only: bool = True,
         centred: bool = False,
         damping: float = 1e-3,
+        layout: GroupLayout | None = None,
     ) -> None:
         _check_block_size(block_size)
         check_positive("damping", damping)
         self.block_size = block_size
         self.across_tensors = across_tensors
-        self.active_only = active_only
+        self.active_only = active_only and layout is None
         self.centred = centred
         self.damping = damping
-        self._gradients: Tensor | None = None
-        self._spaces: dict[int, SampleSpace] = {}
+        self.layout = layout
         self.calibration: Calibration | None = None
-        self._weights: Mapping[str, Tensor] | None = None
+        self._spaces: dict[int, SampleSpace] = {}
 
     def fit(
         self,
@@ -94,48 +124,62 @@ class EmpiricalFisher:
         Args:
             calibration: Where gradients come from.
             weights: Values by qualified name; default the model's own.
-            masks: Live entries; default those of the model.
+            masks: Remaining entries; default those of the model.
 
-        Cost: one pass over the calibration data; ``4 N D`` bytes if that is in the budget.
+        Raises:
+            ArgumentError: If nothing is left to prune.
+            CalibrationError: If the data gave no usable gradients, or there is no room for them.
+
+        Cost: one pass over the calibration data; ``4 N D`` bytes on the device, in memory or in a
+        file, as the calibration's ``offload`` says.
         """
         masks = calibration.space.masks() if masks is None else masks
         everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
         self.live = LiveVector(masks if self.active_only else everything)
-        self._alive = None if self.active_only else self.live.gather(masks)
         if not self.live.numel:
-            raise ArgumentError("Expected live weights, got none: everything is pruned already.")
+            raise ArgumentError("Expected remaining weights, got none: everything is pruned.")
         self.count = calibration.num_gradients
-        self.calibration, self._weights, self._gradients = calibration, weights, None
-        self._memory = calibration.memory_mb * _MIB
-        self._spaces = {}
-        bytes_needed = self.count * self.live.numel * calibration.dtype.itemsize
-        if bytes_needed <= self._memory / 4:
-            self._gradients = self._collect(0, self.live.numel)
+        self.calibration, self.budget, self._spaces = calibration, calibration.memory, {}
+        self.store = GradientStore.filled(
+            calibration.gradients(weights, self.live),
+            (self.count, self.live.numel),
+            _placement(calibration),
+            calibration.device,
+        )
+        if self.centred:
+            self.store.subtract_mean()
+        if self.layout is not None:
+            self._reorder(self.layout)
+        if not self.active_only:
+            self.store = self.store.with_active(self._active(masks))
         self.blocks = self._cut()
         return self
 
     def restricted(self, masks: Masks, damping: float) -> EmpiricalFisher:
-        """The same Fisher of fewer entries, with another damping; no new gradients are taken.
+        """The same Fisher of fewer entries, with another damping; a view, nothing is copied.
 
         Args:
-            masks: Entries to keep, among those that are live here.
+            masks: Entries to keep, among those that remain here.
             damping: ``λ``.
         """
         other = copy.copy(self)
         other.damping = damping
         if not self.active_only:
-            other._alive = self.live.gather(masks)
-            if self._gradients is not None:
-                other._gradients = self._gradients * other._alive
+            other.store = self.store.with_active(self._active(masks))
             other._spaces = {}
             return other
+        keep = self.live.gather(masks)
         other.live = LiveVector(masks)
         if other.live.numel == self.live.numel:
             return other
-        if self._gradients is not None:
-            other._gradients = self._gradients[:, self.live.gather(masks)]
-            other._spaces = {}
+        other.store, other._spaces = self.store.restricted(keep), {}
         other.blocks = other._cut()
+        return other
+
+    def damped(self, damping: float) -> EmpiricalFisher:
+        """The same Fisher with another ``λ``."""
+        other = copy.copy(self)
+        other.damping = damping
         return other
 
     def with_blocks(self, block_size: int | str) -> EmpiricalFisher:
@@ -146,63 +190,138 @@ class EmpiricalFisher:
         other.blocks = other._cut()
         return other
 
-    @property
-    def kept_in_memory(self) -> bool:
-        """Whether the gradients are held, rather than streamed at every sweep."""
-        return self._gradients is not None
+    def with_blocks_in_memory(self) -> EmpiricalFisher:
+        """The same, cut further where the gradients of a block are more than the budget holds.
 
-    def sweep(self) -> Iterator[tuple[slice, Tensor]]:
+        For searches that look at all gradients of a block over and over.
+        """
+        room = max(self.budget.gradients_bytes // (self.store.dtype.itemsize * self.count), 1)
+        largest = max(stop - start for start, stop in self.blocks)
+        return self if largest <= room or self._in_place else self.with_blocks(room)
+
+    def sweep(self) -> Iterator[tuple[slice, Gradients]]:
         """Yield batches of equally large blocks of the gradients.
 
         Yields:
-            The range of the live vector, and its gradients ``[blocks, N, B]``.
+            The range of the vector, and its gradients ``[blocks, N, B]``; a block that is larger
+            than the budget's share is read tile by tile.
         """
-        item = self._item_size()
-        per_group = int(self._memory / 2 / (item * self.count))
-        for group in group_by_budget(self.blocks, max(per_group, 1)):
-            low, high = group[0][0], group[-1][1]
-            rows = self._rows(low, high)
-            for start, number, size in runs_of_equal_size(group):
-                for first in range(0, number, self._batch(size)):
-                    taken = min(self._batch(size), number - first)
-                    begin = start + first * size
-                    columns = rows[:, begin - low : begin - low + taken * size]
-                    stacked = columns.unflatten(1, (taken, size)).transpose(0, 1)
-                    yield slice(begin, begin + taken * size), stacked
+        for start, number, size in runs_of_equal_size(self.blocks):
+            at_once = max(self._entries_at_once // size, 1)
+            for first in range(0, number, at_once):
+                begin, taken = start + first * size, min(at_once, number - first)
+                where = slice(begin, begin + taken * size)
+                if taken == 1:
+                    yield where, self._gradients_of(begin, size)
+                else:
+                    rows = self.store.read(where.start, where.stop)
+                    yield where, rows.unflatten(1, (taken, size)).transpose(0, 1)
+
+    def whole_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """As :meth:`sweep`, with all gradients of the blocks in one tensor each."""
+        for where, gradients in self.sweep():
+            if isinstance(gradients, Tensor):
+                yield where, gradients
+            else:
+                yield where, self.store.read(where.start, where.stop).unsqueeze(0)
 
     def inverses(self) -> Iterator[tuple[slice, InverseFisher]]:
-        """Yield batches of inverted blocks with their range of the live vector."""
+        """Yield batches of inverted blocks with their range of the vector."""
         for where, gradients in self.sweep():
-            space = self._sample_space(where, gradients)
+            space = self.space_of(where, gradients)
             if space is None:
                 yield where, invert(gradients, self.damping)
             else:
                 yield where, space.inverse(gradients, self.damping)
 
-    def inner(self, where: slice, gradients: Tensor) -> Tensor | None:
+    def space_of(self, where: slice, gradients: Gradients) -> SampleSpace | None:
         """``GGᵀ`` of a batch of blocks from :meth:`sweep`, kept for the sweeps to come.
 
-        ``None`` where it would not be used, or where all would take over an eighth of the budget.
+        ``None`` where it would not be used, or where all would take more than their share of the
+        budget; that of a single block is always kept.
         """
-        space = self._sample_space(where, gradients)
-        return None if space is None else space.inner
-
-    def _sample_space(self, where: slice, gradients: Tensor) -> SampleSpace | None:
         if where.start in self._spaces:
             return self._spaces[where.start]
         held = sum(space.inner.nbytes for space in self._spaces.values())
-        needed = 8 * len(gradients) * self.count**2
-        if (
-            self._gradients is None
-            or held + needed > self._memory / 8
-            or not in_sample_space(gradients)
-        ):
+        needed = 8 * gradients.shape[0] * self.count**2
+        fits = len(self.blocks) == 1 or held + needed <= self.budget.factor_bytes
+        if not fits or not in_sample_space(gradients):
             return None
-        return self._spaces.setdefault(where.start, SampleSpace(gradients))
+        room = self.budget.factor_bytes // len(self.blocks) * gradients.shape[0]
+        return self._spaces.setdefault(where.start, SampleSpace(gradients, room))
+
+    def directions(self, weights: Tensor, keep: Tensor, *, single: bool = False) -> Directions:
+        """What the kept weights do when the others are set to zero, float64 ``[D]``.
+
+        Args:
+            weights: ``[D]``.
+            keep: Boolean ``[D]``.
+            single: Whether the updates for removing each weight alone are added up, as the
+                WoodFisher paper does, instead of solving for all together.
+        """
+        parts, kept = [], self._kept_counts(keep)
+        for where, gradients in self.sweep():
+            shape = gradients.shape[::2]
+            w, k = weights[where].unflatten(0, shape), keep[where].unflatten(0, shape)
+            space = self._spaces.get(where.start)
+            if single:
+                found = single_directions(invert(gradients, self.damping, space), w, k)
+            else:
+                most = max(kept[start] for start in range(where.start, where.stop, shape[1]))
+                found = joint_directions(gradients, self.damping, w, k, kept=most, space=space)
+            parts.append([part.flatten() for part in found])
+        return Directions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def held_out_errors(
+        self, weights: Tensor, keep: Tensor, dampings: Sequence[float]
+    ) -> HeldOutErrors:
+        """How the joint update does on gradients that it did not see, for several dampings.
+
+        By leaving out one gradient at a time, see :mod:`torchprune_bayes._numerics.leave_one_out`.
+        Up to 16 blocks, evenly spread, stand for all of them, and as many gradients for all as make
+        the cost that of one Gram matrix at most.
+
+        Args:
+            weights: ``[D]``.
+            keep: Boolean ``[D]``.
+            dampings: ``λ``, ``k`` of them.
+        """
+        chosen = self.blocks[:: -(-len(self.blocks) // _SAMPLED_BLOCKS)]
+        entries = sum(stop - start for start, stop in chosen)
+        room = self.count**2 * entries / (9 * len(chosen))
+        count = min(self.count, max(int(room ** (1 / 3)), _FEWEST_SAMPLES))
+        parts = [
+            kept_block(
+                self._gradients_of(start, stop - start),
+                weights[None, start:stop],
+                keep[None, start:stop],
+                count,
+            )
+            for start, stop in chosen
+        ]
+        ridges = self.count * torch.tensor(dampings, dtype=torch.float64)
+        return leave_one_out(parts, ridges.to(parts[0].values.device))
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``, float64 ``[D]``. Cost: ``N²D`` (``N < B``) or ``(N + B) B D``."""
         return torch.cat([inverse.inverse_diagonal().flatten() for _, inverse in self.inverses()])
+
+    def inverse_diagonals(self, dampings: Sequence[float]) -> Tensor:
+        """Diagonals of ``F⁻¹`` for several dampings, float64 ``[k, D]``.
+
+        Cost: of large blocks ``9N³ + N²D`` for all dampings together, otherwise that of
+        :meth:`inverse_diagonal` for each.
+        """
+        parts = []
+        for where, gradients in self.sweep():
+            space = self.space_of(where, gradients)
+            if space is not None and 8 * self.count <= gradients.shape[-1]:
+                found = inverse_diagonals(gradients, space, dampings)
+            else:
+                each = [invert(gradients, damping, space) for damping in dampings]
+                found = torch.stack([inverse.inverse_diagonal() for inverse in each])
+            parts.append(found.flatten(1))
+        return torch.cat(parts, dim=1)
 
     def solve(self, vector: Tensor) -> Tensor:
         """``F⁻¹ v`` for ``v`` of shape ``[D]``, float64."""
@@ -214,62 +333,58 @@ class EmpiricalFisher:
         )
 
     def columns(self, indices: Tensor) -> Tensor:
-        """Columns ``F⁻¹[:, i]`` for indices ``[k]`` into the live vector, float64 ``[D, k]``."""
-        found = torch.zeros(self.live.numel, len(indices), dtype=torch.float64)
-        found = found.to(indices.device)
-        for where, inverse in self.inverses():
-            blocks, _, size = inverse.gradients.shape
-            for block in range(blocks):
-                start = where.start + block * size
-                here = ((indices >= start) & (indices < start + size)).nonzero().squeeze(1)
-                if len(here):
-                    local = (indices[here] - start).expand(blocks, -1)
-                    found[start : start + size, here] = inverse.columns(local)[block]
-        return found
+        """Columns ``F⁻¹[:, i]`` for indices ``[k]`` into the vector, float64 ``[D, k]``."""
+        units = torch.zeros(self.live.numel, len(indices), dtype=torch.float64)
+        units = wide(units.to(indices.device)).scatter_(0, indices.unsqueeze(0), 1.0)
+        parts = [
+            inverse.solve(units[where].unflatten(0, inverse.shape)).flatten(0, 1)
+            for where, inverse in self.inverses()
+        ]
+        return torch.cat(parts)
 
     def multiply(self, vector: Tensor) -> Tensor:
         """``F v`` for ``v`` of shape ``[D]``, float64."""
         parts = []
         for where, gradients in self.sweep():
-            part = vector[where].double().unflatten(0, gradients.shape[::2]).unsqueeze(-1)
-            wide = gradients.double()
-            parts.append((wide.mT @ (wide @ part)).squeeze(-1).flatten() / self.count)
-        return torch.cat(parts) + self.damping * vector.double()
+            part = wide(vector[where]).unflatten(0, gradients.shape[::2]).unsqueeze(-1)
+            product = transposed_times(gradients, times(gradients, part))
+            parts.append(product.flatten() / self.count)
+        return torch.cat(parts) + self.damping * wide(vector)
 
     def quadratic(self, vector: Tensor) -> float:
         """``½ vᵀ F v`` without the damping, the predicted rise of the loss for a step ``v``."""
-        total = 0.0
+        sums = []
         for where, gradients in self.sweep():
-            part = vector[where].double().unflatten(0, gradients.shape[::2]).unsqueeze(-1)
-            total += float((gradients.double() @ part).square().sum()) / (2 * self.count)
-        return total
+            part = wide(vector[where]).unflatten(0, gradients.shape[::2]).unsqueeze(-1)
+            sums.append(times(gradients, part).square().sum())
+        return float(torch.stack(sums).sum()) / (2 * self.count)
+
+    def mean_gradient(self) -> Tensor:
+        """``(1/N) Σ_n g_n``, float64 ``[D]``."""
+        return torch.cat([mean(gradients).flatten() for _, gradients in self.sweep()])
 
     def mean_square(self) -> float:
-        """Mean over the live entries of ``(1/N) Σ g²``, the natural unit of the damping."""
-        total = 0.0
+        """Mean over the entries of ``(1/N) Σ g²``, the natural unit of the damping."""
+        sums = []
         for where, gradients in self.sweep():
-            inner = self.inner(where, gradients)  # its trace is the sum of squares
-            squares = gradients.square() if inner is None else inner.diagonal(dim1=-2, dim2=-1)
-            total += float(squares.sum(dtype=torch.float64))
-        return total / (self.count * self.live.numel)
+            space = self.space_of(where, gradients)
+            found = mean_squares(gradients) if space is None else space.mean_squares
+            sums.append(found.sum())
+        return float(torch.stack(sums).sum()) / self.live.numel
 
     def merge(self, other: EmpiricalFisher) -> EmpiricalFisher:
         """Join the gradients of another fit of the same weights, such as another rank's.
 
         Raises:
-            CalibrationError: If one of the two streams its gradients.
-            AlignmentError: If the two do not have the same live entries.
+            AlignmentError: If the two do not have the same remaining entries.
         """
-        if self._gradients is None or other._gradients is None:
-            raise CalibrationError(
-                "Expected gradients kept in memory to merge, got streamed ones: raise memory_mb."
-            )
         if list(self.live.masks) != list(other.live.masks) or any(
-            not torch.equal(mask, other.live.masks[name]) for name, mask in self.live.masks.items()
+            not torch.equal(mask, other.live.masks[name].to(mask.device))
+            for name, mask in self.live.masks.items()
         ):
-            raise AlignmentError("Expected the same live entries in both Fishers, got others.")
-        self._gradients = torch.cat([self._gradients, other._gradients])
-        self._spaces = {}
+            raise AlignmentError("Expected the same remaining entries in both Fishers, got others.")
+        rows = torch.cat([self.store.whole(), other.store.whole().to(self.store.device)])
+        self.store, self._spaces = GradientStore(rows, self.store.device), {}
         self.count += other.count
         return self
 
@@ -277,14 +392,15 @@ class EmpiricalFisher:
         """Write gradients, masks and settings as one safetensors file.
 
         Raises:
-            CalibrationError: If the gradients are streamed, not kept.
+            ArgumentError: If the file cannot be written, or the order is that of a pattern.
         """
-        if self._gradients is None:
-            raise CalibrationError(
-                "Expected gradients kept in memory to save, got streamed ones: raise memory_mb."
+        if self.layout is not None:
+            raise ArgumentError(
+                "Expected a Fisher in the order of its tensors to save, got one "
+                "in the order of a pattern: fit one without `layout`."
             )
         tensors = {f"mask:{name}": mask for name, mask in self.live.masks.items()}
-        tensors["gradients"] = self._gradients.contiguous()
+        tensors["gradients"] = self.store.whole()
         settings = {
             "block_size": self.block_size,
             "across_tensors": self.across_tensors,
@@ -293,68 +409,101 @@ class EmpiricalFisher:
             "damping": self.damping,
         }
         order = json.dumps(list(self.live.masks))
-        save_file(tensors, path, {"settings": json.dumps(settings), "order": order})
+        save_tensors(path, tensors, {"settings": json.dumps(settings), "order": order})
 
     @classmethod
-    def load(cls, path: str | Path) -> EmpiricalFisher:
-        """Read what :meth:`save` wrote; needs neither model nor data."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            fisher = cls(**json.loads(metadata["settings"]))
-            masks = {
-                name: file.get_tensor(f"mask:{name}") for name in json.loads(metadata["order"])
-            }
-            gradients = file.get_tensor("gradients")
-        fisher.live = LiveVector(masks)
-        fisher._alive = None
-        fisher._gradients = gradients
-        fisher.count = len(gradients)
-        fisher._memory = 4 * gradients.nbytes
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> EmpiricalFisher:
+        """Read what :meth:`save` wrote; needs neither model nor data.
+
+        Args:
+            path: The file.
+            device: Where the gradients are wanted, that of the model.
+
+        Raises:
+            ArgumentError: If the file is missing, damaged or another one.
+        """
+        stored = read_tensors(path, "an empirical Fisher", device=device)
+        with reading(path, stored.what):
+            fisher = cls(**stored.json("settings", dict))
+            masks = stored.prefixed("mask:")
+            order = stored.json("order", list)
+            fisher.live = LiveVector({name: masks[name].bool() for name in order})
+            rows = stored.tensors["gradients"]
+            if rows.ndim != 2 or rows.shape[1] != fisher.live.numel or not len(rows):
+                raise ValueError(f"gradients of shape {tuple(rows.shape)}")
+            if not torch.isfinite(rows).all():
+                raise ValueError("gradients that are not finite")
+        fisher.store, fisher.count = GradientStore(rows, rows.device), len(rows)
+        fisher.budget = MemoryBudget(max(8 * rows.nbytes, 2**24))
         fisher.blocks = fisher._cut()
         return fisher
 
+    def _kept_counts(self, keep: Tensor) -> dict[int, int]:
+        """Kept entries of every block, by its start; the device is asked once for all."""
+        stops = torch.tensor([stop - 1 for _, stop in self.blocks], device=keep.device)
+        upto = [0, *keep.cumsum(0)[stops].tolist()]
+        starts = [start for start, _ in self.blocks]
+        return {start: upto[at + 1] - upto[at] for at, start in enumerate(starts)}
+
+    def _reorder(self, layout: GroupLayout) -> None:
+        row_major = self.live
+        self.live = GroupedVector(row_major.masks, layout.dims)
+        if not self.live.is_row_major:
+            places = torch.arange(row_major.numel)
+            masks = {name: mask.cpu() for name, mask in row_major.masks.items()}
+            order = GroupedVector(masks, layout.dims).gather(LiveVector(masks).scatter(places))
+            self.store = self.store.reordered(order)
+
+    def _active(self, masks: Masks) -> Tensor | None:
+        active = self.live.gather(masks).to(self.store.device)
+        return None if bool(active.all()) else active
+
     def _cut(self) -> list[tuple[int, int]]:
-        size = self.block_size
-        if size == "auto":
-            entries = max(int(self._memory / 4 / (self._item_size() * self.count)), 1)
-            size = "full" if self.kept_in_memory else entries
-        return partition(self.live.sizes, size, across_tensors=self.across_tensors)
+        size = "full" if self.block_size == "auto" else self.block_size
+        blocks = partition(self.live.sizes, size, across_tensors=self.across_tensors)
+        if self.layout is None:
+            return blocks
+        largest, group = max(stop - start for start, stop in blocks), self.layout.size
+        if largest % group == 0:
+            return blocks
+        whole = max(largest // group, 1) * group
+        return partition(self.live.sizes, whole, across_tensors=self.across_tensors)
 
-    def _rows(self, start: int, stop: int) -> Tensor:
-        if self._gradients is None:
-            return self._collect(start, stop)
-        return self._gradients[:, start:stop]
+    @property
+    def _entries_at_once(self) -> int:
+        # With their products in float64, and for small blocks the factors.
+        return max(int(self.budget.block_bytes / (8 * self.count)), 1)
 
-    def _collect(self, start: int, stop: int) -> Tensor:
-        assert self.calibration is not None
-        rows: Tensor | None = None
-        done = 0
-        for part in self.calibration.gradients(self._weights, self.live, (start, stop)):
-            if rows is None:
-                rows = part.new_empty(self.count, stop - start)
-            rows[done : done + len(part)] = part
-            done += len(part)
-        assert rows is not None
-        if self._alive is not None:
-            rows *= self._alive[start:stop]
-        return rows.sub_(rows.mean(0)) if self.centred else rows
+    @property
+    def _in_place(self) -> bool:
+        # Whether a range of columns is a view of memory, however large.
+        store = self.store
+        plain = store.columns is None and store.active is None and store.rows.dtype == store.dtype
+        return plain and store.rows.device == store.device
 
-    def _item_size(self) -> int:
-        source = self._gradients if self._gradients is not None else self.calibration
-        assert source is not None
-        return source.dtype.itemsize
+    def _gradients_of(self, begin: int, size: int) -> Gradients:
+        """Gradients of one block, ``[1, N, B]``, read when they are needed if it is large."""
+        store = self.store
+        if size <= self._entries_at_once or self._in_place:
+            return store.read(begin, begin + size).unsqueeze(0)
+        return TiledGradients(
+            lambda start, stop: store.read(begin + start, begin + stop),
+            (1, self.count, size),
+            store.dtype,
+            store.device,
+        )
 
-    def _batch(self, size: int) -> int:
-        # Float64 copies of one batch of blocks: the gradients and a few matrices of the factor.
-        per_block = 8 * (2 * self.count * size + 4 * min(self.count, size) ** 2)
-        return max(int(self._memory / 4 / per_block), 1)
+
+def _placement(calibration: Calibration) -> Placement:
+    dtype = calibration.gradient_dtype or calibration.dtype
+    return Placement(calibration.offload, dtype, calibration.memory.gradients_bytes)
 
 
 def _check_block_size(block_size: int | str) -> None:
     if isinstance(block_size, str):
         if block_size not in ("auto", "full", "tensor"):
             raise ArgumentError(
-                "Expected `block_size` to be an int, 'auto', 'full' or 'tensor', "
+                "Expected `block_size` to be 'auto', 'full', 'tensor' or an int, "
                 f"got {block_size!r}."
             )
     else:

@@ -95,7 +95,7 @@ def _vectors(calibration: Calibration, masks: Masks, probes: int | None) -> Iter
     Unit vectors come for one tensor at a time: of their products no other part is needed.
     """
     bytes_per_vector = sum(mask.numel() for mask in masks.values()) * calibration.dtype.itemsize
-    rows = int(calibration.memory_mb * 2**20 / 4) // bytes_per_vector
+    rows = calibration.memory.chunk_bytes // bytes_per_vector
     rows = max(1, min(rows, _LARGEST_CHUNK))
     if probes is None:
         return _unit_vectors(masks, rows, calibration.dtype)

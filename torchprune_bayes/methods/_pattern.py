@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.fisher_blocks import InverseFisher
 from torchprune_bayes._numerics.patterns import group_scores, n_of_m_ranks, n_of_m_scores
+from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.methods._target import Target
@@ -81,11 +82,26 @@ class Pattern:
             found[tensor.name] = dim
         return found
 
-    def scores(self, inverse: InverseFisher, weights: Tensor, alive: Tensor) -> Tensor:
-        """Scores by the rise of the quadratic model, ``[blocks, B]``, with groups of ``M``."""
-        if self.takes_whole_groups:
-            return group_scores(inverse, weights, self.size)
-        return n_of_m_scores(inverse, weights, self.kept, self.size, alive)
+    def scores(self, fisher: EmpiricalFisher, weights: Tensor, remaining: Tensor) -> Tensor:
+        """Scores by the rise of the quadratic model with the interactions within a group.
+
+        Args:
+            fisher: In the order of the groups.
+            weights: ``[D]`` in that order, float64.
+            remaining: Boolean ``[D]``.
+
+        Returns:
+            ``[D]`` float64; of whole groups every entry has the score of its group.
+        """
+        found = []
+        for where, inverse in fisher.inverses():
+            w, left = (v[where].unflatten(0, inverse.shape) for v in (weights, remaining))
+            if self.takes_whole_groups:
+                scores = group_scores(inverse, w, self.size)
+            else:
+                scores = n_of_m_scores(inverse, w, self.kept, self.size, left)
+            found.append(scores.flatten())
+        return torch.cat(found)
 
     def ranks(self, scores: Tensor, alive: Tensor) -> Tensor:
         """Scores in the pattern from those of single entries, ``[..., B]``, not negative."""

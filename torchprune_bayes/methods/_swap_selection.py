@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torchprune_bayes._numerics.patterns import merged
 from torchprune_bayes._numerics.perturbation import perturbed_in_groups, perturbed_keep
 from torchprune_bayes._numerics.post_update import PostUpdateObjective
 from torchprune_bayes._numerics.swaps import SelectionObjective, SwapObjective
-from torchprune_bayes.methods._candidates import Stage
+from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes.methods._obs_step import Stage, Update
 from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.types import Masks
 
@@ -23,28 +25,25 @@ OBJECTIVES: dict[str, Callable[..., SwapObjective]] = {
 }
 _PATIENCE = 5  # iterations without a smaller loss
 
-Loss = Callable[[Tensor], float]
-"""Loss of a boolean mask ``[D]`` on held-out samples."""
-
 
 @dataclass(frozen=True)
 class SwapSelection:
-    """One search for what to keep, among masks of as many live entries as its start has.
+    """One search for what to keep, among masks of as many entries as its start has.
 
     Args:
         stage: Where it takes place.
         objective: A key of ``OBJECTIVES``: what swaps must lower.
         search: :func:`swap_search` with its options.
-        loss: What decides between masks.
         pattern: Groups that are swapped whole, or within which entries are.
+        update: What is done to the kept weights when masks are judged after an update.
         shared: Whether entries of different tensors may be swapped.
     """
 
     stage: Stage
     objective: str
     search: Callable[..., Iterator[Tensor]]
-    loss: Loss
     pattern: Pattern | None = None
+    update: Update = "joint"
     shared: bool = True
 
     def best(
@@ -57,12 +56,12 @@ class SwapSelection:
             starts: How many starts to compare, this one included.
             generator: For the random ones, on the CPU.
         """
-        live = self.stage.step.fisher.live
+        live = self._fisher.live
         best = self._judged(live.gather(start))
         if generator is not None:
             others = (self._perturbed(best.keep, generator) for _ in range(starts - 1))
             best = min([best, *map(self._judged, others)], key=_loss)
-        for where, gradients in self.stage.step.fisher.sweep():
+        for where, gradients in self._fisher.with_blocks_in_memory().whole_blocks():
             best = self._searched(best, where, gradients)
         return live.scatter(best.keep)
 
@@ -81,7 +80,7 @@ class SwapSelection:
 
     def _search_through(self, keep: Tensor, where: slice, gradients: Tensor) -> Iterator[Tensor]:
         weights = self._weights()[where].unflatten(0, keep.shape)
-        own, damping = self._classes()[where].unflatten(0, keep.shape), self.stage.damping
+        own, damping = self._classes()[where].unflatten(0, keep.shape), self._fisher.damping
         make = OBJECTIVES[self.objective]
         if self.pattern is None or not self.pattern.takes_whole_groups:
             within = None if self.pattern is None else self.pattern.size
@@ -110,18 +109,35 @@ class SwapSelection:
         return perturbed_in_groups(scores, keep.sum(-1), generator).flatten()
 
     def _judged(self, keep: Tensor) -> _Judged:
-        loss = self.loss(keep)
+        loss = self._loss(keep)
         return _Judged(keep, math.inf if math.isnan(loss) else loss)
 
+    def _loss(self, keep: Tensor) -> float:
+        """Held-out loss of a mask; with a curvature alone, that of the quadratic model."""
+        flat = moved = self._weights()
+        if self.objective == "post_update" and self.update != "none":
+            single = self.update == "single"
+            moved = flat + self._fisher.directions(flat, keep, single=single).compensation.to(flat)
+        moved = torch.where(keep, moved, 0.0)
+        held_out = self.stage.step.calibration
+        if held_out is None:
+            return self._fisher.quadratic(moved - flat)
+        return held_out.held_out_loss(self._fisher.live.scatter(moved)).value
+
+    @cached_property
+    def _fisher(self) -> EmpiricalFisher:
+        # Of all that the step began with: swaps bear on entries that are pruned already.
+        return self.stage.step.fisher.damped(self.stage.fisher.damping)
+
     def _weights(self) -> Tensor:
-        return self.stage.step.fisher.live.gather(self.stage.step.weights)
+        return self.stage.step.flat
 
     def _alive(self) -> Tensor:
-        return self.stage.step.fisher.live.gather(self.stage.masks)
+        return self._fisher.live.gather(self.stage.masks)
 
     def _classes(self) -> Tensor:
         # Entries trade places within a class: all, or a tensor where each has its own share.
-        live = self.stage.step.fisher.live
+        live = self._fisher.live
         numbers = {
             name: torch.full(mask.shape, 0 if self.shared else index, device=mask.device)
             for index, (name, mask) in enumerate(live.masks.items())

@@ -1,26 +1,31 @@
-"""CBS: combinatorial selection of what to prune, and the exact joint update of the rest."""
+"""CBS: combinatorial selection of what to prune, and the exact joint update of the rest.
+
+The published pipeline in three places: :meth:`CBS.score` is the start, :meth:`CBS.select` CBS-S,
+and CBS-U the joint update that all methods here share (:mod:`torchprune_bayes._numerics.obs`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import check_choice, check_count, check_fraction
 from torchprune_bayes._numerics.swaps import swap_search
-from torchprune_bayes.curvature import EmpiricalFisher
-from torchprune_bayes.methods._candidates import Stage
-from torchprune_bayes.methods._first_order import FirstOrderPruning
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.methods._obs_step import Stage
 from torchprune_bayes.methods._swap_selection import OBJECTIVES, SwapSelection
-from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.woodfisher import WoodFisher
 from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import Masks, Scores
 
 INITIALS = ("perturbed", "magnitude", "woodfisher", "gradient", "random")
+GRADIENT_STEPS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @register(
@@ -28,7 +33,7 @@ INITIALS = ("perturbed", "magnitude", "woodfisher", "gradient", "random")
     title="combinatorial brain surgeon: swaps what to prune, then updates the rest jointly",
     paper="arXiv:2203.04466",
 )
-class CBS(FirstOrderPruning):
+class CBS(WoodFisher):
     """Choose the weights to prune together, because the effects of some cancel one another.
 
     `Combinatorial Brain Surgeon (Yu et al., 2022) <https://arxiv.org/abs/2203.04466>`_. CBS-S
@@ -41,11 +46,12 @@ class CBS(FirstOrderPruning):
     instead of pair by pair, and its number of pruned weights is exact, so is that of the start.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
+        amount: Fraction (float) or number (int) of the remaining entries to prune; ``None`` with
             ``flops_target``, and with an N:M pattern.
         initial: Start of the search: ``"magnitude"``; ``"perturbed"``, the best by held-out loss of
             ``perturbations`` random magnitude perturbations; ``"woodfisher"``; ``"gradient"``,
-            ``|w·ḡ|``; ``"random"``.
+            ``|w·ḡ|``; ``"random"``; or masks by name, which prune as many entries as are to go
+            (with ``max_iterations=0`` they are kept, and only CBS-U is left).
         perturbations: Starts to draw, that of plain magnitude included.
         objective: What a swap must lower: ``"selection"``, the loss before the update, or
             ``"post_update"``, after it.
@@ -87,35 +93,40 @@ class CBS(FirstOrderPruning):
         88
     """
 
-    gradient_grid = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-
     def __init__(
         self,
         amount: float | int | Mapping[str, int] | None = None,
         *,
-        initial: str = "perturbed",
+        initial: str | Masks = "perturbed",
         perturbations: int = 50,
         objective: str = "selection",
         epsilon: float = 1e-4,
         swap_range: int = 128,
         max_no_match: int = 3,
         max_iterations: int = 100,
-        gradient_step: float | str = 0.0,
+        gradient_step: float | Literal["auto"] = 0.0,
         stages: int = 1,
         **options: Any,
     ) -> None:
-        super().__init__(amount, gradient_step=gradient_step, stages=stages, **options)
-        self._screens = True
-        check_choice("initial", initial, INITIALS)
+        super().__init__(amount, stages=stages, **options)
+        if isinstance(initial, str):
+            check_choice("initial", initial, INITIALS)
+        elif self.steps * self.stages > 1:
+            raise ArgumentError("Expected one step and one stage with masks as `initial`.")
         check_choice("objective", objective, OBJECTIVES)
         check_count("perturbations", perturbations)
         check_fraction("epsilon", epsilon)
         check_count("swap_range", swap_range)
         check_count("max_no_match", max_no_match)
         check_count("max_iterations", max_iterations, minimum=0)
+        if gradient_step != "auto":
+            check_fraction("gradient_step", gradient_step)
         if self.pattern is not None and self.pattern.takes_whole_groups:
             check_choice("objective with a pattern of whole groups", objective, ("selection",))
         self.initial, self.perturbations, self.objective = initial, perturbations, objective
+        steps = GRADIENT_STEPS if isinstance(gradient_step, str) else (float(gradient_step),)
+        self.tuning = replace(self.tuning, gradient_steps=steps)
+        self.procedure = replace(self.procedure, select=self.select)
         self._search = partial(
             swap_search,
             epsilon=epsilon,
@@ -124,52 +135,47 @@ class CBS(FirstOrderPruning):
             max_iterations=max_iterations,
         )
 
-    def select(self, stage: Stage, target: Target, scores: Scores) -> Masks:
-        """The best masks that a search from the smallest scores finds."""
+    def score(self, stage: Stage) -> Tensor:
+        """Scores whose smallest entries are the start of the search, ``[D]``."""
+        if self.initial == "woodfisher":
+            return super().score(stage)
+        scores = stage.weights.abs()
+        if not isinstance(self.initial, str):
+            # Pruned entries first; the scores within either side do not matter.
+            return stage.fisher.live.gather(self.initial).to(scores)
+        if self.initial == "gradient":
+            scores = scores * stage.fisher.mean_gradient().abs().to(scores)
+        if self.initial == "random":
+            scores = torch.rand(scores.shape, generator=self._generator(stage)).to(scores)
+        return scores if self.pattern is None else self.pattern.ranks(scores, stage.remaining)
+
+    def select(self, stage: Stage, scores: Scores) -> Masks:
+        """CBS-S: the best masks that a search from the smallest scores finds."""
+        start = stage.smallest(scores)
+        if not isinstance(self.initial, str):
+            _check_start(start, self.initial)
         selection = SwapSelection(
             stage,
             self.objective,
             self._search,
-            partial(self._held_out_loss, stage),
             pattern=self.pattern,
+            update=self.procedure.update,
             shared=self.scope == "global" and self.flops_target is None,
         )
-        perturbed = self.initial == "perturbed"
-        generator = self._generator(stage.step.index) if perturbed else None
-        start = super().select(stage, target, scores)
+        generator = self._generator(stage) if self.initial == "perturbed" else None
         return selection.best(start, self.perturbations, generator)
 
-    def _ranked(
-        self, fisher: EmpiricalFisher, weights: dict[str, Tensor], masks: Masks, target: Target
-    ) -> Scores:
-        if self.initial == "woodfisher":
-            return super()._ranked(fisher, weights, masks, target)
-        flat = fisher.live.gather(weights)
-        if self.initial == "gradient":
-            mean = torch.cat([gradients.mean(-2).flatten() for _, gradients in fisher.sweep()])
-            flat = flat * mean.to(flat)
-        if self.initial == "random":
-            flat = torch.rand(flat.shape, generator=self._generator()).to(flat)
-        scores = flat.abs()
-        if self.pattern is not None:
-            scores = self.pattern.ranks(scores, fisher.live.gather(masks))
-        return fisher.live.scatter(scores)
-
-    def _held_out_loss(self, stage: Stage, keep: Tensor) -> float:
-        """Of a mask; with a curvature alone, that of the quadratic model."""
-        step = stage.step
-        flat = step.fisher.live.gather(step.weights)
-        moved = flat
-        if self.objective == "post_update":
-            moved = flat + self._directions(step.fisher, stage.damping, flat, keep).compensation
-        moved = torch.where(keep, moved, 0.0)
-        if step.calibration is None:
-            return step.fisher.quadratic(moved - flat)
-        return step.calibration.held_out_loss(step.fisher.live.scatter(moved)).value
-
-    def _generator(self, step: int = 0) -> torch.Generator:
+    def _generator(self, stage: Stage) -> torch.Generator:
         seed = 0 if self.calibration is None else self.calibration.seed
-        return torch.Generator().manual_seed(derived_seed(seed, "perturbations", step))
+        return torch.Generator().manual_seed(derived_seed(seed, "perturbations", stage.step.index))
+
+
+def _check_start(found: Masks, initial: Masks) -> None:
+    if any(not torch.equal(mask, initial[name].to(mask.device)) for name, mask in found.items()):
+        raise ArgumentError(
+            "Expected masks as `initial` that prune as many entries as `amount` says, got "
+            f"{sum(int((~mask).sum()) for mask in initial.values())} pruned."
+        )
 
 
 @register(

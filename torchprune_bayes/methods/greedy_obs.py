@@ -10,8 +10,10 @@ from torch import Tensor
 
 from torchprune_bayes._numerics.fisher_blocks import InverseFisher
 from torchprune_bayes._numerics.greedy import greedy_group_removals, greedy_removals
-from torchprune_bayes.methods._obs import ObsPruning
+from torchprune_bayes._numerics.precision import wide
+from torchprune_bayes.methods._obs_step import Stage
 from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.woodfisher import WoodFisher
 
 
 @register(
@@ -19,7 +21,7 @@ from torchprune_bayes.methods.registry import register
     title="exact optimal brain surgeon, one weight at a time in each block",
     paper="arXiv:2208.11580",
 )
-class GreedyOBS(ObsPruning):
+class GreedyOBS(WoodFisher):
     """Remove the cheapest weight of a block, update the rest exactly, and go on from there.
 
     The greedy solver of `OBC (Frantar and Alistarh, 2022) <https://arxiv.org/abs/2208.11580>`_ for
@@ -52,8 +54,6 @@ class GreedyOBS(ObsPruning):
         12
     """
 
-    _score_dtype = torch.float64  # ties are broken in the last places
-
     def __init__(
         self,
         amount: float | int | Mapping[str, int] | None = None,
@@ -63,13 +63,23 @@ class GreedyOBS(ObsPruning):
     ) -> None:
         super().__init__(amount, block_size=block_size, stages=1, **options)
 
-    def scores(self, inverse: InverseFisher, weights: Tensor, alive: Tensor) -> Tensor:
-        """Largest cost of the removals up to that of each weight, ``[blocks, B]``."""
+    def score(self, stage: Stage) -> Tensor:
+        """Largest cost of the removals up to that of each weight, float64 ``[D]``.
+
+        In float64, because ties are broken in the last places.
+        """
+        weights, remaining, found = wide(stage.weights), stage.remaining, []
+        for where, inverse in stage.fisher.inverses():
+            w, left = (v[where].unflatten(0, inverse.shape) for v in (weights, remaining))
+            found.append(self._removals(inverse, w, left).flatten())
+        return self._per_cost(stage, torch.cat(found))
+
+    def _removals(self, inverse: InverseFisher, weights: Tensor, remaining: Tensor) -> Tensor:
         if self.pattern is None:
-            return greedy_removals(inverse, weights, alive=alive).scores()
+            return greedy_removals(inverse, weights, alive=remaining).scores()
         size = self.pattern.size
         if self.pattern.takes_whole_groups:
             record = greedy_group_removals(inverse, weights, size)
             return record.scores().repeat_interleave(size, dim=-1)
         kept = self.pattern.kept
-        return greedy_removals(inverse, weights, kept=kept, size=size, alive=alive).scores()
+        return greedy_removals(inverse, weights, kept=kept, size=size, alive=remaining).scores()

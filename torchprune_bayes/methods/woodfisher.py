@@ -1,9 +1,44 @@
-"""WoodFisher: second-order pruning with the inverse empirical Fisher."""
+"""WoodFisher: second-order pruning with the inverse empirical Fisher.
+
+The method in full: :meth:`WoodFisher.decide` is the algorithm, :meth:`WoodFisher.score` the paper's
+equation. The Fisher is :class:`torchprune_bayes.curvature.EmpiricalFisher`, the update
+:mod:`torchprune_bayes._numerics.obs`, and one step :mod:`torchprune_bayes.methods._obs_step`.
+"""
 
 from __future__ import annotations
 
-from torchprune_bayes.methods._obs import ObsPruning
+import logging
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._checks import check_choice, check_fraction, check_positive
+from torchprune_bayes._numerics.precision import wide
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.costs import flops_per_weight
+from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes.curvature.empirical_fisher import GroupLayout
+from torchprune_bayes.methods._curvature_holder import CurvatureHolder
+from torchprune_bayes.methods._obs_checks import (
+    check_fitted_to,
+    check_goes_with_pattern,
+    check_steps,
+    check_targets,
+)
+from torchprune_bayes.methods._obs_step import Procedure, Stage, State, Step, Update, smallest
+from torchprune_bayes.methods._pattern import Pattern
+from torchprune_bayes.methods._target import Target
+from torchprune_bayes.methods._tuning import SCALES, Tuning
 from torchprune_bayes.methods.registry import register
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Decision
+
+logger = logging.getLogger("torchprune_bayes")
+
+_STAGES = 4
+_PAPER_EPSILON = 1e-10
 
 
 @register(
@@ -11,39 +46,40 @@ from torchprune_bayes.methods.registry import register
     title="optimal brain surgeon with the empirical Fisher",
     paper="arXiv:2004.14340",
 )
-class WoodFisher(ObsPruning):
+class WoodFisher(CurvatureHolder[EmpiricalFisher]):
     """Prune the weights whose removal raises a local quadratic model of the loss the least.
 
     `WoodFisher (Singh and Alistarh, 2020) <https://arxiv.org/abs/2004.14340>`_: with the damped
     empirical Fisher ``F = λI + (1/N) Σ g gᵀ`` in the place of the Hessian, removing weight ``q``
-    and moving the others optimally costs ``ρ_q = w_q²/(2F⁻¹_qq)``. The smallest ``ρ`` are pruned,
-    and the survivors move to make up for it.
+    and moving the others optimally costs ``ρ_q = w_q²/(2F⁻¹_qq)``. The weights with the smallest
+    ``ρ`` are pruned, and the others take the update that makes up for them.
 
     The Fisher is inverted exactly in the space of the samples, so a block may be a layer or the
-    whole network. Two things matter more than anything else. *Stages* score what is left anew, with
-    the same gradients, after each part of the pruning. *Steps* also take fresh gradients at the
-    weights that the last step left: on MLPNet at 98 % sparsity, magnitude pruning is right on
-    32.3 % of the test images, one step with four stages on 60.6 %, sixteen steps on 89.1 %.
+    whole network. Two things matter more than anything else. *Stages* re-score the remaining
+    weights, with the same gradients, after each part of the pruning. *Steps* also take new
+    gradients at the weights that the last step left: on MLPNet at 98 % sparsity, magnitude pruning
+    is right on 32.3 % of the test images, one step with four stages on 60.6 %, sixteen steps on
+    89.1 %.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
+        amount: Fraction (float) or number (int) of the remaining entries to prune; ``None`` with
             ``flops_target``, and with an N:M pattern, which fixes it.
         calibration: Data, model and loss.
         curvature: An :class:`~torchprune_bayes.curvature.EmpiricalFisher` fitted already.
         block_size: Blocks of the Fisher: ``"full"``, ``"tensor"``, an int, or ``"auto"``: one
-            block or blocks of ``2N`` entries, whichever has the smaller loss on held-out samples;
-            where the budget does not hold the gradients, the largest blocks that it holds.
+            block or blocks of ``2N`` entries, whichever has the smaller loss on held-out samples.
         damping: ``λ``, or ``"auto"``: the value, in units of the mean squared gradient, whose
-            result has the smallest loss on held-out samples.
+            update does best on gradients left out of it, and then on held-out samples
+            (:mod:`torchprune_bayes.methods._tuning`).
         update: ``"none"`` only selects; ``"single"`` adds up the updates for removing each weight
             alone, as the paper does; ``"joint"`` solves for all of them together.
         update_scale: Share of the update to take, or ``"auto"``, a line search on held-out loss.
-        steps: Steps with fresh gradients.
+        steps: Steps, each with new gradients.
         stages: Parts of each step, or ``"auto"``: 4 for one step with the joint update, else 1.
         path: Sparsity over the steps, ``"cubic"``, ``"geometric"`` or ``"linear"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         across_tensors: Whether blocks of a given size may span several tensors.
-        active_only: Whether blocks are cut from live entries alone.
+        active_only: Whether blocks are cut from the remaining entries alone.
         centred: Whether the mean gradient is subtracted from the gradients.
         flops_power: Scores are divided by the FLOPs per weight to this power.
         flops_target: Share of the dense FLOPs of these tensors to keep.
@@ -61,8 +97,9 @@ class WoodFisher(ObsPruning):
         ArgumentTypeError: If there is neither calibration nor curvature.
         ParameterError: If the inputs of a tensor cannot be cut into the groups of the pattern.
 
-    Cost per step: ``N`` gradients; ``2N²D`` operations for the scores and as many for the update;
-    ``4ND`` bytes, or as much of it as the calibration's memory budget allows.
+    Cost per step: one pass over the data for ``N`` gradients of ``D`` entries; ``2N²D`` operations
+    for the scores and as many for the update, in each stage; ``4ND`` bytes, on the device, in
+    memory or in a scratch file.
 
     Example:
         >>> import torch
@@ -80,3 +117,153 @@ class WoodFisher(ObsPruning):
         >>> sum(int((module.weight == 0).sum()) for module, _ in params)
         88
     """
+
+    def __init__(
+        self,
+        amount: float | int | Mapping[str, int] | None = None,
+        *,
+        calibration: Calibration | None = None,
+        curvature: EmpiricalFisher | None = None,
+        block_size: int | str = "auto",
+        damping: float | Literal["auto"] = "auto",
+        update: Update = "joint",
+        update_scale: float | Literal["auto"] = "auto",
+        steps: int = 1,
+        stages: int | Literal["auto"] = "auto",
+        path: str = "cubic",
+        scope: str = "global",
+        across_tensors: bool = False,
+        active_only: bool = True,
+        centred: bool = False,
+        flops_power: float = 0.0,
+        flops_target: float | None = None,
+        pattern: str | None = None,
+        compat: Literal["paper"] | None = None,
+    ) -> None:
+        self.pattern = None if pattern is None else Pattern.parse(pattern)
+        if self.pattern is not None:
+            check_goes_with_pattern(curvature, flops_power, flops_target, compat)
+            amount = self.pattern.amount(amount)
+        check_targets(amount, flops_target, scope)
+        amount = 0.0 if amount is None else amount
+        super().__init__(amount, calibration=calibration, curvature=curvature, scope=scope)
+        check_steps(steps, stages, path, curvature)
+        check_choice("update", update, ("none", "single", "joint"))
+        check_choice("compat", compat, (None, "paper"))
+        if damping != "auto":
+            check_positive("damping", damping)
+        if update_scale != "auto":
+            check_fraction("update_scale", update_scale)
+        self.damping, self.update, self.update_scale = damping, update, update_scale
+        self.steps, self.path, self.compat = steps, path, compat
+        self.stages = _STAGES if steps == 1 and update == "joint" else 1
+        if isinstance(stages, int):
+            self.stages = stages
+        self.flops_power, self.flops_target = flops_power, flops_target
+        self.block_size = block_size
+        self.across_tensors, self.active_only, self.centred = across_tensors, active_only, centred
+        self.procedure = Procedure(self.score, smallest, update)
+        self.tuning = Tuning(damping, _scales(update, update_scale))
+        self._new_fisher(None)  # checks its options
+
+    def decide(self, space: ParameterSpace) -> Decision:
+        """Choose masks and new weights of those that stay; the model is not changed.
+
+        Args:
+            space: The calibration's parameters.
+
+        Raises:
+            CalibrationError: If the data gave no usable gradients.
+            NumericalError: If a factorisation failed.
+        """
+        state, target = State.of(space), self._target(space)
+        for index in range(self.steps):
+            fisher = self._fisher_at(state, index)  # F = λI + (1/N) Σ g gᵀ at the weights now
+            stages = range(index * self.stages, (index + 1) * self.stages)
+            step = Step(
+                index,
+                fisher,
+                state.weights,
+                state.masks,
+                target,
+                stages,
+                state.last,
+                self.calibration,
+            )
+            move = self.tuning.best(step, self.procedure)
+            state = move.after(state)
+            logger.info("%s step %d: %s", type(self).__name__, index + 1, state.last)
+        moved = self.procedure.update != "none" or any(r.gradient_step for r in state.reports)
+        engine = None if self.calibration is None else self.calibration.engine
+        return state.decision(moved=moved, gradients=fisher.count, engine=engine)
+
+    def score(self, stage: Stage) -> Tensor:
+        """Rise of the loss for removing each weight and moving the others optimally, ``[D]``.
+
+        ``ρ_q = w_q²/(2F⁻¹_qq)``, equation 6 of the paper; in a pattern of groups ``g``
+        ``½ w_gᵀ(F⁻¹_gg)⁻¹w_g``.
+        """
+        weights = wide(stage.weights)
+        if self.pattern is not None:
+            scores = self.pattern.scores(stage.fisher, weights, stage.remaining)
+        elif self.compat == "paper":
+            diagonal = stage.fisher.inverse_diagonal()
+            scores = weights.square() / (diagonal + _PAPER_EPSILON) + _PAPER_EPSILON
+        else:
+            scores = weights.square() / (2.0 * stage.fisher.inverse_diagonal())
+        return self._per_cost(stage, scores).to(stage.weights.dtype)
+
+    def _per_cost(self, stage: Stage, scores: Tensor) -> Tensor:
+        costs = stage.step.target.costs
+        if costs is None or not self.flops_power:
+            return scores
+        shapes = stage.fisher.live.masks
+        each = {
+            name: torch.full(mask.shape, costs[name] ** self.flops_power, device=mask.device)
+            for name, mask in shapes.items()
+        }
+        return scores / stage.fisher.live.gather(each).to(scores)
+
+    def _fisher_at(self, state: State, index: int) -> EmpiricalFisher:
+        if self.curvature is not None:
+            check_fitted_to(self.curvature, state.masks)
+            return self.curvature
+        calibration = self.required_calibration.fresh(index)
+        layout = None
+        if self.pattern is not None:
+            layout = GroupLayout(self.pattern.dims(self.space), self.pattern.size)
+        return self._new_fisher(layout).fit(calibration, state.weights, state.masks)
+
+    def _new_fisher(self, layout: GroupLayout | None) -> EmpiricalFisher:
+        return EmpiricalFisher(
+            block_size=self.block_size,
+            across_tensors=self.across_tensors,
+            active_only=self.active_only,
+            centred=self.centred,
+            layout=layout,
+        )
+
+    def _target(self, space: ParameterSpace) -> Target:
+        masks, steps = space.masks(), self.steps * self.stages
+        if self.pattern is not None:
+            dims = self.pattern.dims(self.space)
+            return self.pattern.target(
+                masks, dims, self.amount, steps=steps, scope=self.scope, path=self.path
+            )
+        needs_costs = self.flops_power or self.flops_target is not None
+        return Target(
+            masks,
+            self.amount,
+            scope=self.scope,
+            steps=steps,
+            path=self.path,
+            costs=flops_per_weight(self.required_calibration) if needs_costs else None,
+            flops_target=self.flops_target,
+            strict=self.compat == "paper",
+        )
+
+
+def _scales(update: Update, scale: float | Literal["auto"]) -> tuple[float, ...]:
+    if update == "none":
+        return (0.0,)
+    return SCALES if isinstance(scale, str) else (float(scale),)

@@ -201,7 +201,7 @@ class Walk:
         pieces = list(first_samples(self._calibration, _MOST_SAMPLES))
         readers = [site for site in self._sites if isinstance(site, Reader)]
         largest = survey(self._calibration, cut(pieces[0], 0, 1), readers)
-        room = self._calibration.memory_mb * 2**20 / 2
+        room = self._calibration.memory.gradients_bytes
         fitting = max(1, int(room // (_LIVE_ACTIVATIONS * largest)))
         whole = joined(pieces)
         if fitting < min(_LEAST_SAMPLES, sum(map(batch_size, pieces))):

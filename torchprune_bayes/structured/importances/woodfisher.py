@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_fraction, check_positive
 from torchprune_bayes._numerics.joint_cost import JointCosts, sums_of_units
-from torchprune_bayes._numerics.obs import joint_directions
 from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher
@@ -94,7 +93,7 @@ class WoodFisherImportance(CalibratedImportance):
         fisher.damping = max(fisher.damping, torch.finfo(torch.float64).tiny)
         self._fisher = fisher
         weights = fisher.live.gather(space.values()).to(float64_device(calibration.device))
-        room = calibration.memory_mb * 2**20 / 4
+        room = calibration.memory.chunk_bytes
         costs = {
             group.name: weights.new_zeros(group.units, dtype=torch.float64) for group in groups
         }
@@ -201,21 +200,17 @@ def _owned(group: UnitGroup, names: Mapping[str, str], shapes: Mapping[str, torc
 
 
 def _single_blocks(fisher: EmpiricalFisher) -> Iterator[tuple[int, Tensor]]:
-    for where, stacked in fisher.sweep():
+    for where, stacked in fisher.whole_blocks():
         for number, gradients in enumerate(stacked):
             yield where.start + number * stacked.shape[-1], gradients
 
 
 def _compensation(fisher: EmpiricalFisher, weights: Tensor, keep: Tensor) -> Tensor:
     """``δ`` of the joint update; zero in blocks that lose nothing or everything."""
-    move = torch.zeros_like(weights)
-    for where, gradients in fisher.sweep():
-        shape = gradients.shape[::2]
-        own, stays = weights[where].unflatten(0, shape), keep[where].unflatten(0, shape)
-        if bool(stays.any()) and not bool(stays.all()):
-            inner = fisher.inner(where, gradients)
-            found = joint_directions(gradients, fisher.damping, own, stays, inner)
-            move[where] = found.compensation.flatten()
+    move = fisher.directions(weights, keep).compensation
+    for start, stop in fisher.blocks:
+        if bool(keep[start:stop].all()) or not bool(keep[start:stop].any()):
+            move[start:stop] = 0.0
     return move
 
 

@@ -1,0 +1,177 @@
+"""The line search of a step, on losses that are written down, and what is measured before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher
+from torchprune_bayes.calibration import MeanLoss
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.methods import find_method
+from torchprune_bayes.methods._tuning import Move, climbed
+
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+ETAS = (0.0, 0.01, 0.02, 0.04, 0.08)
+
+
+@dataclass
+class Losses:
+    """Held-out samples whose loss is a function of the lengths of the two moves."""
+
+    curve: Tensor
+    calls: int = field(default=0)
+
+    def held_out_loss(self, weights: dict[str, Tensor]) -> MeanLoss:
+        self.calls += 1
+        scale, eta = weights["w"].tolist()
+        return MeanLoss(float(self.curve[SCALES.index(scale), ETAS.index(eta)]), 1, False)
+
+
+@dataclass
+class Step:
+    held_out: Any
+
+
+@dataclass
+class Pruned:
+    step: Step
+
+    def weights(self, scale: float, gradient_step: float) -> dict[str, Tensor]:
+        return {"w": torch.tensor([scale, gradient_step], dtype=torch.float64)}
+
+
+def search(losses: Any, start: tuple[float, float], axes: Any = (SCALES, ETAS)) -> Move:
+    pruned: Any = Pruned(Step(losses))
+    return climbed(lambda scale, eta: Move(pruned, scale, eta), axes, start)
+
+
+@given(
+    best=st.tuples(st.floats(-1, 5), st.floats(-1, 5)),
+    slopes=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
+    start=st.tuples(st.sampled_from(SCALES), st.sampled_from(ETAS)),
+)
+def test_on_parabolas_it_finds_what_the_whole_grid_would(best, slopes, start) -> None:
+    places = torch.arange(5.0, dtype=torch.float64)
+    rows, columns = (slope * (places - at) ** 2 for slope, at in zip(slopes, best, strict=True))
+    losses = Losses(curve=rows[:, None] + columns)
+    found = search(losses, start)
+    assert found.loss == losses.curve.min()
+    assert found.weights["w"].tolist() == [found.scale, found.gradient_step]
+    assert losses.calls <= 5 + 5 + 4
+
+
+@given(
+    losses=st.lists(st.floats(0, 1), min_size=25, max_size=25),
+    start=st.tuples(st.sampled_from(SCALES), st.sampled_from(ETAS)),
+)
+def test_on_any_losses_it_is_no_worse_than_the_start(losses, start) -> None:
+    curve = torch.tensor(losses, dtype=torch.float64).reshape(5, 5)
+    found = search(Losses(curve=curve), start)
+    assert found.loss is not None
+    assert found.loss <= curve[SCALES.index(start[0]), ETAS.index(start[1])]
+
+
+def test_a_loss_that_is_not_a_number_loses() -> None:
+    curve = torch.full((5, 5), torch.nan, dtype=torch.float64)
+    curve[4, 3] = 1.0
+    found = search(Losses(curve=curve), (1.0, 0.08))
+    assert (found.scale, found.gradient_step) == (1.0, 0.04)
+
+
+def test_a_single_move_is_not_measured() -> None:
+    assert search(None, (1.0, 0.0), ((1.0,), (0.0,))).loss is None
+
+
+def test_a_choice_needs_data() -> None:
+    with pytest.raises(ArgumentError, match="choosing them needs `calibration=`"):
+        search(None, (1.0, 0.0), (SCALES, (0.0,)))
+
+
+@dataclass
+class Counted:
+    """Batches, and how many samples were drawn from them."""
+
+    batches: list[tuple[Tensor, Tensor]]
+    drawn: int = 0
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.drawn += len(batch[0])
+            yield batch
+
+
+@pytest.mark.parametrize("memory_mb", [0.02, 1024.0])
+@pytest.mark.parametrize("method", ["woodfisher", "woodtaylor", "cbs", "greedy-obs"])
+def test_a_step_takes_one_pass_over_the_data_whatever_the_budget(method, memory_mb) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 3))
+    batches = [(torch.randn(16, 12), torch.randint(3, (16,))) for _ in range(8)]
+    data = Counted(batches)
+    calibration = Calibration(
+        model, data, nn.functional.cross_entropy, num_samples=64, memory_mb=memory_mb
+    )
+    passes = 0
+    plain = calibration.gradients
+
+    def counting(*args: Any, **options: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return plain(*args, **options)
+
+    calibration.gradients = counting  # type: ignore[method-assign]
+    kind: Any = find_method(method).method
+    decision = kind(0.5, calibration=calibration).decide(calibration.space)
+    assert passes == 1
+    assert len(decision.info["steps"]) == 1
+
+
+def test_results_do_not_depend_on_the_budget() -> None:
+    def masks(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 3)).double()
+        x, y = torch.randn(128, 12, dtype=torch.float64), torch.randint(3, (128,))
+        calibration = Calibration(
+            model, [(x, y)], nn.functional.cross_entropy, num_samples=64, **options
+        )
+        decision = WoodFisher(0.6, calibration=calibration).decide(calibration.space)
+        return torch.cat([mask.flatten() for mask in decision.masks.values()])
+
+    assert torch.equal(masks(memory_mb=1024.0), masks(memory_mb=0.05))
+
+
+def test_left_out_errors_are_those_of_leaving_out() -> None:
+    """Against ridge regression solved anew without each sample, by blocks and in both forms."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(3, (20,))
+    calibration = Calibration(model, [(x, y)], nn.functional.cross_entropy)
+    for size in ("full", "tensor", 9):
+        fisher = EmpiricalFisher(block_size=size).fit(calibration)
+        gradients = fisher.store.whole()
+        weights = torch.randn(gradients.shape[1], dtype=torch.float64)
+        keep = torch.rand(gradients.shape[1]) < 0.4
+        dampings = [1e-3, 1e-1, 10.0]
+        found = fisher.held_out_errors(weights, keep, dampings)
+        for index, damping in enumerate(dampings):
+            predicted = torch.zeros(20, dtype=torch.float64)
+            for start, stop in fisher.blocks:
+                part = gradients[:, start:stop]
+                kept = part[:, keep[start:stop]]
+                change = part @ torch.where(keep, 0.0, weights)[start:stop]
+                for sample in range(20):
+                    others = torch.arange(20) != sample
+                    ridge = kept[others].T @ kept[others] + 20 * damping * torch.eye(kept.shape[1])
+                    move = torch.linalg.solve(ridge, kept[others].T @ change[others])
+                    predicted[sample] += kept[sample] @ move
+            total = gradients @ torch.where(keep, 0.0, weights)
+            scale = ((total @ predicted) / (predicted @ predicted)).clamp(0, 1)
+            rise = 0.5 * (total - scale * predicted).square().mean()
+            torch.testing.assert_close(found.rise[index], rise, rtol=1e-6, atol=1e-12)
+            torch.testing.assert_close(found.scale[index], scale, rtol=1e-6, atol=1e-12)

@@ -1,0 +1,154 @@
+"""Products with gradients ``[blocks, N, B]`` that may be too many to hold at one time.
+
+In plain words: everything that the Fisher needs of its gradients is a sum over columns, so they are
+read a tile of columns at a time, whether they lie in memory, in another device's, or in a file.
+Gradients are float32 as a rule; products and sums are float64, because dampings are up to 10⁶ times
+smaller than the eigenvalues of the Gram matrix (see :mod:`~torchprune_bayes._numerics.precision`
+for devices without float64). A tile is so small that its float64 copy stays in a processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.precision import float64_device, wide
+
+_TILE_ENTRIES = 1 << 19
+_TILE_COLUMNS = (512, 16384)
+_ROWS = 128
+
+
+class TiledGradients:
+    """Gradients of one block that are read when they are needed.
+
+    Args:
+        read: Columns ``[N, stop − start]`` of a range.
+        shape: ``(1, N, B)``.
+        dtype: Of what is read.
+        device: Of what is read.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int, int], Tensor],
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.read, self.shape, self.dtype, self.device = read, torch.Size(shape), dtype, device
+
+
+Gradients = Tensor | TiledGradients
+
+
+def tiles(gradients: Gradients) -> Iterator[tuple[slice, Tensor]]:
+    """Yield consecutive ranges of columns with their gradients ``[blocks, N, size]``."""
+    least, most = _TILE_COLUMNS
+    size = min(max(_TILE_ENTRIES // max(gradients.shape[:-1].numel(), 1), least), most)
+    for start in range(0, max(gradients.shape[-1], 1), size):  # one tile at least
+        stop = min(start + size, gradients.shape[-1])
+        yield slice(start, stop), read(gradients, start, stop)
+
+
+def read(gradients: Gradients, start: int, stop: int) -> Tensor:
+    """The columns ``start:stop``, ``[blocks, N, stop − start]``."""
+    if isinstance(gradients, Tensor):
+        return gradients[..., start:stop]
+    return gradients.read(start, stop).unsqueeze(0)
+
+
+def gram(gradients: Gradients, keep: Tensor | None = None) -> Tensor:
+    """Return ``G diag(keep) Gᵀ`` in float64.
+
+    Args:
+        gradients: ``[..., N, B]`` of any float dtype.
+        keep: Boolean ``[..., B]``, the columns that take part; default all.
+
+    Returns:
+        ``[..., N, N]`` float64.
+
+    Example:
+        >>> gram(torch.ones(2, 3), torch.tensor([True, True, False]))
+        tensor([[2., 2.],
+                [2., 2.]], dtype=torch.float64)
+    """
+    count, device = gradients.shape[-2], float64_device(gradients.device)
+    total = torch.zeros((*gradients.shape[:-1], count), dtype=torch.float64, device=device)
+    for where, tile in tiles(gradients):
+        part = wide(tile if keep is None else _kept(tile, keep[..., where]))
+        for start in range(0, count, _ROWS):  # the lower triangle, a few rows at a time
+            rows = slice(start, start + _ROWS)
+            total[..., rows, : rows.stop] += part[..., rows, :] @ part[..., : rows.stop, :].mT
+    return total if count <= _ROWS else total.tril() + total.tril(-1).mT
+
+
+def times(gradients: Gradients, columns: Tensor) -> Tensor:
+    """Return ``G V`` in float64.
+
+    Args:
+        gradients: ``[..., N, B]``.
+        columns: ``V``, ``[..., B, k]``.
+
+    Returns:
+        ``[..., N, k]`` float64.
+    """
+    columns = wide(columns)
+    parts = [wide(tile) @ columns[..., where, :] for where, tile in tiles(gradients)]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def transposed_times(gradients: Gradients, rows: Tensor) -> Tensor:
+    """Return ``Gᵀ V`` in float64.
+
+    Args:
+        gradients: ``[..., N, B]``.
+        rows: ``V``, ``[..., N, k]``.
+
+    Returns:
+        ``[..., B, k]`` float64.
+    """
+    across = wide(rows).mT.contiguous()
+    return torch.cat([across @ wide(tile) for _, tile in tiles(gradients)], dim=-1).mT
+
+
+def mean_squares(gradients: Gradients) -> Tensor:
+    """``(1/N) Σ_n g_n²`` of every column, float64 ``[..., B]``."""
+    norms = [torch.linalg.vector_norm(tile, dim=-2) for _, tile in tiles(gradients)]
+    return wide(torch.cat(norms, dim=-1)).square() / gradients.shape[-2]
+
+
+def mean(gradients: Gradients) -> Tensor:
+    """``(1/N) Σ_n g_n``, float64 ``[..., B]``."""
+    return torch.cat([wide(tile.mean(-2)) for _, tile in tiles(gradients)], dim=-1)
+
+
+def chosen_columns(gradients: Gradients, indices: Tensor) -> Tensor:
+    """Some columns of every block.
+
+    Args:
+        gradients: ``[blocks, N, B]``.
+        indices: ``[blocks, k]``.
+
+    Returns:
+        ``[blocks, N, k]`` in the gradients' dtype.
+    """
+    if isinstance(gradients, Tensor):
+        return gradients.gather(-1, indices.unsqueeze(1).expand(-1, gradients.shape[1], -1))
+    found = torch.zeros(
+        (1, gradients.shape[1], indices.shape[1]), dtype=gradients.dtype, device=gradients.device
+    )
+    for where, tile in tiles(gradients):
+        here = (indices[0] >= where.start) & (indices[0] < where.stop)
+        if here.any():
+            found[..., here] = tile[..., indices[0][here] - where.start]
+    return found
+
+
+def _kept(tile: Tensor, keep: Tensor) -> Tensor:
+    if tile[..., 0, 0].numel() > 1:  # several blocks keep different columns
+        return tile * keep.unsqueeze(-2)
+    chosen = keep.reshape(-1).nonzero().squeeze(-1)
+    return tile if len(chosen) == tile.shape[-1] else tile.index_select(-1, chosen)

@@ -1,0 +1,244 @@
+"""One pruning step: score the remaining weights, choose, and move those that stay.
+
+In plain words: a step has one set of gradients, taken at the weights where it begins. It may score
+and choose in several stages; each scores what is left, moved as far as it has been, while the
+update is always computed from the weights that the gradients belong to. Nothing here changes a
+model.
+
+Legend: ``D`` remaining entries where the step begins, in the order of its Fisher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature import EmpiricalFisher
+from torchprune_bayes.methods._target import Target
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Decision, Masks, Scores
+
+Update = Literal["none", "single", "joint"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step chose.
+
+    Attributes:
+        sparsity: Share of all entries that is pruned after it.
+        block_size: Blocks of the Fisher.
+        damping: ``λ``.
+        mean_square: Mean squared gradient, the unit of ``λ``; ``None`` where it was not needed.
+        scale: Share of the update that was taken.
+        gradient_step: ``η``.
+        loss: Held-out loss after it; ``None`` where nothing was to be chosen.
+        in_sample: Whether that loss is one of the samples that the gradients are from.
+    """
+
+    sparsity: float
+    block_size: int | str
+    damping: float
+    mean_square: float | None
+    scale: float
+    gradient_step: float
+    loss: float | None
+    in_sample: bool | None
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after some steps."""
+
+    weights: dict[str, Tensor]
+    masks: Masks
+    scores: Scores | None = None
+    reports: tuple[StepReport, ...] = ()
+
+    @classmethod
+    def of(cls, space: ParameterSpace) -> State:
+        """The start: the model as it is."""
+        return cls(space.values(), space.masks())
+
+    @property
+    def last(self) -> StepReport | None:
+        """The report of the last step, if there was one."""
+        return self.reports[-1] if self.reports else None
+
+    def decision(self, *, moved: bool, **info: Any) -> Decision:
+        """The decision that the run leads to.
+
+        Args:
+            moved: Whether weights were moved on purpose, so that there are updates to write.
+            info: Further plain values of the report.
+        """
+        steps = [asdict(report) for report in self.reports]
+        updates = self.weights if moved else None
+        return Decision(self.masks, updates, self.scores, {"steps": steps, **info})
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a step begins.
+
+    Attributes:
+        index: From 0.
+        fisher: Of gradients at ``weights``.
+        weights: By qualified name.
+        masks: What remains.
+        target: How many entries are to go by the end of each stage of each step.
+        stages: The stages of this step, counted over all steps.
+        last: The report of the step before.
+        held_out: Where losses are measured, the same samples for all steps: with others at each
+            step choices waver. ``None`` with a fitted curvature alone.
+    """
+
+    index: int
+    fisher: EmpiricalFisher
+    weights: dict[str, Tensor]
+    masks: Masks
+    target: Target
+    stages: range
+    last: StepReport | None
+    held_out: Calibration | None
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """The weights ``[D]``."""
+        return self.fisher.live.gather(self.weights)
+
+    @cached_property
+    def damping_unit(self) -> float:
+        """Mean squared gradient."""
+        return self.fisher.mean_square() or 1.0
+
+    @property
+    def known_unit(self) -> float | None:
+        """The same if it was needed before."""
+        return self.__dict__.get("damping_unit")
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Where the gradients are from."""
+        return self.fisher.calibration
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a step that ends with a choice of masks.
+
+    Attributes:
+        step: The step.
+        fisher: Of what remains before the stage, with the damping that is tried.
+        index: Counted over all stages of all steps.
+        masks: What remains before it.
+        weights: Values of that, moved as far as they have been, ``[fisher.live.numel]``.
+    """
+
+    step: Step
+    fisher: EmpiricalFisher
+    index: int
+    masks: Masks
+    weights: Tensor
+
+    @property
+    def remaining(self) -> Tensor:
+        """Which entries of the Fisher remain; it may hold pruned ones with gradients of zero."""
+        return self.fisher.live.gather(self.masks)
+
+    def smallest(self, scores: Scores) -> Masks:
+        """Masks that prune the smallest scores."""
+        return self.step.target.keep(self.index, scores, self.masks)
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """What one method does in a step.
+
+    Attributes:
+        score: Importance score of every remaining entry, ``[D]`` of the stage's Fisher.
+        select: Masks at the end of a stage, from the scores.
+        update: How the kept weights move.
+        in_stages: Whether a step has all its stages, or ends with the first choice.
+    """
+
+    score: Callable[[Stage], Tensor]
+    select: Callable[[Stage, Scores], Masks]
+    update: Update
+    in_stages: bool = True
+
+    def screening(self) -> Procedure:
+        """The same in one stage without a search, to compare dampings and blocks by."""
+        return Procedure(self.score, smallest, self.update, in_stages=False)
+
+
+def smallest(stage: Stage, scores: Scores) -> Masks:
+    """Prune the smallest scores."""
+    return stage.smallest(scores)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a step would prune with one damping, and where the kept weights could move.
+
+    Attributes:
+        step: The step.
+        fisher: With the damping and the blocks that were taken.
+        masks: What would be kept.
+        scores: Those of the last stage.
+        keep: ``masks`` as a vector, boolean ``[D]``.
+        compensation: The move that makes up for what is pruned, ``[D]``.
+        newton: The move down the gradient, ``[D]``.
+    """
+
+    step: Step
+    fisher: EmpiricalFisher
+    masks: Masks
+    scores: Scores
+    keep: Tensor
+    compensation: Tensor
+    newton: Tensor
+
+    def weights(self, scale: float, gradient_step: float) -> dict[str, Tensor]:
+        """The kept weights after a share of both moves, by name; zero where pruned."""
+        moved = self.step.flat + scale * self.compensation
+        if gradient_step:
+            moved = moved + gradient_step * self.newton
+        return self.fisher.live.scatter(torch.where(self.keep, moved, 0.0))
+
+
+def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
+    """Score, choose and compute the update, stage by stage.
+
+    Args:
+        step: Where it begins.
+        damping: ``λ``.
+        procedure: What the method does.
+    """
+    fisher = step.fisher.damped(damping)
+    masks, moved = step.masks, step.flat
+    for index in step.stages if procedure.in_stages else step.stages[-1:]:
+        left = fisher.restricted(masks, damping)
+        weights = left.live.gather(fisher.live.scatter(moved))
+        stage = Stage(step, left, index, masks, weights)
+        scores = left.live.scatter(procedure.score(stage).to(moved.device))
+        masks = procedure.select(stage, scores)
+        keep = fisher.live.gather(masks)
+        compensation, newton = _moves(fisher, step.flat, keep, procedure.update)
+        moved = torch.where(keep, step.flat + compensation, 0.0)
+    return Pruned(step, fisher, masks, scores, keep, compensation, newton)
+
+
+def _moves(
+    fisher: EmpiricalFisher, flat: Tensor, keep: Tensor, update: Update
+) -> tuple[Tensor, Tensor]:
+    if update == "none":
+        return torch.zeros_like(flat), torch.zeros_like(flat)
+    found = fisher.directions(flat, keep, single=update == "single")
+    return found.compensation.to(flat), found.newton.to(flat)

@@ -1,0 +1,270 @@
+"""Choosing the damping, the blocks, and how far to move, for one pruning step.
+
+In plain words: the spectrum of the Gram matrix, which is there anyway, tells for every damping how
+well the update would do on a gradient that it did not see. That says where to look. A few forward
+passes over held-out samples then decide: between one block and small ones, between neighbouring
+dampings, and how much of the moves to take. From one step to the next the damping is only moved a
+little, because the weights that are left late need far more of it than the network as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from torch import Tensor
+
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.methods._obs_step import (
+    Procedure,
+    Pruned,
+    State,
+    Step,
+    StepReport,
+    prune_step,
+)
+
+RELATIVE_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
+"""What ``"auto"`` chooses from, in units of the mean squared gradient."""
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of the update that ``"auto"`` chooses from."""
+_WALK_FACTOR = 3.0
+
+
+@dataclass(frozen=True)
+class Move:
+    """One way to take a step; its loss is measured only where there is a choice."""
+
+    pruned: Pruned
+    scale: float
+    gradient_step: float
+    loss: float | None = None
+    in_sample: bool | None = None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights after it."""
+        return self.pruned.weights(self.scale, self.gradient_step)
+
+    def measured(self) -> Move:
+        """The same with its held-out loss."""
+        if self.loss is not None:
+            return self
+        held_out = self.pruned.step.held_out
+        if held_out is None:
+            raise ArgumentError(
+                "Expected numbers for `damping` and `update_scale` with a curvature alone: "
+                "choosing them needs `calibration=`."
+            )
+        found = held_out.held_out_loss(self.weights)
+        return replace(self, loss=found.value, in_sample=found.in_sample)
+
+    def after(self, state: State) -> State:
+        """The state that the move leads to."""
+        pruned = self.pruned
+        total = sum(mask.numel() for mask in pruned.masks.values())
+        report = StepReport(
+            1.0 - int(sum(mask.sum() for mask in pruned.masks.values())) / total,
+            pruned.fisher.block_size,
+            pruned.fisher.damping,
+            pruned.step.known_unit,
+            self.scale,
+            self.gradient_step,
+            self.loss,
+            self.in_sample,
+        )
+        return State(self.weights, pruned.masks, pruned.scores, (*state.reports, report))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is chosen for each step, and from what.
+
+    Attributes:
+        damping: ``λ``, or ``"auto"``.
+        scales: Shares of the update to choose from, in rising order.
+        gradient_steps: ``η`` to choose from, in rising order; ``(0.0,)`` for none.
+    """
+
+    damping: float | str
+    scales: tuple[float, ...]
+    gradient_steps: tuple[float, ...] = (0.0,)
+
+    def best(self, step: Step, procedure: Procedure) -> Move:
+        """The move of smallest held-out loss that is found.
+
+        Args:
+            step: Where to begin.
+            procedure: What the method does.
+
+        Raises:
+            CalibrationError: If no held-out loss is finite.
+
+        Cost: a Gram matrix of the gradients and its spectrum; one step without stages and one
+        held-out loss for either kind of blocks and for two to three dampings; the step itself, and
+        two to eight held-out losses for the lengths of the moves.
+        """
+        if not isinstance(self.damping, str):
+            return self._with_blocks(step, procedure, [float(self.damping)])
+        if step.held_out is None:
+            return self._with_blocks(step, procedure, [step.fisher.damping])
+        if step.last is not None and step.last.mean_square:
+            return self._from_last(step, step.last, procedure)
+        unit = step.damping_unit
+        return self._with_blocks(step, procedure, [unit * factor for factor in RELATIVE_DAMPINGS])
+
+    def _with_blocks(self, step: Step, procedure: Procedure, dampings: list[float]) -> Move:
+        cuts = block_choices(step)
+        if len(cuts) == len(dampings) == 1:
+            return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
+        quick = procedure.screening()
+        starts = [self._promising(cut, dampings, quick) for cut in cuts]
+        found = [
+            self._best_lengths(
+                prune_step(cut, self._best_near(cut, start, dampings, quick), procedure)
+            )
+            for cut, start in zip(cuts, starts, strict=True)
+        ]
+        return found[0] if len(found) == 1 else min(found, key=_loss)
+
+    def _promising(self, step: Step, dampings: list[float], quick: Procedure) -> float:
+        """The damping whose update does best on gradients that were left out of it."""
+        if len(dampings) == 1:
+            return dampings[0]
+        middle = dampings[len(dampings) // 2]
+        masks = prune_step(step, middle, replace(quick, update="none")).masks
+        keep = step.fisher.live.gather(masks)
+        rises = step.fisher.held_out_errors(step.flat, keep, dampings).rise.tolist()
+        return dampings[min(range(len(dampings)), key=rises.__getitem__)]
+
+    def _best_near(
+        self, step: Step, start: float, dampings: list[float], quick: Procedure
+    ) -> float:
+        """The damping of smallest held-out loss, on from ``start`` as long as the loss falls."""
+        at, losses = dampings.index(start), {}
+
+        def loss_at(index: int) -> float:
+            if index not in losses:
+                pruned = prune_step(step, dampings[index], quick)
+                start = (self.scales[-1], self.gradient_steps[0])
+                losses[index] = _loss(self._climbed(pruned, start))
+            return losses[index]
+
+        for way in (1, -1):
+            while 0 <= at + way < len(dampings) and loss_at(at + way) < loss_at(at):
+                at += way
+        return dampings[at]
+
+    def _from_last(self, step: Step, last: StepReport, procedure: Procedure) -> Move:
+        """The best damping near the last one, in units of the mean squared gradient.
+
+        Up and down in turn, and on as long as the loss falls.
+        """
+        assert last.mean_square is not None
+        unit = step.damping_unit
+        step = replace(step, fisher=step.fisher.with_blocks(last.block_size))
+        walk = walk_from(
+            last.damping / last.mean_square * unit,
+            _WALK_FACTOR if step.index % 2 else 1.0 / _WALK_FACTOR,
+            (unit * RELATIVE_DAMPINGS[0], unit * RELATIVE_DAMPINGS[-1]),
+        )
+        best = self._best_lengths(prune_step(step, walk[0], procedure)).measured()
+        for damping in walk[1:]:
+            same = Move(prune_step(step, damping, procedure), best.scale, best.gradient_step)
+            if _loss(same := same.measured()) >= _loss(best):
+                break
+            best = self._climbed(same.pruned, (best.scale, best.gradient_step))
+        return best
+
+    def _best_lengths(self, pruned: Pruned) -> Move:
+        """The best move, from that of the last step or from the smallest if this is better."""
+        last, axes = pruned.step.last, (self.scales, self.gradient_steps)
+        start = (axes[0][-1], axes[1][0]) if last is None else (last.scale, last.gradient_step)
+        smallest = (axes[0][0], axes[1][0])
+        if smallest != start:
+            start = min((start, smallest), key=lambda at: _loss(Move(pruned, *at)))
+        return self._climbed(pruned, start)
+
+    def _climbed(self, pruned: Pruned, start: tuple[float, float]) -> Move:
+        axes = self.scales, self.gradient_steps
+        return climbed(lambda scale, eta: Move(pruned, scale, eta), axes, start)
+
+
+def block_choices(step: Step) -> list[Step]:
+    """The step with the blocks to choose from.
+
+    One block over the whole network uses all interactions, and is best where gradients are many;
+    where they are few, smaller blocks do not fit their noise.
+    """
+    fisher = step.fisher
+    if fisher.block_size != "auto" or step.held_out is None:
+        return [step]
+    sizes: list[int | str] = ["full", 2 * fisher.count]
+    if 2 * fisher.count >= fisher.live.numel:
+        sizes = ["full"]
+    return [replace(step, fisher=fisher.with_blocks(size)) for size in sizes]
+
+
+def walk_from(start: float, factor: float, bounds: tuple[float, float]) -> list[float]:
+    """Dampings from ``start`` on, each ``factor`` times the one before, as far as the bounds.
+
+    Example:
+        >>> walk_from(2.0, 3.0, (1.0, 20.0))
+        [2.0, 6.0, 18.0]
+    """
+    lowest, highest = bounds
+    walk = [min(max(start, lowest), highest)]
+    while lowest <= walk[-1] * factor <= highest:
+        walk.append(walk[-1] * factor)
+    return walk
+
+
+def climbed(
+    move_at: Callable[[float, float], Move],
+    axes: tuple[Sequence[float], Sequence[float]],
+    start: tuple[float, float],
+) -> Move:
+    """The best move on a grid: along one axis after the other, each as far as the loss falls.
+
+    Near its minimum the loss is close to a parabola along both axes, so this finds what the whole
+    grid would for a fraction of its forward passes. A single move is not measured.
+
+    Args:
+        move_at: Makes the move at one value of each axis.
+        axes: Values in rising order.
+        start: Where to begin, a value of each axis.
+    """
+    if len(axes[0]) == len(axes[1]) == 1:
+        return move_at(*start)
+    seen: dict[tuple[int, int], Move] = {}
+
+    def loss_at(point: tuple[int, int]) -> float:
+        if point not in seen:
+            seen[point] = move_at(axes[0][point[0]], axes[1][point[1]]).measured()
+        return _loss(seen[point])
+
+    best = (axes[0].index(start[0]), axes[1].index(start[1]))
+    before = None
+    while best != before:
+        before = best
+        for along, way in product((0, 1), (1, -1)):
+            while (ahead := _neighbour(best, along, way, axes)) and loss_at(ahead) < loss_at(best):
+                best = ahead
+    return seen[best]
+
+
+def _neighbour(
+    point: tuple[int, int], along: int, way: int, axes: tuple[Sequence[float], Sequence[float]]
+) -> tuple[int, int] | None:
+    ahead = point[along] + way
+    if not 0 <= ahead < len(axes[along]):
+        return None
+    return (ahead, point[1]) if along == 0 else (point[0], ahead)
+
+
+def _loss(move: Move) -> float:
+    # A loss that is not a number loses against any number.
+    loss = move.measured().loss
+    return math.inf if loss is None or math.isnan(loss) else loss
