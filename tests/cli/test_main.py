@@ -36,7 +36,7 @@ def test_defaults_in_help_are_written_as_they_are_typed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["compare", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "(default: 0.5 0.8 0.9 0.95 0.98)" in words
+    assert "(default: 0.8 0.9 0.95 0.98)" in words
     assert "(default: results)" in words
     with pytest.raises(SystemExit, match="0"):
         main(["prune", "--help"])

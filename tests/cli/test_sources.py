@@ -99,7 +99,7 @@ def test_a_folder_that_is_no_hugging_face_model_is_refused(tmp_path):
 )
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, source, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"{package} .*torchprune_bayes\[{extra}\]"):
+    with pytest.raises(MissingExtraError, match=rf"{package} .*\.\[{extra}\]"):
         model_from(source)
 
 
