@@ -246,7 +246,6 @@ def test_batch_norm_and_metrics() -> None:
     assert evaluate(ours, data()).nll == pytest.approx(evaluate(theirs, data()).nll, rel=1e-4)
 
 
-@pytest.mark.xfail(strict=False, reason="a loaded EmpiricalFisher stays on the CPU")
 def test_curvature_is_loaded_to_where_the_model_is(tmp_path: Path) -> None:
     made = model(DEVICE)
     c = calibration(made)
@@ -255,7 +254,6 @@ def test_curvature_is_loaded_to_where_the_model_is(tmp_path: Path) -> None:
     prune_global(None, "woodfisher", amount=0.5, calibration=c, curvature=loaded)
 
 
-@pytest.mark.xfail(strict=False, reason="a loaded EmpiricalFisher stays on the CPU")
 def test_fisher_merges_with_a_loaded_one(tmp_path: Path) -> None:
     fisher = EmpiricalFisher().fit(calibration(model(DEVICE)))
     fisher.save(tmp_path / "fisher")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
-from math import ceil
 from time import perf_counter
 
 from torchprune_bayes.calibration import Calibration
@@ -15,15 +14,15 @@ _ROWS_TO_TIME = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What one set of gradients takes, and what holding it takes.
+    """What the gradients of one step take, and what keeping them takes.
 
     Attributes:
         samples: Calibration samples.
         gradients: Gradients taken from them, one per sample or per mini-batch.
         weights: Live prunable weights, the length of a gradient.
         gradient_mb: All gradients together, in MiB.
-        peak_mb: About what the methods that need most hold beside the model, in MiB.
-        sweeps: Passes over the data for one look at all gradients: 1 where they are kept.
+        peak_mb: About what the methods that need most hold in memory beside the model, in MiB.
+        disk_mb: What a scratch file takes, in MiB; 0 where the gradients are kept in memory.
         gradient_seconds: Estimated time of one pass, extrapolated from a few gradients.
         engine: How gradients are computed, as ``Calibration.engine``.
     """
@@ -33,7 +32,7 @@ class Plan:
     weights: int
     gradient_mb: float
     peak_mb: float
-    sweeps: int
+    disk_mb: float
     gradient_seconds: float
     engine: str
 
@@ -41,8 +40,9 @@ class Plan:
 def estimate(calibration: Calibration) -> Plan:
     """Estimate what gradients of a calibration take, by timing a few of them.
 
-    Gradients of up to half the calibration's memory budget are kept, larger ones are streamed.
-    The peak is that of the OBS methods, measured to be right within a third; others need less.
+    Gradients are taken once per step. Up to half of the calibration's memory budget they are kept
+    in memory, otherwise in a scratch file. The peak is that of the OBS methods, with a dozen
+    float64 vectors of the weights and a few Gram matrices; others need less.
 
     Args:
         calibration: Model and data; not changed.
@@ -55,23 +55,23 @@ def estimate(calibration: Calibration) -> Plan:
         >>> data = [(torch.randn(100, 64), torch.randint(2, (100,)))]
         >>> model = torch.nn.Linear(64, 2)
         >>> plan = estimate(Calibration(model, data, torch.nn.functional.cross_entropy))
-        >>> plan.gradients, plan.weights, round(plan.gradient_mb, 3), plan.sweeps
-        (100, 128, 0.049, 1)
+        >>> plan.gradients, plan.weights, round(plan.gradient_mb, 3), plan.disk_mb
+        (100, 128, 0.049, 0.0)
     """
     weights = sum(int(mask.sum()) for mask in calibration.space.masks().values())
     count, item = calibration.num_gradients, calibration.dtype.itemsize
-    size, budget = float(count * weights * item), calibration.memory_mb * _MIB
-    # Kept gradients are factorised whole, in two float64 copies; streamed ones in blocks whose
-    # copies fill the budget.
-    peak = size + 2 * size * 8 / item if size <= budget / 2 else 2 * budget
-    matrices = 4 * 8 * count**2 + 8 * weights * item
+    size = float(count * weights * item)
+    in_memory = size <= calibration.memory.gradients_bytes and calibration.offload == "auto"
+    in_memory = in_memory or calibration.offload in ("device", "host")
+    block = min(2 * size, calibration.memory.block_bytes)
+    work = block + 4 * 8 * count**2 + 12 * 8 * weights
     return Plan(
         samples=calibration.num_samples,
         gradients=count,
         weights=weights,
         gradient_mb=size / _MIB,
-        peak_mb=(peak + matrices) / _MIB,
-        sweeps=max(ceil(size / (budget / 2)), 1),
+        peak_mb=(work + size * in_memory) / _MIB,
+        disk_mb=0.0 if in_memory else size / _MIB,
         gradient_seconds=count * _seconds_per_gradient(calibration),
         engine=str(calibration.engine),
     )

@@ -160,14 +160,14 @@ def _print_plan(
         return
     plan = estimate(calibration)
     calibration.progress = sys.stderr.isatty()
-    steps, sweeps = options.get("steps", 1), plan.sweeps
-    passes = f"{sweeps} passes over the data" if sweeps > 1 else "one pass over the data"
+    steps = options.get("steps", 1)
+    place = f"a scratch file of {in_mib(plan.disk_mb)}" if plan.disk_mb else "memory"
     print(
-        f"plan: {plan.samples:,} samples, {plan.gradients:,} gradients, {passes}"
+        f"plan: {plan.samples:,} samples, {plan.gradients:,} gradients, one pass over the data"
         f"{f' in each of {steps} steps' if steps > 1 else ''}; {plan.engine}\n"
-        f"      gradients of {in_mib(plan.gradient_mb)} within a budget of "
-        f"{in_mib(calibration.memory_mb)}, at the peak up to about {in_mib(plan.peak_mb)}\n"
-        f"      about {in_words(plan.gradient_seconds * sweeps * steps)} for gradients, estimated "
+        f"      gradients of {in_mib(plan.gradient_mb)}, kept in {place}; at the peak up to about "
+        f"{in_mib(plan.peak_mb)} of memory beside the model\n"
+        f"      about {in_words(plan.gradient_seconds * steps)} for gradients, estimated "
         "from a few of them; solving comes on top"
     )
 

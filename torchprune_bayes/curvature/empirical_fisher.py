@@ -182,6 +182,14 @@ class EmpiricalFisher:
         other.damping = damping
         return other
 
+    def to(self, device: torch.device) -> EmpiricalFisher:
+        """The same Fisher, computed with on another device."""
+        if device == self.store.device:
+            return self
+        other = copy.copy(self)
+        other.store, other._spaces = self.store.to(device), {}
+        return other
+
     def with_blocks(self, block_size: int | str) -> EmpiricalFisher:
         """The same gradients cut into other blocks."""
         _check_block_size(block_size)

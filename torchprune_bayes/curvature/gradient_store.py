@@ -129,6 +129,11 @@ class GradientStore:
         part = part.to(self.device, self.dtype)
         return part if self.active is None else part * self.active[start:stop]
 
+    def to(self, device: torch.device) -> GradientStore:
+        """The same gradients where they are, read on another device."""
+        active = None if self.active is None else self.active.to(device)
+        return GradientStore(self.rows, device, self.columns, active)
+
     def restricted(self, keep: Tensor) -> GradientStore:
         """A view of the columns that ``keep`` (boolean ``[D]``) names, in the same order."""
         chosen = keep.nonzero().squeeze(1).cpu()

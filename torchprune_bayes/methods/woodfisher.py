@@ -227,7 +227,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
     def _fisher_at(self, state: State, index: int) -> EmpiricalFisher:
         if self.curvature is not None:
             check_fitted_to(self.curvature, state.masks)
-            return self.curvature
+            return self.curvature.to(next(iter(state.weights.values())).device)
         calibration = self.required_calibration.fresh(index)
         layout = None
         if self.pattern is not None:
