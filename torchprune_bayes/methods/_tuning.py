@@ -31,6 +31,7 @@ RELATIVE_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the update that ``"auto"`` chooses from."""
 _WALK_FACTOR = 3.0
+_MOST_FOR_TRIALS = 2_000_000  # entries; beyond, a trial of a damping costs more than the gradients
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,13 @@ class Tuning:
             return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
         quick = procedure.screening()
         starts = [self._promising(cut, dampings, quick) for cut in cuts]
+        if step.fisher.live.numel <= _MOST_FOR_TRIALS:
+            starts = [
+                self._best_near(cut, start, dampings, quick)
+                for cut, start in zip(cuts, starts, strict=True)
+            ]
         found = [
-            self._best_lengths(
-                prune_step(cut, self._best_near(cut, start, dampings, quick), procedure)
-            )
+            self._best_lengths(prune_step(cut, start, procedure))
             for cut, start in zip(cuts, starts, strict=True)
         ]
         return found[0] if len(found) == 1 else min(found, key=_loss)
