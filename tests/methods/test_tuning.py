@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher
 from torchprune_bayes.calibration import MeanLoss
-from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods import find_method
 from torchprune_bayes.methods._tuning import Move, climbed
 
@@ -175,3 +175,17 @@ def test_left_out_errors_are_those_of_leaving_out() -> None:
             rise = 0.5 * (total - scale * predicted).square().mean()
             torch.testing.assert_close(found.rise[index], rise, rtol=1e-6, atol=1e-12)
             torch.testing.assert_close(found.scale[index], scale, rtol=1e-6, atol=1e-12)
+
+
+def test_a_model_that_pruning_destroys_is_warned_of() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(20 * torch.eye(8))
+    x = torch.eye(8).repeat(8, 1)
+    calibration = Calibration(
+        model, [(x, x.argmax(1))], lambda out, y: 9 * nn.functional.cross_entropy(out, y)
+    )
+    method = WoodFisher(0.99, calibration=calibration)
+    with pytest.warns(CalibrationWarning, match="raised the held-out loss from"):
+        method.decide(calibration.space)

@@ -366,3 +366,17 @@ def test_nothing_asked_nothing_done():
     with unchanged(model):
         report = shrink(model, inputs, RowNorm(), sparsity=0.0)
     assert (report.steps, report.plan.kept, report.difference) == (0, {}, 0.0)
+
+
+def test_the_former_name_of_allocation_works_and_says_so():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.warns(DeprecationWarning, match="`scope` is now `allocation`"):
+        report = shrink(
+            model,
+            torch.randn(3, 4),
+            RowNorm(),
+            sparsity=0.5,
+            target="channels",
+            scope="layer",
+        )
+    assert report.units.after == 4

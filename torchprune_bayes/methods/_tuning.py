@@ -13,10 +13,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from warnings import warn
 
 from torch import Tensor
 
-from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods._obs_step import (
     Procedure,
     Pruned,
@@ -189,11 +191,28 @@ class Tuning:
         smallest = (axes[0][0], axes[1][0])
         if smallest != start:
             start = min((start, smallest), key=lambda at: _loss(Move(pruned, *at)))
-        return self._climbed(pruned, start)
+        best = self._climbed(pruned, start)
+        if best.loss is None or not self.scales[0]:
+            return best
+        return min(best, Move(pruned, 0.0, 0.0).measured(), key=_loss)  # no move at all
 
     def _climbed(self, pruned: Pruned, start: tuple[float, float]) -> Move:
         axes = self.scales, self.gradient_steps
         return climbed(lambda scale, eta: Move(pruned, scale, eta), axes, start)
+
+
+def warn_of_a_rise(start: State, end: State, held_out: Calibration | None) -> None:
+    """Warn if a run ends with a held-out loss that no fine-tuning of a few steps would repair."""
+    if held_out is None or end.last is None or end.last.loss is None:
+        return
+    before, after = held_out.held_out_loss(start.weights).value, end.last.loss
+    if not after <= 3.0 * abs(before) + 3.0:
+        warn(
+            f"Pruning raised the held-out loss from {before:.3g} to {after:.3g}: prune less, take "
+            "more steps (`steps=`) or more gradients, or train the model further.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
 
 
 def block_choices(step: Step) -> list[Step]:

@@ -30,7 +30,7 @@ from torchprune_bayes.methods._obs_checks import (
 from torchprune_bayes.methods._obs_step import Procedure, Stage, State, Step, Update, smallest
 from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods._tuning import SCALES, Tuning
+from torchprune_bayes.methods._tuning import SCALES, Tuning, warn_of_a_rise
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision
@@ -176,7 +176,8 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             CalibrationError: If the data gave no usable gradients.
             NumericalError: If a factorisation failed.
         """
-        state, target = State.of(space), self._target(space)
+        start, target = State.of(space), self._target(space)
+        state = start
         for index in range(self.steps):
             fisher = self._fisher_at(state, index)  # F = λI + (1/N) Σ g gᵀ at the weights now
             stages = range(index * self.stages, (index + 1) * self.stages)
@@ -193,6 +194,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             move = self.tuning.best(step, self.procedure)
             state = move.after(state)
             logger.info("%s step %d: %s", type(self).__name__, index + 1, state.last)
+        warn_of_a_rise(start, state, self.calibration)
         moved = self.procedure.update != "none" or any(r.gradient_step for r in state.reports)
         engine = None if self.calibration is None else self.calibration.engine
         return state.decision(moved=moved, gradients=fisher.count, engine=engine)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+from warnings import warn
 
 from torch import nn
 from torch.optim import Optimizer
@@ -54,6 +55,7 @@ def shrink(
     ema: nn.Module | Iterable[nn.Module] = (),
     forward_fn: ForwardFunction | None = None,
     verify: bool = True,
+    scope: Literal["global", "layer"] | None = None,
 ) -> ShrinkReport:
     """Remove the least important channels, hidden units or heads of a model for good.
 
@@ -105,6 +107,7 @@ def shrink(
         ema: Averaged copies of the model, cut in the same way; they are not repaired.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
         verify: Whether to compare with the masked model.
+        scope: The former name of ``allocation``, deprecated.
 
     Returns:
         Sizes before and after, the plan, and the difference that was found.
@@ -135,6 +138,9 @@ def shrink(
         >>> print(report.parameters)
         58 -> 30 (-48.3%)
     """
+    if scope is not None:
+        warn("`scope` is now `allocation`, and goes in 0.3.", DeprecationWarning, stacklevel=2)
+        allocation = allocation or scope
     inner, inputs = _shrinkable(model), (example_inputs, forward_fn)
     wanted = _targets(sparsity, target, steps)
     recipe = Recipe.of(
