@@ -17,6 +17,7 @@ from torchprune_bayes import Calibration, prunable_parameters
 from torchprune_bayes.curvature.layer_inputs import LayerInputs
 from torchprune_bayes.curvature.layers.inputs import matrix_of, weight_of
 from torchprune_bayes.errors import CalibrationError
+from torchprune_bayes.memory import MemoryBudget
 
 
 def inputs_of(model, data, params=None, **options) -> LayerInputs:
@@ -159,7 +160,7 @@ def test_later_layers_see_what_the_updates_before_give(whole):
     model, data = gpt2()
     inputs = inputs_of(model, data)
     if not whole:
-        inputs.calibration.memory_mb = 1e-6
+        inputs.calibration.memory = MemoryBudget(1)
     halved = inputs.update(lambda name, moment: 0.5 * inputs.calibration.space.values()[name])
     torch.testing.assert_close(halved, {n: 0.5 * v for n, v in _weights(model).items()})
     found = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ ghost_device = importlib.import_module("ghost_device")
 DEVICE = "ghost"
 UNSTRUCTURED = [n for n, m in registered_methods().items() if n not in ("bmrs", "random")]
 IMPORTANCES = ["calibration", "gates", "l1", "random", "snapit", "woodfisher", "opd", "laplace"]
+PATTERNS = ["woodfisher", "woodtaylor", "greedy-obs", "cbs", "opd", "sparsegpt", "wanda"]
 OTHER_DEVICE = [n for n in UNSTRUCTURED if registered_methods()[n].needs_calibration]
 
 
@@ -120,7 +122,7 @@ def test_calibration_on_another_device(name: str, device: str, where: str) -> No
     assert_same(pruned(name, device, where), pruned(name, "cpu"))
 
 
-@pytest.mark.parametrize("name", ["woodfisher", "woodtaylor", "greedy-obs", "cbs", "opd"])
+@pytest.mark.parametrize("name", PATTERNS)
 def test_patterns(name: str) -> None:
     assert_same(pruned(name, DEVICE, pattern="2:4"), pruned(name, "cpu", pattern="2:4"))
 
@@ -285,6 +287,65 @@ def test_random_numbers_of_the_device_are_isolated() -> None:
 def test_without_float64(name: str) -> None:
     with ghost_device.no_float64():
         assert_same(pruned(name, DEVICE), pruned(name, "cpu"))
+
+
+@pytest.mark.parametrize("name", OTHER_DEVICE)
+@pytest.mark.parametrize(("device", "where"), [("ghost", "cpu"), ("cpu", "ghost")])
+def test_calibration_elsewhere_without_float64(name: str, device: str, where: str) -> None:
+    with ghost_device.no_float64():
+        assert_same(pruned(name, device, where), pruned(name, "cpu"))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_without_float64(name: str) -> None:
+    with ghost_device.no_float64():
+        assert_same(pruned(name, DEVICE, pattern="2:4"), pruned(name, "cpu", pattern="2:4"))
+
+
+@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("layerwise", {"solver": "sequential"}),
+        ("sparsegpt", {"scope": "global"}),
+        ("wanda", {"scope": "global"}),
+        ("wanda", {"compare": "layer"}),
+        ("woodfisher", {"block_size": 16}),
+        ("woodfisher", {"update": "single"}),
+        ("woodfisher", {"steps": 2}),
+        ("greedy-obs", {"block_size": 8}),
+    ],
+)
+def test_options(name: str, options: dict[str, Any], float64: bool) -> None:
+    with nullcontext() if float64 else ghost_device.no_float64():
+        assert_same(pruned(name, DEVICE, **options), pruned(name, "cpu", **options))
+
+
+@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize("offload", ["device", "host", "folder"])
+def test_gradients_kept_elsewhere(offload: str, float64: bool, tmp_path: Path) -> None:
+    made = []
+    with nullcontext() if float64 else ghost_device.no_float64():
+        for device in ("cpu", DEVICE):
+            of = model(device)
+            place = tmp_path if offload == "folder" else offload
+            c = Calibration(of, data(), cross_entropy, num_samples=16, offload=place)
+            prune_global(None, "woodfisher", amount=0.5, calibration=c)
+            made.append(of)
+    assert_same(*made)
+
+
+@pytest.mark.parametrize("device", ["cpu", DEVICE])
+def test_loaded_fisher_without_float64(device: str, tmp_path: Path) -> None:
+    made = model(DEVICE)
+    with ghost_device.no_float64():
+        c = calibration(made)
+        fisher = EmpiricalFisher().fit(c)
+        fisher.save(tmp_path / "fisher")
+        loaded = EmpiricalFisher.load(tmp_path / "fisher", device)
+        prune_global(None, "woodfisher", amount=0.5, calibration=c, curvature=loaded)
+        fisher.merge(EmpiricalFisher.load(tmp_path / "fisher", device))
+        assert torch.isfinite(fisher.to(torch.device(DEVICE)).inverse_diagonal()).all()
 
 
 @pytest.mark.parametrize("name", IMPORTANCES)

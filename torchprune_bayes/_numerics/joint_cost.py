@@ -22,6 +22,7 @@ from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import safe_cholesky
 from torchprune_bayes._numerics.gradient_tiles import gram
+from torchprune_bayes._numerics.precision import wide
 
 
 class JointCosts:
@@ -65,8 +66,8 @@ class JointCosts:
         chunk = max(int(self.memory_bytes / max(per_unit, 1)), 1)
         costs = [self.weights.new_zeros(0, dtype=torch.float64)]
         for index, real in zip(indices.split(chunk), valid.split(chunk), strict=True):
-            own = self.weights[index].double() * real  # [units, m]
-            columns = self._rows[:, index].transpose(0, 1).double() * real.unsqueeze(1)
+            own = wide(self.weights[index]) * real  # [units, m]
+            columns = wide(self._rows[:, index].transpose(0, 1)) * real.unsqueeze(1)
             if longest <= count:
                 rise = _by_entries(columns, own, self._factor)
             else:
@@ -110,7 +111,7 @@ def sums_of_units(values: Tensor, owned: Sequence[tuple[int, Tensor]]) -> Tensor
 def _root(gradients: Tensor) -> Tensor:
     # Any matrix with the same GᵀG will do, and the triangular factor has no more rows than columns.
     count, size = gradients.shape
-    return torch.linalg.qr(gradients.double(), mode="r").R if count > size else gradients
+    return torch.linalg.qr(wide(gradients), mode="r").R if count > size else gradients
 
 
 def _by_entries(columns: Tensor, own: Tensor, factor: Tensor) -> Tensor:

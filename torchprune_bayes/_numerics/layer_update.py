@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import safe_cholesky
+from torchprune_bayes._numerics.precision import wide
 
 _BYTES = {"cpu": 2**24, "cuda": 2**28}  # of the matrices that are factorised at one time
 
@@ -27,7 +28,7 @@ def damped(moment: Tensor, damping: float) -> Tensor:
         >>> damped(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.5).tolist()
         [[2.5, 0.0], [0.0, 0.5]]
     """
-    matrix = moment.double()
+    matrix = wide(moment)
     shift = damping * matrix.diagonal(dim1=-2, dim2=-1).mean()
     return matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
 
@@ -55,7 +56,7 @@ def solve_rows(gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
         >>> solve_rows(gram, torch.tensor([[1.0, 1.0]]), torch.tensor([[True, False]]))
         tensor([[1.5000, 0.0000]], dtype=torch.float64)
     """
-    wanted = weights.double() @ gram
+    wanted = wide(weights) @ gram
     found = torch.zeros_like(wanted)
     for rows, width in _alike(keep):
         index = (~keep[rows]).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
@@ -102,7 +103,7 @@ def sweep(
     """
     inverse = torch.cholesky_inverse(safe_cholesky(gram))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    values = weights.double().clone()
+    values = wide(weights).clone()
     keep = torch.ones_like(values, dtype=torch.bool)
     columns = values.shape[1]
     for start in range(0, columns, block):

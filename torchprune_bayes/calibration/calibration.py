@@ -83,9 +83,9 @@ class Calibration:
         device: Where to compute; by default where the model is at the time. The model itself stays.
         memory_mb: Budget in MiB for what is held beside the model at one time; ``"auto"`` takes
             half of what is free. It bears on speed alone, not on results.
-        offload: Where a curvature keeps gradients: ``"device"``, the computing device; ``"host"``,
-            the CPU's memory; a folder, in which they take a scratch file; or ``"auto"``, the first
-            of these that has room.
+        offload: Where a curvature keeps gradients: ``"device"``, the computing device, or the
+            CPU if that has no float64; ``"host"``, the CPU's memory; a folder, in which they take a
+            scratch file; or ``"auto"``, the first of these that has room.
         gradient_dtype: Dtype in which they are kept, default that of the gradients;
             ``torch.bfloat16`` takes half of the room and rounds them to eight bits.
         check_deterministic: Whether it is verified that model and data repeat.

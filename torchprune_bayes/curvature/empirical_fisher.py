@@ -33,7 +33,7 @@ from torchprune_bayes._numerics.leave_one_out import HeldOutErrors, kept_block, 
 from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._numerics.obs import Directions, joint_directions, single_directions
 from torchprune_bayes._numerics.partition import partition, runs_of_equal_size
-from torchprune_bayes._numerics.precision import wide
+from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature.gradient_store import GradientStore, Placement
 from torchprune_bayes.errors import AlignmentError, ArgumentError
@@ -144,7 +144,7 @@ class EmpiricalFisher:
             calibration.gradients(weights, self.live),
             (self.count, self.live.numel),
             _placement(calibration),
-            calibration.device,
+            float64_device(calibration.device),
         )
         if self.centred:
             self.store.subtract_mean()
@@ -183,7 +183,8 @@ class EmpiricalFisher:
         return other
 
     def to(self, device: torch.device) -> EmpiricalFisher:
-        """The same Fisher, computed with on another device."""
+        """The same Fisher, computed with on another device, or on the CPU without float64."""
+        device = float64_device(device)
         if device == self.store.device:
             return self
         other = copy.copy(self)
@@ -430,7 +431,7 @@ class EmpiricalFisher:
         Raises:
             ArgumentError: If the file is missing, damaged or another one.
         """
-        stored = read_tensors(path, "an empirical Fisher", device=device)
+        stored = read_tensors(path, "an empirical Fisher", device=float64_device(device))
         with reading(path, stored.what):
             fisher = cls(**stored.json("settings", dict))
             masks = stored.prefixed("mask:")

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Batch, Calibration
 from torchprune_bayes.calibration._batches import joined
 from torchprune_bayes.calibration._functional import preserved
@@ -180,6 +181,7 @@ class _Run:
                 f"Expected finite inputs of the layer of `{name}`, got NaN or infinite ones: check "
                 "the data and the weights."
             )
+        moment.total = moment.total.to(float64_device(moment.total.device))
         new = update(name, moment)
         if new is not None:
             self.weights[name].copy_(new)

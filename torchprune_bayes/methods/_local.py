@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import count_to_prune
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes._numerics.selection import smallest_k
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature.layer_inputs import LayerInputs
@@ -129,7 +130,7 @@ class LayerLocalPruning(PruningMethod):
 
     def _dense_scores(self, space: ParameterSpace, inputs: LayerInputs) -> dict[str, Tensor]:
         weights = space.values()
-        found = {name: value.abs().double() for name, value in weights.items()}
+        found = {name: wide(value.abs()) for name, value in weights.items()}
         for name, moment in inputs.moments().items():
             if moment.tokens:
                 rows = matrix_of(moment.module, weights[name].to(moment.total.device))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchprune_bayes._checks import check_count, check_positive
 from torchprune_bayes._numerics.cholesky import safe_cholesky
 from torchprune_bayes._numerics.layer_update import damped, sweep
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes._numerics.selection import smallest_k
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.methods._local import LayerLocalPruning, shares
@@ -86,7 +87,7 @@ class SparseGPT(LayerLocalPruning):
     def scores(self, gram: Tensor, weights: Tensor) -> Tensor:
         """``w²/(G⁻¹)_jj``."""
         inverse = torch.cholesky_inverse(safe_cholesky(damped(gram, self.damping)))
-        return weights.double().square() / inverse.diagonal()
+        return wide(weights).square() / inverse.diagonal()
 
     def prune_rows(
         self, gram: Tensor, weights: Tensor, alive: Tensor, count: int

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import check_choice
+from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes._numerics.selection import smallest_k
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.methods._local import LayerLocalPruning, shares
@@ -77,7 +78,7 @@ class Wanda(LayerLocalPruning):
 
     def scores(self, gram: Tensor, weights: Tensor) -> Tensor:
         """``|w| ‖x‖``."""
-        return weights.double().abs() * gram.double().diagonal().clamp_min(0.0).sqrt()
+        return wide(weights).abs() * wide(gram).diagonal().clamp_min(0.0).sqrt()
 
     def prune_rows(
         self, gram: Tensor, weights: Tensor, alive: Tensor, count: int

@@ -26,6 +26,7 @@ class InputMoment:
     Attributes:
         module: The layer.
         total: ``[groups, n, n]``, float32 or the calibration's dtype; convolutions have groups.
+            It is handed on where there is float64.
         tokens: How many.
     """
 
