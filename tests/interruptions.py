@@ -57,6 +57,7 @@ def _run(run: Callable[[], Any], functions: Collection[str], stop: int | None) -
         if event == "call":
             code = frame.f_code
             ours = "torchprune_bayes" in code.co_filename and code.co_name in functions
+            visited.difference_update([p for p in visited if p[0] == id(frame)])  # of one gone
             return trace if ours else None
         if event == "line" and not _leaves_a_block(frame, visited):
             seen += 1
