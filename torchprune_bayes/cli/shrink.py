@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from torchprune_bayes._checks import check_fraction
 from torchprune_bayes._files import check_writable
 from torchprune_bayes.cli._help import add_command
 from torchprune_bayes.cli._inputs import (
@@ -92,12 +93,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Load, shrink, measure, save; returns the exit code."""
+    check_fraction("sparsity", arguments.sparsity, closed=False)
     torch.manual_seed(arguments.seed)
     model, data = loaded(arguments)
     if data is None:
         raise ArgumentTypeError("Expected --data to shrink with, got none.")
     example = example_of(data, model)
-    check_writable(arguments.output)
     before, whole = measure(model, data.evaluation), copy.deepcopy(model)
     calibration = calibration_of(arguments, model, data, None)
     importance: Any = calibration
@@ -106,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         from torchprune_bayes.integrations._importances import importance_of
 
         importance = importance_of(arguments.importance, calibration)
+    check_writable(arguments.output)
     begin = perf_counter()
     found = shrink(
         model,

@@ -105,7 +105,7 @@ class LayerInputs:
         return _ACTIVATIONS * width * self.calibration.num_samples
 
     def _room(self) -> float:
-        return self.calibration.memory_mb * 2**20
+        return self.calibration.memory.total_bytes
 
 
 @dataclass
