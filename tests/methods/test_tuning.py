@@ -15,7 +15,8 @@ from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher
 from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods import find_method
-from torchprune_bayes.methods._tuning import Move, climbed
+from torchprune_bayes.methods._obs_step import StepReport
+from torchprune_bayes.methods._tuning import Move, Tuning, climbed
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ETAS = (0.0, 0.01, 0.02, 0.04, 0.08)
@@ -37,6 +38,7 @@ class Losses:
 @dataclass
 class Step:
     held_out: Any
+    last: StepReport | None = None
 
 
 @dataclass
@@ -189,3 +191,13 @@ def test_a_model_that_pruning_destroys_is_warned_of() -> None:
     method = WoodFisher(0.99, calibration=calibration)
     with pytest.warns(CalibrationWarning, match="raised the held-out loss from"):
         method.decide(calibration.space)
+
+
+def test_a_step_without_any_move_does_not_stop_the_next() -> None:
+    """Where all moves do harm a step only prunes; the next one searches from the whole move."""
+    report = StepReport(0.5, "full", 1.0, 1.0, 0.0, 0.0, 1.0, False)
+    losses = Losses(curve=torch.arange(25.0).reshape(5, 5))
+    pruned: Any = Pruned(Step(losses, report))
+    tuning = Tuning("auto", (1.0,), ETAS)
+    found = tuning._best_lengths(pruned)
+    assert (found.scale, found.gradient_step) == (0.0, 0.0)

@@ -187,7 +187,9 @@ class Tuning:
     def _best_lengths(self, pruned: Pruned) -> Move:
         """The best move, from that of the last step or from the smallest if this is better."""
         last, axes = pruned.step.last, (self.scales, self.gradient_steps)
-        start = (axes[0][-1], axes[1][0]) if last is None else (last.scale, last.gradient_step)
+        start = (axes[0][-1], axes[1][0])
+        if last is not None and last.scale in axes[0]:  # it is not after a step without any move
+            start = (last.scale, last.gradient_step)
         smallest = (axes[0][0], axes[1][0])
         if smallest != start:
             start = min((start, smallest), key=lambda at: _loss(Move(pruned, *at)))
