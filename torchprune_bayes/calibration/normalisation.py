@@ -68,7 +68,10 @@ def differences_in(batch: Batch, ignore_index: int) -> frozenset[str]:
 
 
 def normaliser_of(
-    loss: float, singles: Sequence[float], terms: Sequence[float]
+    loss: float,
+    singles: Sequence[float],
+    terms: Sequence[float],
+    known: Normaliser = "terms",
 ) -> Normaliser | None:
     """What the loss of several samples is the mean of.
 
@@ -76,9 +79,10 @@ def normaliser_of(
         loss: The loss of all of them as one batch.
         singles: The losses of each by itself.
         terms: Labels of each that count.
+        known: The rule that is taken where both are right.
 
     Returns:
-        ``"terms"`` where both are right; ``None`` if neither is.
+        The rule; ``None`` if neither is right.
 
     Example:
         >>> normaliser_of(2.5, [1.0, 3.0], [1, 3]), normaliser_of(2.0, [1.0, 3.0], [1, 3])
@@ -87,10 +91,14 @@ def normaliser_of(
         True
     """
     if not isfinite(loss) or not all(map(isfinite, singles)) or not sum(terms):
-        return "terms"  # for others to complain about
+        return known  # for others to complain about
     size = max(abs(value) for value in (loss, *singles))
     room = _OF_THE_SPREAD * (max(singles) - min(singles)) + _ROUNDING * size
     by_terms = sum(m * value for m, value in zip(terms, singles, strict=True)) / sum(terms)
+    by_samples = sum(singles) / len(singles)
+    right: list[Normaliser] = []
     if abs(by_terms - loss) <= room:
-        return "terms"
-    return "samples" if abs(sum(singles) / len(singles) - loss) <= room else None
+        right.append("terms")
+    if abs(by_samples - loss) <= room:
+        right.append("samples")
+    return known if known in right else next(iter(right), None)

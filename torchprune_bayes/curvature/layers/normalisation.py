@@ -23,7 +23,8 @@ class NormalisationCheck:
 
     Samples that are alike would prove nothing: class weights cancel among samples of one class, and
     a mean over tokens is one over sequences where all have equally many. So a later batch is
-    compared as well if its samples are the first to differ in some way.
+    compared as well if its samples are the first to differ in some way, and until there were eight,
+    because two alone may agree by chance.
 
     Args:
         passes: The model; its ``losses`` are changed to what is found.
@@ -40,6 +41,7 @@ class NormalisationCheck:
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
         self._seen: frozenset[str] | None = None
+        self._compared = 0
         self.couples = self.found_late = False
 
     def examine(self, batch: Batch) -> None:
@@ -52,7 +54,8 @@ class NormalisationCheck:
         losses = self._passes.losses
         differences = differences_in(batch, losses.ignore_index)
         first = self._seen is None
-        if not first and differences <= (self._seen or frozenset()):
+        enough = self._compared >= MOST_EXAMPLES
+        if not first and enough and differences <= (self._seen or frozenset()):
             return
         before = self._seen or frozenset()
         self._seen = before | differences
@@ -63,6 +66,7 @@ class NormalisationCheck:
             examples = differing_samples(batch, losses.ignore_index, MOST_EXAMPLES)
         else:
             examples = cut(batch, 0, group * min(MOST_EXAMPLES, batch_size(batch) // group))
+        self._compared += batch_size(examples) // group
         self._compare(examples, undecided="number of labels" not in before, first=first)
 
     def _compare(self, examples: Batch, *, undecided: bool, first: bool) -> None:
@@ -72,7 +76,7 @@ class NormalisationCheck:
         ]
         found = torch.stack([passes.loss_and_terms(part) for part in (examples, *parts)])
         (loss, *singles), (_, *terms) = found.mT.tolist()
-        normaliser = normaliser_of(loss, singles, terms)
+        normaliser = normaliser_of(loss, singles, terms, passes.losses.normaliser)
         self.found_late = False
         if normaliser is None and group > 1:
             self.found_late, self.couples = not (first or self.couples), True
