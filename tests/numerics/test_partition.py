@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprune_bayes._numerics.partition import group_by_budget, partition, runs_of_equal_size
+from torchprune_bayes._numerics.partition import partition, runs_of_equal_size
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=6)
 BLOCK = st.one_of(st.integers(1, 40), st.sampled_from(["full", "tensor"]))
@@ -23,16 +23,12 @@ def test_blocks_stay_within_a_tensor(sizes, block_size):
         assert not any(start < edge < stop for edge in edges)
 
 
-@given(sizes=SIZES, block_size=st.integers(1, 40), entries=st.integers(1, 60))
-def test_groups_keep_to_the_budget_and_runs_to_one_size(sizes, block_size, entries):
+@given(sizes=SIZES, block_size=st.integers(1, 40))
+def test_runs_hold_blocks_of_one_size_and_all_of_them(sizes, block_size):
     blocks = partition(sizes, block_size)
-    groups = list(group_by_budget(blocks, entries))
-    assert [block for group in groups for block in group] == blocks
-    for group in groups:
-        assert len(group) == 1 or group[-1][1] - group[0][0] <= entries
-        rebuilt = [
-            (start + index * size, start + (index + 1) * size)
-            for start, number, size in runs_of_equal_size(group)
-            for index in range(number)
-        ]
-        assert rebuilt == group
+    rebuilt = [
+        (start + index * size, start + (index + 1) * size)
+        for start, number, size in runs_of_equal_size(blocks)
+        for index in range(number)
+    ]
+    assert rebuilt == blocks

@@ -36,25 +36,6 @@ def partition(
     return blocks
 
 
-def group_by_budget(
-    blocks: Sequence[tuple[int, int]], entries: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Group consecutive blocks so that each group has at most ``entries`` entries, one at least.
-
-    Example:
-        >>> list(group_by_budget([(0, 2), (2, 4), (4, 5)], entries=4))
-        [[(0, 2), (2, 4)], [(4, 5)]]
-    """
-    group: list[tuple[int, int]] = []
-    for block in blocks:
-        if group and block[1] - group[0][0] > entries:
-            yield group
-            group = []
-        group.append(block)
-    if group:
-        yield group
-
-
 def runs_of_equal_size(
     blocks: Sequence[tuple[int, int]],
 ) -> Iterator[tuple[int, int, int]]:

@@ -17,7 +17,6 @@ from torchprune_bayes._numerics.fisher_blocks import (
     InverseFisher,
     SampleSpace,
     in_sample_space,
-    inverse_diagonals,
     invert,
 )
 from torchprune_bayes._numerics.gradient_tiles import (
@@ -314,23 +313,6 @@ class EmpiricalFisher:
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``, float64 ``[D]``. Cost: ``N²D`` (``N < B``) or ``(N + B) B D``."""
         return torch.cat([inverse.inverse_diagonal().flatten() for _, inverse in self.inverses()])
-
-    def inverse_diagonals(self, dampings: Sequence[float]) -> Tensor:
-        """Diagonals of ``F⁻¹`` for several dampings, float64 ``[k, D]``.
-
-        Cost: of large blocks ``9N³ + N²D`` for all dampings together, otherwise that of
-        :meth:`inverse_diagonal` for each.
-        """
-        parts = []
-        for where, gradients in self.sweep():
-            space = self.space_of(where, gradients)
-            if space is not None and 8 * self.count <= gradients.shape[-1]:
-                found = inverse_diagonals(gradients, space, dampings)
-            else:
-                each = [invert(gradients, damping, space) for damping in dampings]
-                found = torch.stack([inverse.inverse_diagonal() for inverse in each])
-            parts.append(found.flatten(1))
-        return torch.cat(parts, dim=1)
 
     def solve(self, vector: Tensor) -> Tensor:
         """``F⁻¹ v`` for ``v`` of shape ``[D]``, float64."""
