@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.reports import metrics
+from torchprune_bayes.reports import _samples
 from torchprune_bayes.reports.metrics import (
     ClassificationMetrics,
     MetricSums,
@@ -27,7 +27,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 @st.composite
 def logits_and_labels(draw: st.DrawFn) -> tuple[list[list[float]], list[int]]:
     # Multiples of a half make ties frequent; no probability but 1/K falls on the edge of a bin.
-    samples, classes = draw(st.integers(1, 20)), draw(st.integers(2, 6))
+    samples, classes = draw(st.integers(1, 20)), draw(st.integers(2, 8))
     halves = st.integers(-24, 24).map(lambda n: n / 2)
     rows = st.lists(halves, min_size=classes, max_size=classes)
     logits = draw(st.lists(rows, min_size=samples, max_size=samples))
@@ -37,7 +37,7 @@ def logits_and_labels(draw: st.DrawFn) -> tuple[list[list[float]], list[int]]:
 
 def twin(logits: list[list[float]], labels: list[int], bins: int) -> ClassificationMetrics:
     """The definitions, one sample and one bin at a time."""
-    nlls, briers, hits, confidences = [], [], [], []
+    nlls, briers, hits, top, confidences = [], [], [], [], []
     for row, label in zip(logits, labels, strict=True):
         if label == -100:
             continue
@@ -45,7 +45,9 @@ def twin(logits: list[list[float]], labels: list[int], bins: int) -> Classificat
         p = [math.exp(z - max(row)) / total for z in row]
         nlls.append(math.log(total) + max(row) - row[label])
         briers.append(math.fsum((p[k] - (k == label)) ** 2 for k in range(len(p))))
-        hits.append(row.index(max(row)) == label)
+        ranked = sorted(range(len(row)), key=lambda k: (-row[k], k))
+        hits.append(ranked[0] == label)
+        top.append(label in ranked[:5])
         confidences.append(max(p))
     n, ece = len(nlls), 0.0
     for b in range(bins):
@@ -54,7 +56,9 @@ def twin(logits: list[list[float]], labels: list[int], bins: int) -> Classificat
             bin_accuracy = sum(hits[i] for i in members) / len(members)
             bin_confidence = sum(confidences[i] for i in members) / len(members)
             ece += len(members) / n * abs(bin_accuracy - bin_confidence)
-    return ClassificationMetrics(sum(hits) / n, sum(nlls) / n, ece, sum(briers) / n, n)
+    return ClassificationMetrics(
+        sum(hits) / n, sum(top) / n, sum(nlls) / n, ece, sum(briers) / n, n
+    )
 
 
 def assert_equal(found: ClassificationMetrics, expected: ClassificationMetrics) -> None:
@@ -78,7 +82,9 @@ def test_equal_logits():
 def test_certain_and_wrong():
     logits, labels = torch.tensor([[1000.0, 0.0]]), torch.tensor([1])
     found = MetricSums().update(logits, labels).compute()
-    assert found == ClassificationMetrics(accuracy=0.0, nll=1000.0, ece=1.0, brier=2.0, samples=1)
+    assert found == ClassificationMetrics(
+        accuracy=0.0, top5=1.0, nll=1000.0, ece=1.0, brier=2.0, samples=1
+    )
 
 
 def test_certain_and_right_has_no_rounding_below_zero():
@@ -124,7 +130,7 @@ def test_merge_equals_union(owner, bins):
 def test_chunks_do_not_show(monkeypatch, entries):
     logits, labels = random_batch(24)
     whole = MetricSums().update(logits, labels).compute()
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(_samples, "_CHUNK_ENTRIES", entries)
     assert_equal(MetricSums().update(logits, labels).compute(), whole)
 
 
@@ -221,7 +227,7 @@ def test_types_that_do_not_fit(logits, labels, name):
     ],
 )
 def test_refused_batch_leaves_the_sums(monkeypatch, logit, label, message):
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", 5)  # the fault lies in a later chunk
+    monkeypatch.setattr(_samples, "_CHUNK_ENTRIES", 5)  # the fault lies in a later chunk
     sums = MetricSums().update(*random_batch(6))
     before = sums.compute()
     logits, labels = random_batch(6)
@@ -242,3 +248,25 @@ def test_bins_are_checked():
         MetricSums(0)
     with pytest.raises(ArgumentError, match="sums with 15 bins, got 10 bins"):
         MetricSums(15).merge(MetricSums(10))
+
+
+def test_torchmetrics_agrees():
+    functional = pytest.importorskip("torchmetrics.functional.classification")
+    logits, labels = random_batch(300, classes=9)
+    found = MetricSums().update(logits, labels).compute()
+    options = {"num_classes": 9, "validate_args": False}
+    for k, value in ((1, found.accuracy), (5, found.top5)):
+        share = functional.multiclass_accuracy(logits, labels, top_k=k, average="micro", **options)
+        assert float(share) == pytest.approx(value)
+    gap = functional.multiclass_calibration_error(logits.softmax(1), labels, n_bins=15, **options)
+    assert float(gap) == pytest.approx(found.ece, abs=1e-6)
+
+
+@given(st.integers(1, 40), st.integers(2, 7))
+def test_the_gaps_of_the_reliability_diagram_add_up_to_the_calibration_error(samples, classes):
+    logits, labels = random_batch(samples, classes=classes)
+    sums = MetricSums().update(logits, labels)
+    rows = list(sums.reliability())
+    assert sum(row["samples"] for row in rows) == samples
+    gap = sum(row["samples"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / samples
+    assert gap == pytest.approx(sums.compute().ece, abs=1e-12)

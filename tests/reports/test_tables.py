@@ -120,10 +120,10 @@ def test_rows_handed_out_are_copies():
 
 
 def test_metrics_make_a_row():
-    metrics = ClassificationMetrics(accuracy=0.5, nll=1.0, ece=0.1, brier=0.6, samples=8)
+    metrics = ClassificationMetrics(accuracy=0.5, top5=1.0, nll=1.0, ece=0.1, brier=0.6, samples=8)
     table = ResultsTable()
     table.add(method="A", **asdict(metrics))
-    assert table.columns == ["method", "accuracy", "nll", "ece", "brier", "samples"]
+    assert table.columns == ["method", "accuracy", "top5", "nll", "ece", "brier", "samples"]
 
 
 def test_summary_of_one_run_has_no_deviation():

@@ -2,10 +2,11 @@
 
 Measure
     :func:`evaluate` runs a model over data and returns :class:`ClassificationMetrics`: accuracy,
-    negative log-likelihood, expected calibration error, Brier score. :func:`collect_sums` does
-    so on one of several ranks and returns :class:`MetricSums` to merge. The single metrics,
-    :func:`accuracy`, :func:`negative_log_likelihood`, :func:`expected_calibration_error`,
-    :func:`brier_score` and, for language models, :func:`perplexity`, work on tensors.
+    top-5 accuracy, negative log-likelihood, expected calibration error, Brier score.
+    :func:`collect_sums` does so on one of several ranks and returns :class:`MetricSums` to merge.
+    The single metrics, :func:`accuracy`, :func:`top5`, :func:`negative_log_likelihood`,
+    :func:`expected_calibration_error`, :func:`brier_score` and, for language models,
+    :func:`perplexity`, work on tensors.
 
     :func:`compression_curve`, :func:`stopping_points`, :func:`sweep_p1` and
     :func:`rank_correlations` look at a trained model with gates: how far they can be closed, by
@@ -19,8 +20,12 @@ Collect
 Draw
     :func:`plot_accuracy_against_sparsity` compares methods in one figure, and
     :func:`plot_accuracy_against_compression` rankings of units, with their stopping points;
-    :func:`plot_loss_curves` shows what each group of units can spare. All
-    need matplotlib, ``python -m pip install ".[plots]"`` in a checkout.
+    :func:`plot_loss_curves` shows what each group of units can spare, :func:`plot_reliability`
+    whether a model is as sure as it is right. All need matplotlib,
+    ``python -m pip install ".[plots]"`` in a checkout.
+
+Write
+    :class:`HtmlReport` puts a run into one HTML file that opens offline.
 
 Example:
     >>> from dataclasses import asdict
@@ -32,10 +37,10 @@ Example:
     ...     metrics = evaluate(torch.nn.Identity(), [(logits / temperature, labels)])
     ...     table.add(temperature=temperature, **asdict(metrics))
     >>> print(table)
-    temperature  accuracy     nll     ece   brier  samples
-    -----------  --------  ------  ------  ------  -------
-           1.00      0.75  0.8408  0.0388  0.4187        4
-           0.25      0.75  2.0010  0.2490  0.4993        4
+    temperature  accuracy  top5     nll     ece   brier  samples
+    -----------  --------  ----  ------  ------  ------  -------
+           1.00      0.75   1.0  0.8408  0.0388  0.4187        4
+           0.25      0.75   1.0  2.0010  0.2490  0.4993        4
 """
 
 from torchprune_bayes.reports.comparison_plot import plot_comparison
@@ -46,6 +51,7 @@ from torchprune_bayes.reports.compression import (
 )
 from torchprune_bayes.reports.compression_plot import plot_accuracy_against_compression
 from torchprune_bayes.reports.evaluation import collect_sums, evaluate
+from torchprune_bayes.reports.html_report import HtmlReport, LayerChange, versions
 from torchprune_bayes.reports.loss_curves import plot_loss_curves
 from torchprune_bayes.reports.metrics import (
     ClassificationMetrics,
@@ -55,14 +61,18 @@ from torchprune_bayes.reports.metrics import (
     expected_calibration_error,
     negative_log_likelihood,
     perplexity,
+    top5,
 )
 from torchprune_bayes.reports.plots import plot_accuracy_against_sparsity
 from torchprune_bayes.reports.rank_correlation import rank_correlations
+from torchprune_bayes.reports.reliability import plot_reliability
 from torchprune_bayes.reports.speed import Speed, compare_speed
 from torchprune_bayes.reports.tables import ResultsTable
 
 __all__ = [
     "ClassificationMetrics",
+    "HtmlReport",
+    "LayerChange",
     "MetricSums",
     "ResultsTable",
     "Speed",
@@ -79,7 +89,10 @@ __all__ = [
     "plot_accuracy_against_sparsity",
     "plot_comparison",
     "plot_loss_curves",
+    "plot_reliability",
     "rank_correlations",
     "stopping_points",
     "sweep_p1",
+    "top5",
+    "versions",
 ]

@@ -1,9 +1,13 @@
-"""Laying rows out as aligned text, Markdown and LaTeX."""
+"""Laying rows out as aligned text, Markdown and LaTeX.
+
+By hand, since what takes the lines is joining means with their spread and choosing decimals, which
+neither pandas nor tabulate does; drawing the columns is a few lines.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -33,6 +37,19 @@ def markdown(rows: Sequence[Row], names: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def columns_of(table: Iterable[Row]) -> list[Column]:
+    """The columns as they are shown: formatted, means joined with their spread."""
+    rows = list(table)
+    return _columns(rows, list(dict.fromkeys(name for row in rows for name in row)))
+
+
+def rows_of(table: Iterable[Row]) -> Iterator[list[tuple[Column, str]]]:
+    """Each row as pairs of a column and the text of its cell."""
+    columns = columns_of(table)
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        yield list(zip(columns, cells, strict=True))
+
+
 def latex(rows: Sequence[Row], names: Sequence[str]) -> str:
     """Lay rows out as a LaTeX tabular with the rules of booktabs."""
     columns = _columns(rows, names, lambda cell: cell.translate(_LATEX))
@@ -51,7 +68,9 @@ def latex(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
+    """A column of formatted cells."""
+
     name: str
     cells: list[str]
     numeric: bool
@@ -66,7 +85,7 @@ def _columns(
     names: Sequence[str],
     escape: Callable[[str], str] = str,
     least_width: int = 1,
-) -> list[_Column]:
+) -> list[Column]:
     columns = []
     for name in names:
         stem, _, ending = name.rpartition("_")
@@ -80,15 +99,15 @@ def _columns(
         name, *cells = (escape(cell) for cell in [name, *cells])
         numeric = not any(isinstance(value, str) for value in values)
         width = max(map(len, [name, *cells, " " * least_width]))
-        columns.append(_Column(name, cells, numeric, width))
+        columns.append(Column(name, cells, numeric, width))
     return columns
 
 
-def _header(columns: list[_Column]) -> list[str]:
+def _header(columns: list[Column]) -> list[str]:
     return [column.padded(column.name) for column in columns]
 
 
-def _body(columns: list[_Column]) -> list[list[str]]:
+def _body(columns: list[Column]) -> list[list[str]]:
     lines = zip(*(column.cells for column in columns), strict=True)
     return [[c.padded(cell) for c, cell in zip(columns, line, strict=True)] for line in lines]
 

@@ -3,26 +3,23 @@
 Every function takes logits `[N, K]` or `[..., K]` of any floating type on any device, and
 integer labels of the leading shape. Positions labelled ``-100`` do not count. All sums are
 taken in float64. A perfect model has accuracy 1 and the rest 0.
+
+By hand and not by torchmetrics, whose calibration error keeps the confidence of every sample until
+the end (here: a table of the bins) and which has no Brier score of several classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchprune_bayes._checks import check_count, check_finite
-from torchprune_bayes._numerics.precision import wide
-from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-
-IGNORED_LABEL = -100
-"""The label that marks positions without a target, as in ``torch.nn.CrossEntropyLoss``."""
-
-_CHUNK_ENTRIES = 2**22  # logits in float64 at a time: 32 MiB, whatever the vocabulary
-_STATISTICS = 5  # columns of MetricSums: count, correct, confidence, nll, brier
+from torchprune_bayes._checks import check_count
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.reports._samples import IGNORED_LABEL, STATISTICS, chunks, statistics_of
+from torchprune_bayes.reports.tables import ResultsTable
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ class ClassificationMetrics:
 
     Attributes:
         accuracy: Fraction of samples whose largest logit is that of the label.
+        top5: Fraction whose label is among the five largest logits; 1 with up to five classes.
         nll: Mean negative log-likelihood, in nats.
         ece: Expected calibration error, in [0, 1].
         brier: Brier score summed over classes, in [0, 2].
@@ -38,6 +36,7 @@ class ClassificationMetrics:
     """
 
     accuracy: float
+    top5: float
     nll: float
     ece: float
     brier: float
@@ -47,8 +46,9 @@ class ClassificationMetrics:
 class MetricSums:
     """Sums from which all classification metrics follow, over batches, shards and ranks.
 
-    A float64 table `[bins, 5]` on the CPU: per confidence bin the number of samples, of correct
-    ones, and the summed confidence, negative log-likelihood and Brier score. Sums of disjoint
+    A float64 table `[bins, 6]` on the CPU: per confidence bin the number of samples, of correct
+    ones and of those right among the first five, and the summed confidence, negative
+    log-likelihood and Brier score. Sums of disjoint
     data add up, so :meth:`merge` over ranks gives what one process would have found. Objects
     pickle: ``torch.distributed.all_gather_object`` carries them. A sampler that repeats samples
     to make ranks equally long makes those samples count twice.
@@ -72,7 +72,7 @@ class MetricSums:
     def __init__(self, bins: int = 15) -> None:
         check_count("bins", bins)
         self.bins = bins
-        self._sums = torch.zeros(bins, _STATISTICS, dtype=torch.float64)
+        self._sums = torch.zeros(bins, STATISTICS, dtype=torch.float64)
 
     def update(self, logits: Tensor, labels: Tensor) -> MetricSums:
         """Add a batch; a refused batch leaves the sums as they were.
@@ -93,9 +93,9 @@ class MetricSums:
         """
         added = torch.zeros_like(self._sums)
         edges = torch.arange(1, self.bins, dtype=torch.float64) / self.bins
-        for part, targets in _chunks(logits, labels):
-            statistics = _per_sample_statistics(part, targets).cpu()
-            confidence = statistics[:, 2].contiguous()
+        for part, targets in chunks(logits, labels):
+            statistics = statistics_of(part, targets).cpu()
+            confidence = statistics[:, 3].contiguous()
             added.index_add_(0, torch.bucketize(confidence, edges), statistics)
         self._sums += added
         return self
@@ -126,20 +126,47 @@ class MetricSums:
         Raises:
             ArgumentError: If no sample has been added.
         """
-        samples, correct, _, nll, brier = self._sums.sum(dim=0).tolist()
+        samples, correct, top5, _, nll, brier = self._sums.sum(dim=0).tolist()
         if not samples:
             raise ArgumentError(
                 f"Expected at least one sample with a label other than {IGNORED_LABEL}, got none."
             )
         # Σ_b n_b/N |correct_b/n_b - confidence_b/n_b|: the n_b cancel, empty bins included.
-        gap = float((self._sums[:, 1] - self._sums[:, 2]).abs().sum())
+        gap = float((self._sums[:, 1] - self._sums[:, 3]).abs().sum())
         return ClassificationMetrics(
             accuracy=correct / samples,
+            top5=top5 / samples,
             nll=nll / samples,
             ece=gap / samples,
             brier=brier / samples,
             samples=int(samples),
         )
+
+    def reliability(self) -> ResultsTable:
+        """Confidence beside accuracy, bin by bin: what a reliability diagram shows.
+
+        Returns:
+            A row for each bin that holds samples: ``confidence`` (mean), ``accuracy`` and
+            ``samples``.
+
+        Example:
+            >>> import torch
+            >>> from torchprune_bayes.reports import MetricSums
+            >>> sums = MetricSums().update(torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))
+            >>> print(sums.reliability())
+            confidence  accuracy  samples
+            ----------  --------  -------
+                   0.5      0.75        4
+        """
+        table = ResultsTable()
+        for samples, correct, _, confidence, *_ in self._sums.tolist():
+            if samples:
+                table.add(
+                    confidence=confidence / samples,
+                    accuracy=correct / samples,
+                    samples=int(samples),
+                )
+        return table
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -161,6 +188,27 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
         0.5
     """
     return MetricSums().update(logits, labels).compute().accuracy
+
+
+def top5(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of samples whose label is among the five largest logits; the first one wins ties.
+
+    Args:
+        logits: Unnormalised log-probabilities `[..., K]`, floating.
+        labels: Classes `[...]`, integer; ``-100`` is ignored.
+
+    Returns:
+        The top-5 accuracy, in [0, 1]; 1 with up to five classes.
+
+    Raises:
+        ArgumentTypeError: As :meth:`MetricSums.update`.
+        ArgumentError: As :meth:`MetricSums.update`, or if no label counts.
+
+    Example:
+        >>> top5(torch.arange(8.0).expand(2, 8), torch.tensor([3, 2]))
+        0.5
+    """
+    return MetricSums().update(logits, labels).compute().top5
 
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
@@ -256,53 +304,3 @@ def perplexity(mean_nll: float) -> float:
         return math.exp(mean_nll)
     except OverflowError:
         return math.inf
-
-
-def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield checked float64 logits `[n, K]` and labels `[n]` of the positions that count."""
-    _check_pair(logits, labels)
-    classes = logits.shape[-1]
-    rows = max(1, _CHUNK_ENTRIES // classes)
-    flat_logits = logits.detach().reshape(-1, classes)
-    flat_labels = labels.reshape(-1).to(logits.device)
-    for part, targets in zip(flat_logits.split(rows), flat_labels.split(rows), strict=True):
-        counted = targets != IGNORED_LABEL
-        part, targets = part[counted], targets[counted].long()
-        check_finite("logits", part)
-        outside = targets[(targets < 0) | (targets >= classes)]
-        if outside.numel():
-            raise ArgumentError(
-                f"Expected `labels` in [0, {classes}) or {IGNORED_LABEL}, got {int(outside[0])}."
-            )
-        part = wide(part)
-        yield part, targets.to(part.device)
-
-
-def _check_pair(logits: Tensor, labels: Tensor) -> None:
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise ArgumentTypeError(
-            f"Expected `logits` to be a floating tensor, got {getattr(logits, 'dtype', logits)!r}."
-        )
-    integer = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-    if not integer or labels.dtype == torch.bool:
-        raise ArgumentTypeError(
-            f"Expected `labels` to be an integer tensor, got {getattr(labels, 'dtype', labels)!r}."
-        )
-    if logits.ndim < 2 or logits.shape[-1] < 2 or labels.shape != logits.shape[:-1]:
-        raise ArgumentError(
-            "Expected `logits` [..., K] of K >= 2 classes and `labels` [...], "
-            f"got {list(logits.shape)} and {list(labels.shape)}."
-        )
-
-
-def _per_sample_statistics(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return `[n, 5]`: one, correct, confidence, negative log-likelihood, Brier score."""
-    predicted = logits.argmax(dim=1)  # of the logits: probabilities may tie where they do not
-    probabilities = logits.softmax(dim=1)
-    confidence = probabilities.gather(1, predicted[:, None])[:, 0]
-    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    # p - one_hot before squaring: 1 - 2 p_y + Σ p² would cancel for confident models.
-    errors = probabilities.scatter_add_(1, labels[:, None], -torch.ones_like(logits[:, :1]))
-    brier = errors.square().sum(dim=1)
-    correct = (predicted == labels).double()
-    return torch.stack([torch.ones_like(nll), correct, confidence, nll, brier], dim=1)
