@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 
+from tests.html_page import read
 from torchprune_bayes.cli import main
 from torchprune_bayes.cli._blocks import in_blocks
 from torchprune_bayes.cli._experiment import Trial, Variant, variants
@@ -269,3 +270,21 @@ def test_the_number_of_threads_is_put_back(tmp_path, temporary_method):
     words = ["--methods", "failing", "--sparsities", 0.9, "--output", tmp_path, "--no-plot"]
     compare(*words, *SMALL)
     assert torch.get_num_threads() == threads
+
+
+def test_the_second_part_shrinks_and_times(tmp_path, capsys):
+    words = ["--methods", "magnitude", "--sparsities", 0.5, "--shrink", 0.5, "--report"]
+    assert compare(*words, *SMALL, "--output", tmp_path) == 0
+    rows = json.loads((tmp_path / "compare.json").read_text())
+    [shrunk] = [row for row in rows if row["method"] == "shrink"]
+    assert shrunk["flops"] >= 0.45
+    assert shrunk["speedup"] > 0
+    assert shrunk["accuracy"] > 0.9
+    out = capsys.readouterr().out
+    line = out.partition("Made smaller by `shrink`")[2].splitlines()[3].split()
+    assert line[0] == "50"
+    assert line[2] == f"{100 * shrunk['accuracy']:.1f}"
+    assert (tmp_path / "shrink.png").read_bytes().startswith(b"\x89PNG")
+    page = read((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "Accuracy against measured speed" in page.headings
+    assert any(row[:2] == ["magnitude", "0.5"] for row in page.rows)

@@ -8,13 +8,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from tests.cli import toys
 from torchprune_bayes import prune_global
-from torchprune_bayes.cli._results import (
-    count_pruned,
-    loss_for,
-    measure,
-    save_pruned,
-    supervised_loss,
-)
+from torchprune_bayes.cli._measuring import loss_for, measure, supervised_loss
+from torchprune_bayes.cli._results import count_pruned, save_pruned
 from torchprune_bayes.errors import ArgumentError
 
 
@@ -33,7 +28,12 @@ def test_regression_is_measured_by_its_loss():
     batches = [(torch.randn(size, 3), torch.randn(size, 2)) for size in (5, 2)]
     found = measure(model, batches)
     errors = torch.cat([(model(inputs) - target).square() for inputs, target in batches])
-    assert found == {"loss": pytest.approx(float(errors.detach().mean()), rel=1e-5), "samples": 7}
+    assert found is not None
+    assert found.reliability is None
+    assert found.metrics == {
+        "loss": pytest.approx(float(errors.detach().mean()), rel=1e-5),
+        "samples": 7,
+    }
 
 
 @pytest.mark.parametrize("batches", [[], [torch.zeros(2, 3)], [{"input_ids": torch.zeros(2)}]])

@@ -92,7 +92,7 @@ class Trial:
 
     def dense(self) -> dict[str, Any]:
         """The row of the network as it is."""
-        return self._row(DENSE, 0.0) | _measured(self.model)
+        return self._row(DENSE, 0.0) | measured(self.model)
 
     def pruned(self, variant: Variant, sparsity: float) -> dict[str, Any]:
         """The row of a pruned copy; a method that fails leaves its error in the row."""
@@ -106,7 +106,7 @@ class Trial:
             begin = perf_counter()
             prune_global(prunable_parameters(model), variant.method, **options)
             seconds = perf_counter() - begin
-            return row | _measured(model) | {"seconds": seconds}
+            return row | measured(model) | {"seconds": seconds}
         except Exception as error:  # one method must not take the others' results with it
             reason = " ".join(str(error).split())
             return row | {"error": f"{type(error).__name__}: {reason}"}
@@ -125,6 +125,7 @@ class Trial:
         }
 
 
-def _measured(model: nn.Module) -> dict[str, Any]:
+def measured(model: nn.Module) -> dict[str, Any]:
+    """Metrics on the test images, as columns."""
     metrics = asdict(evaluate(model, load_digits().test.batches()))
     return {f"test_{name}" if name == "samples" else name: v for name, v in metrics.items()}

@@ -12,7 +12,8 @@ from torch import nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.cli._results import loss_for
+from torchprune_bayes.cli._measuring import loss_for
+from torchprune_bayes.cli._page import add_report_option
 from torchprune_bayes.cli._sources import Data, load_data, load_model
 from torchprune_bayes.cli._text import TextOptions
 from torchprune_bayes.errors import ArgumentError
@@ -86,6 +87,7 @@ def add_running_options(parser: argparse.ArgumentParser, output: str) -> None:
     group.add_argument(
         "--output", type=Path, default=Path(output), metavar="FOLDER", help="where to save"
     )
+    add_report_option(group)
 
 
 def add_sample_options(group: argparse._ArgumentGroup) -> None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from torchprune_bayes._checks import check_count, check_fraction
 from torchprune_bayes._extras import require
 from torchprune_bayes._files import check_writable
+from torchprune_bayes.cli import _shrunk
 from torchprune_bayes.cli._blocks import in_blocks
 from torchprune_bayes.cli._experiment import (
     DENSE,
@@ -25,6 +26,7 @@ from torchprune_bayes.cli._experiment import (
 )
 from torchprune_bayes.cli._families import families_of
 from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._page import Drawing, add_report_option, check_report, write_page
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
 from torchprune_bayes.cli.digits import load_digits, one_thread, trained_network
 from torchprune_bayes.errors import ArgumentError, TorchPruneBayesWarning
@@ -36,8 +38,10 @@ every method at several sparsities, and compare what is left: accuracy, negative
 log-likelihood (NLL), expected calibration error (ECE) and time. Nothing is downloaded, and
 nothing is trained after pruning. One thread is used, for the network is too small for more.
 
-OUTPUT holds compare.json and compare.csv, one row per run, and compare.png: the best method of
-each family, and below it the families one by one. The last line says what was best.
+A second part makes the network smaller with `shrink`, and times it: accuracy against speed.
+
+OUTPUT holds compare.json and compare.csv, one row per run; compare.png, the best method of each
+family, and below it the families one by one; and shrink.png. The last line says what was best.
 """
 
 _EXAMPLES = """\
@@ -75,34 +79,44 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="also prune in N steps, with fresh gradients in each, by every method that can "
         f"(default: {STEPS} by {STRONGEST} alone; 1 for none)",
     )
+    add(
+        "--shrink",
+        nargs="*",
+        type=float,
+        metavar="S",
+        help="fractions of the FLOPs to remove in the second part; none leaves it out (default: "
+        f"{' '.join(map(str, _shrunk.DEFAULT))}, none with --methods)",
+    )
     add("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where to write")
     add("--no-plot", action="store_true", help="write no figure, which needs matplotlib")
     add("--quiet", action="store_true", help="print the table and the best method, nothing else")
     add("--json", action="store_true", help="print the rows of all runs as JSON and nothing else")
+    add_report_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the comparison, print and write it; returns the exit code."""
-    _check(arguments)
+    _settle(arguments)
     compared = variants(arguments.methods, arguments.steps)
     check_writable(arguments.output)
     begin = perf_counter()
-    arguments.quiet |= arguments.json
     with one_thread(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TorchPruneBayesWarning)
-        table = _all_rows(arguments, compared)
-    files = _write(table, arguments, compared)
+        table, shrunk = _all_rows(arguments, compared)
+    best = _best(table, compared)
+    files = _write(table, shrunk, arguments, compared, best)
     if arguments.json:
         print(files[0].read_text(encoding="utf-8"), end="")
         return _exit_code(table)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     print(f"{_caption(arguments, compared)}\n\n{in_blocks(table, width)}")
+    if len(shrunk):
+        print(f"\n{_shrunk.in_lines(shrunk, _dense(table))}")
     if not arguments.quiet:
         for message in dict.fromkeys(str(warning.message) for warning in caught):
             print(f"warning: {message}")
         print(f"\nwrote {', '.join(map(str, files))} in {in_words(perf_counter() - begin)}")
-    best = _best(table, compared)
     if best:
         print(f"\n{best}")
     return _exit_code(table)
@@ -112,10 +126,13 @@ def _exit_code(table: ResultsTable) -> int:
     return 1 if "error" in table.columns else 0
 
 
-def _all_rows(arguments: argparse.Namespace, compared: list[Variant]) -> ResultsTable:
-    table = ResultsTable()
+def _all_rows(
+    arguments: argparse.Namespace, compared: list[Variant]
+) -> tuple[ResultsTable, ResultsTable]:
+    """The rows of the methods, and those of smaller networks."""
+    table, shrunk = ResultsTable(), ResultsTable()
     runs = len(compared) * len(arguments.sparsities)
-    total = arguments.seeds * (1 + runs)
+    total = arguments.seeds * (1 + runs + len(arguments.shrink))
     # None: no bar where stderr is no terminal.
     with tqdm(total=total, unit="run", disable=True if arguments.quiet else None) as bar:
         for seed in range(arguments.seeds):
@@ -130,7 +147,26 @@ def _all_rows(arguments: argparse.Namespace, compared: list[Variant]) -> Results
                 for sparsity in arguments.sparsities:
                     table.add(**trial.pruned(variant, sparsity))
                     bar.update()
-    return table
+            bar.set_description("shrink")
+            for sparsity in arguments.shrink:
+                shrunk.add(**_shrunk.shrunk_row(trial, sparsity))
+                bar.update()
+    return table, shrunk
+
+
+def _dense(table: ResultsTable) -> float:
+    """Mean accuracy of the networks before pruning."""
+    found = [float(row["accuracy"]) for row in table if row["method"] == DENSE]
+    return sum(found) / len(found)
+
+
+def _settle(arguments: argparse.Namespace) -> None:
+    """Fill in what follows from other options, and refuse what cannot be done."""
+    arguments.quiet |= arguments.json
+    if arguments.shrink is None:
+        arguments.shrink = [] if arguments.methods else list(_shrunk.DEFAULT)
+    _check(arguments)
+    check_report(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -142,6 +178,8 @@ def _check(arguments: argparse.Namespace) -> None:
         check_fraction("--sparsities", sparsity, closed=False)
         if not sparsity:
             raise ArgumentError("Expected `--sparsities` above 0, got 0.0: dense is always shown.")
+    for sparsity in arguments.shrink:
+        check_fraction("--shrink", sparsity, closed=False)
     largest = len(load_digits().train)
     if arguments.num_samples > largest:
         raise ArgumentError(
@@ -203,14 +241,54 @@ def _best(table: ResultsTable, compared: list[Variant]) -> str:
 
 
 def _write(
-    table: ResultsTable, arguments: argparse.Namespace, compared: list[Variant]
+    table: ResultsTable,
+    shrunk: ResultsTable,
+    arguments: argparse.Namespace,
+    compared: list[Variant],
+    best: str,
 ) -> list[Path]:
-    files = [arguments.output / f"compare.{ending}" for ending in ("json", "csv", "png")]
-    table.to_json(files[0])
-    table.to_csv(files[1])
-    measured = ResultsTable(row for row in table if "error" not in row)
-    if arguments.no_plot or all(row["method"] == DENSE for row in measured):
-        return files[:2]
-    families = families_of(compared)
-    plot_comparison(measured, files[2], families, title="Digits, no fine-tuning")
+    """Write rows, figures and the page; the files, the JSON first."""
+    files = [arguments.output / "compare.json", arguments.output / "compare.csv"]
+    rows = ResultsTable([*table, *shrunk])
+    rows.to_json(files[0])
+    rows.to_csv(files[1])
+    drawings = _drawings(table, shrunk, compared)
+    if not arguments.no_plot:
+        for name, (_, draw) in drawings.items():
+            files.append(arguments.output / f"{name}.png")
+            draw(files[-1])
+    if arguments.report:
+        successes = ResultsTable(row for row in table if "error" not in row)
+        page = write_page(
+            arguments,
+            "Pruning methods compared on digits",
+            [*_caption(arguments, compared).splitlines(), best],
+            tables={
+                "Accuracy": successes.summarise(["method", "sparsity"], ["accuracy", "nll", "ece"])
+            },
+            drawings=dict(drawings.values()),
+        )
+        files.append(page)
     return files
+
+
+def _drawings(
+    table: ResultsTable, shrunk: ResultsTable, compared: list[Variant]
+) -> dict[str, tuple[str, Drawing]]:
+    """Figures by the name of their file, each with its heading."""
+    found: dict[str, tuple[str, Drawing]] = {}
+    rows = ResultsTable(row for row in table if "error" not in row)
+    if any(row["method"] != DENSE for row in rows):
+        families = families_of(compared)
+        title = "Digits, no fine-tuning"
+        found["compare"] = (
+            "The best of each family, and each family",
+            lambda path: plot_comparison(rows, path, families, title=title),
+        )
+    if len(shrunk):
+        dense = _dense(table)
+        found["shrink"] = (
+            "Accuracy against measured speed",
+            lambda path: _shrunk.plot_shrunk(shrunk, dense, path),
+        )
+    return found

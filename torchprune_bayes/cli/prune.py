@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from math import prod
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -21,14 +23,17 @@ from torchprune_bayes.cli._inputs import (
     calibration_of,
     loaded,
 )
+from torchprune_bayes.cli._measuring import Measured, measure, metric_lines, metrics_of
 from torchprune_bayes.cli._options import amount, parsed_options
+from torchprune_bayes.cli._page import check_report, settings_of, write_page
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
-from torchprune_bayes.cli._results import count_pruned, measure, metric_lines, save_pruned
+from torchprune_bayes.cli._results import count_pruned, save_pruned
 from torchprune_bayes.cli._sources import Data
 from torchprune_bayes.cli._text import is_text, save_tokenizer
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.methods import find_method, prune_global
 from torchprune_bayes.params import ParameterSpace, prunable_parameters
+from torchprune_bayes.reports import LayerChange, ResultsTable
 
 _DESCRIPTION = """\
 Prune the linear and convolution weights of a model with one method and save the result.
@@ -98,6 +103,7 @@ def _add_method_options(group: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load, prune, measure, save; returns the exit code."""
     options = _method_options(arguments)
+    check_report(arguments)
     torch.manual_seed(arguments.seed)
     model, data = loaded(arguments)
     space = ParameterSpace(model, prunable_parameters(model, exclude=arguments.exclude))
@@ -108,23 +114,57 @@ def run(arguments: argparse.Namespace) -> int:
     before = None if data is None else measure(model, data.evaluation)
     begin = perf_counter()
     decision = prune_global(space.pairs(), arguments.method, amount=arguments.amount, **options)
+    seconds = perf_counter() - begin
+    after = None if data is None else measure(model, data.evaluation)
+    evaluated_on = "" if data is None else data.evaluated_on
     report = {
         "command": arguments.command,
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("run", "command")},
-        "seconds": perf_counter() - begin,
+        "settings": settings_of(arguments),
+        "seconds": seconds,
         **count_pruned(decision.masks),
-        "metrics": None,
+        "metrics": metrics_of(before, after, evaluated_on),
         "info": decision.info,
     }
-    if data is not None and before is not None:
-        after = measure(model, data.evaluation)
-        report["metrics"] = {"data": data.evaluated_on, "before": before, "after": after}
     files = save_pruned(model, arguments.output, report)
     if arguments.data is not None and is_text(arguments.data):
         save_tokenizer(model, arguments.output)
-    print(_summary(report))
+    lines = [_outcome(report), *metric_lines(before, after, evaluated_on)]
+    if arguments.report:
+        files.append(_write_page(arguments, report, before, after, lines))
+    print("\n".join(lines))
     print("wrote", ", ".join(map(str, files)))
     return 0
+
+
+def _write_page(
+    arguments: argparse.Namespace,
+    report: dict[str, Any],
+    before: Measured | None,
+    after: Measured | None,
+    lines: list[str],
+) -> Path:
+    layers = [
+        LayerChange(name, "weights", size, size - found["pruned"])
+        for name, found in report["tensors"].items()
+        for size in [prod(found["shape"])]
+    ]
+    return write_page(
+        arguments,
+        f"{arguments.model} pruned by {arguments.method}",
+        lines[:1] + lines[1:][-1:],
+        models={"before": before, "after": after},
+        tables=_steps(report["info"]),
+        layers=layers,
+    )
+
+
+def _steps(info: dict[str, Any]) -> dict[str, ResultsTable]:
+    """What the steps of a method in several did, where it says so in plain numbers."""
+    plain = [
+        {key: value for key, value in step.items() if isinstance(value, (str, int, float))}
+        for step in info.get("steps", [])
+    ]
+    return {"Steps": ResultsTable(plain)} if any(plain) else {}
 
 
 def _method_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -172,11 +212,8 @@ def _print_plan(
     )
 
 
-def _summary(report: dict[str, Any]) -> str:
-    lines = [
+def _outcome(report: dict[str, Any]) -> str:
+    return (
         f"pruned {report['pruned']:,} of {report['weights']:,} weights, sparsity "
         f"{report['sparsity']:.4f}, in {in_words(report['seconds'])}"
-    ]
-    if report["metrics"] is not None:
-        lines += metric_lines(report["metrics"])
-    return "\n".join(lines)
+    )

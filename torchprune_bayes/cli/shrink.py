@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Mapping
+from dataclasses import astuple
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 
 from torchprune_bayes._checks import check_fraction
 from torchprune_bayes._files import check_writable
+from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.cli._help import add_command
 from torchprune_bayes.cli._inputs import (
     add_model_options,
@@ -20,13 +24,22 @@ from torchprune_bayes.cli._inputs import (
     example_of,
     loaded,
 )
+from torchprune_bayes.cli._measuring import Measured, measure, metric_lines, metrics_of
+from torchprune_bayes.cli._page import check_report, settings_of, write_page
 from torchprune_bayes.cli._plan import in_words
-from torchprune_bayes.cli._results import measure, metric_lines, write_report
+from torchprune_bayes.cli._results import write_report
 from torchprune_bayes.errors import ArgumentTypeError
-from torchprune_bayes.reports import compare_speed
-from torchprune_bayes.structured import save_shrunk, shrink
+from torchprune_bayes.reports import (
+    LayerChange,
+    ResultsTable,
+    Speed,
+    compare_speed,
+    plot_loss_curves,
+)
+from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
 
 _BY_LOSS = "loss"
+_PLURALS = {"channel": "channels", "hidden": "hidden units", "head": "heads"}
 
 _DESCRIPTION = """\
 Remove the channels, hidden units or heads that matter least from a model, for good, and save
@@ -94,19 +107,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Load, shrink, measure, save; returns the exit code."""
     check_fraction("sparsity", arguments.sparsity, closed=False)
+    check_report(arguments)
     torch.manual_seed(arguments.seed)
     model, data = loaded(arguments)
     if data is None:
         raise ArgumentTypeError("Expected --data to shrink with, got none.")
     example = example_of(data, model)
     before, whole = measure(model, data.evaluation), copy.deepcopy(model)
-    calibration = calibration_of(arguments, model, data, None)
-    importance: Any = calibration
-    if arguments.importance != _BY_LOSS:
-        # Importances load torch-pruning, which a command line without them does not need.
-        from torchprune_bayes.integrations._importances import importance_of
-
-        importance = importance_of(arguments.importance, calibration)
+    importance = _importance(arguments, calibration_of(arguments, model, data, None))
     check_writable(arguments.output)
     begin = perf_counter()
     found = shrink(
@@ -119,24 +127,68 @@ def run(arguments: argparse.Namespace) -> int:
         ignored=arguments.exclude,
     )
     seconds = perf_counter() - begin
-    speed = compare_speed(whole, model, example)
+    speed, after = compare_speed(whole, model, example), measure(model, data.evaluation)
     report: dict[str, Any] = {
         "command": arguments.command,
-        "settings": {k: v for k, v in vars(arguments).items() if k not in ("run", "command")},
+        "settings": settings_of(arguments),
         "seconds": seconds,
         "parameters": {"before": found.parameters.before, "after": found.parameters.after},
         "units": {g.name: {"before": g.units.before, "after": g.units.after} for g in found.groups},
         "speedup": {"median": speed.speedup, "low": speed.speedup_low, "high": speed.speedup_high},
-        "metrics": {
-            "data": data.evaluated_on,
-            "before": before,
-            "after": measure(model, data.evaluation),
-        },
+        "metrics": metrics_of(before, after, data.evaluated_on),
     }
     save_shrunk(model, arguments.output)
-    path = write_report(arguments.output, report)
-    print(found)
-    print(f"forward pass: {speed}")
-    print("\n".join(metric_lines(report["metrics"])))
-    print(f"wrote {arguments.output / 'shrunk.safetensors'} and {path}, in {in_words(seconds)}")
+    files = [arguments.output / "shrunk.safetensors", write_report(arguments.output, report)]
+    lines = metric_lines(before, after, data.evaluated_on)
+    if arguments.report:
+        files.append(_write_page(arguments, found, speed, {"before": before, "after": after}))
+    print("\n".join([str(found), f"forward pass: {speed}", *lines]))
+    print(f"wrote {', '.join(map(str, files))}, in {in_words(seconds)}")
     return 0
+
+
+def _importance(arguments: argparse.Namespace, calibration: Calibration) -> Any:
+    if arguments.importance == _BY_LOSS:
+        return calibration
+    # Importances load torch-pruning, which a command line without them does not need.
+    from torchprune_bayes.integrations._importances import importance_of
+
+    return importance_of(arguments.importance, calibration)
+
+
+def _write_page(
+    arguments: argparse.Namespace,
+    found: ShrinkReport,
+    speed: Speed,
+    models: Mapping[str, Measured | None],
+) -> Path:
+    counts = {"parameters": found.parameters, "FLOPs": found.flops, "units": found.units}
+    sizes = ResultsTable()
+    for name, amount in counts.items():
+        if amount is not None:
+            sizes.add(size=name, before=amount.before, after=amount.after)
+    sizes.add(
+        size="forward pass in ms", before=speed.milliseconds_before, after=speed.milliseconds_after
+    )
+    return write_page(
+        arguments,
+        f"{arguments.model} shrunk by {arguments.sparsity:.0%} of its {arguments.target}",
+        [
+            f"A forward pass takes {speed}; the last three numbers are the speed-up, its smallest "
+            "and its largest value over pairs of passes.",
+            *(f"Left whole: {name}, since {why}" for name, why in found.left_out.items()),
+        ],
+        models=models,
+        tables={"Size and latency": sizes},
+        layers=[
+            LayerChange(group.name, _PLURALS[group.kind], *astuple(group.units))
+            for group in found.groups
+        ],
+        drawings={
+            "Loss against removed units, group by group": lambda path: plot_loss_curves(
+                found.curves, path
+            )
+        }
+        if found.curves
+        else {},
+    )

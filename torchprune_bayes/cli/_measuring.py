@@ -1,0 +1,96 @@
+"""Measuring a model on whatever data it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.calibration._batches import batch_size
+from torchprune_bayes.calibration._functional import LossFunction
+from torchprune_bayes.reports import ResultsTable, collect_sums
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model does on data.
+
+    Attributes:
+        metrics: By name; all of ``ClassificationMetrics``, or the mean loss and the samples.
+        reliability: Confidence and accuracy bin by bin; ``None`` where there are no classes.
+    """
+
+    metrics: dict[str, float]
+    reliability: ResultsTable | None = None
+
+
+def loss_for(batches: Iterable[Any]) -> LossFunction | None:
+    """The loss that fits the batches: the model's own for mappings, else by the target's type."""
+    return None if isinstance(next(iter(batches), None), Mapping) else supervised_loss
+
+
+def supervised_loss(output: Any, target: Tensor) -> Tensor:
+    """Cross-entropy for integer targets, mean squared error for floating-point ones."""
+    prediction = getattr(output, "logits", output)
+    if target.is_floating_point():
+        return mse_loss(prediction, target)
+    return cross_entropy(prediction, target)
+
+
+def measure(model: nn.Module, batches: Iterable[Any]) -> Measured | None:
+    """Measure a model: classification metrics for one label per sample, else the mean loss.
+
+    Returns:
+        What was measured, or ``None`` for data without labels.
+    """
+    labels = _labels(next(iter(batches), None))
+    if labels is None:
+        return None
+    if labels.ndim == 1 and not labels.is_floating_point():
+        sums = collect_sums(model, batches)
+        return Measured(asdict(sums.compute()), sums.reliability())
+    return Measured(_mean_loss(model, batches))
+
+
+def metric_lines(before: Measured | None, after: Measured | None, data: str) -> list[str]:
+    """Each metric before and after, and what it was measured on; nothing without labels."""
+    if before is None or after is None:
+        return []
+    return [
+        *(
+            f"{name:>8}  {value:.4f} -> {after.metrics[name]:.4f}"
+            for name, value in before.metrics.items()
+            if name != "samples"
+        ),
+        f"measured on {data}, without fine-tuning",
+    ]
+
+
+def metrics_of(before: Measured | None, after: Measured | None, data: str) -> dict[str, Any] | None:
+    """The same as plain values."""
+    if before is None or after is None:
+        return None
+    return {"data": data, "before": before.metrics, "after": after.metrics}
+
+
+def _labels(batch: Any) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        found = batch.get("labels")
+    else:
+        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _mean_loss(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    everything = Calibration(model, batches, loss_for(batches))
+    total, samples = 0.0, 0
+    with torch.no_grad():
+        for batch in everything.batches():
+            total += float(everything.loss(None, batch)) * batch_size(batch)
+            samples += batch_size(batch)
+    return {"loss": total / samples, "samples": samples}
