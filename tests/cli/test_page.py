@@ -19,7 +19,7 @@ def run(folder, *words):
 def test_pruning(tmp_path):
     page = run(
         tmp_path, "prune", *TOYS, "--method", "woodtaylor", "--amount", 0.5, "--num-samples", 40,
-        "--option", "steps=2",
+        "--options.steps", 2,
     )  # fmt: skip
     assert page.headings == [
         "tests.cli.toys:make_model pruned by woodtaylor", "Metrics", "Steps",
@@ -29,7 +29,7 @@ def test_pruning(tmp_path):
     assert [row[0] for row in kept] == ["0.weight", "2.weight"]
     assert sum(int(row[3]) for row in kept) == 60
     assert ["method", "woodtaylor"] in page.rows
-    assert "--option steps=2" in page.text
+    assert "--options.steps 2" in page.text
 
 
 def test_pruning_without_data(tmp_path):

@@ -71,8 +71,8 @@ def test_a_checkpoint_and_its_masks_can_be_used_again(tmp_path):
 
 def test_options_are_passed_on_and_told(tmp_path, capsys):
     code = prune(
-        *MODEL, *DATA, "--method", "woodtaylor", "--amount", 60, "--option", "steps=3",
-        "--option", "damping=1e-2", "--num-samples", 40, "--mini-batch", 2, "--exclude", "2",
+        *MODEL, *DATA, "--method", "woodtaylor", "--amount", 60, "--options.steps", "3",
+        "--options.damping", "1e-2", "--num-samples", 40, "--mini-batch", 2, "--exclude", "2",
         "--output", tmp_path,
     )  # fmt: skip
     assert code == 0
@@ -206,7 +206,7 @@ def test_the_callable_is_found_in_the_working_folder(tmp_path, monkeypatch):
         ([*MODEL, "--method", "magnitude"], "Expected `amount` to be a float"),
         ([*MODEL, "--method", "random"], ""),
         (
-            [*MODEL, "--method", "magnitude", "--amount", "0.5", "--option", "steps=2"],
+            [*MODEL, "--method", "magnitude", "--amount", "0.5", "--options.steps", "2"],
             "Expected an option of magnitude (scope",
         ),
         (

@@ -1,9 +1,13 @@
-"""How the help of every command looks."""
+"""How every command reads its options, from the shell or a file, and what its help says."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import re
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -14,34 +18,55 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
-        silent = default is None or default is False or default in (argparse.SUPPRESS, [])
+        silent = default is None or default is False or default in (argparse.SUPPRESS, [], {})
         if silent or not action.option_strings:
             return text
         shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
         return f"{text} (default: {shown})".replace("%", "%%")
 
 
-def add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    *,
-    summary: str,
-    description: str,
-    examples: str,
-) -> argparse.ArgumentParser:
-    """Add a subcommand with a description and examples.
+class Parser(ArgumentParser):
+    """A parser whose errors are the usage and one sentence, and leave with exit code 2."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and leave."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        parser.print_usage(sys.stderr)
+        name = parser.prog.replace(" [options]", "")
+        self.exit(2, f"error: {sentence(message)}; `{name} --help` lists what it takes.\n")
+
+
+def command_parser(*, description: str, examples: str) -> Parser:
+    """A parser of one subcommand, which reads a configuration file too.
 
     Args:
-        commands: Where the subcommand is added.
-        name: What one types.
-        summary: One line for the list of commands.
         description: What it does, above its options.
         examples: Commands to copy, below its options.
     """
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=HelpFormatter,
+    parser = Parser(description=description, epilog=f"examples:\n{examples}")
+    parser.add_argument(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML file of options by their names; what is typed after it has precedence",
     )
+    return parser
+
+
+def sentence(message: str) -> str:
+    r"""One line out of what jsonargparse says about a value, without its final stop.
+
+    Example:
+        >>> sentence('Parser key "steps":\\n  Expected a <class \'int\'>. Got value: x')
+        "Expected `steps` to be int, got 'x'"
+    """
+    key = re.search(r'Parser key "(.+?)":', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    kinds = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", message, re.MULTILINE)
+    if not (key and value and kinds):
+        return " ".join(message.split()).rstrip(".")
+    words = [re.sub(r"<class '(\w+)'>", r"\1", kind).removeprefix("typing.") for kind in kinds]
+    return f"Expected `{key[1]}` to be {' or '.join(words)}, got {value[1].strip()!r}"

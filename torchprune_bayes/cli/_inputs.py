@@ -12,6 +12,7 @@ from torch import nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.cli._help import Parser
 from torchprune_bayes.cli._measuring import loss_for
 from torchprune_bayes.cli._page import add_report_option
 from torchprune_bayes.cli._sources import Data, load_data, load_model
@@ -20,7 +21,7 @@ from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.types import ParameterPairs
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: Parser) -> None:
     """Add the options that name model and data."""
     group = parser.add_argument_group("model and data")
     group.add_argument(
@@ -77,7 +78,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_running_options(parser: argparse.ArgumentParser, output: str) -> None:
+def add_running_options(parser: Parser, output: str) -> None:
     """Add the options that say where to compute and where to save."""
     group = parser.add_argument_group("running and saving")
     group.add_argument("--device", help="where to compute (default: cuda if there is one)")
@@ -90,7 +91,7 @@ def add_running_options(parser: argparse.ArgumentParser, output: str) -> None:
     add_report_option(group)
 
 
-def add_sample_options(group: argparse._ArgumentGroup) -> None:
+def add_sample_options(group: argparse._ActionsContainer) -> None:
     """Add the options that say what gradients are taken from."""
     group.add_argument(
         "--num-samples",

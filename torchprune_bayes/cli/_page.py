@@ -81,7 +81,7 @@ def write_page(
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options as they were resolved."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("run", "command")}
+    return {k: v for k, v in vars(arguments).items() if k not in ("command", "resolved", "config")}
 
 
 def _side_by_side(models: Mapping[str, Measured]) -> ResultsTable:

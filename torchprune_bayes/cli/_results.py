@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Mapping
@@ -55,6 +56,13 @@ def save_pruned(model: nn.Module, folder: Path, report: Mapping[str, Any]) -> li
     else:
         write_whole(weights, lambda draft: save_model(model, str(draft)))  # tied tensors once
     return [weights, masks, write_report(folder, report)]
+
+
+def write_config(arguments: argparse.Namespace) -> Path:
+    """Write ``config.yaml``: all options as they were resolved, for ``--config``."""
+    path = Path(arguments.output, "config.yaml")
+    write_whole(path, lambda draft: draft.write_text(arguments.resolved, encoding="utf-8"))
+    return path
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> Path:

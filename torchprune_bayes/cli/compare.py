@@ -25,12 +25,16 @@ from torchprune_bayes.cli._experiment import (
     variants,
 )
 from torchprune_bayes.cli._families import families_of
-from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._help import Parser, command_parser
 from torchprune_bayes.cli._page import Drawing, add_report_option, check_report, write_page
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
+from torchprune_bayes.cli._results import write_config
 from torchprune_bayes.cli.digits import load_digits, one_thread, trained_network
 from torchprune_bayes.errors import ArgumentError, TorchPruneBayesWarning
 from torchprune_bayes.reports import ResultsTable, plot_comparison
+
+SUMMARY = "compare all methods on a small real problem, in two minutes"
+"""One line for the list of commands."""
 
 _DESCRIPTION = """\
 Train a small convolutional network on real 8 x 8 images of digits, prune copies of it with
@@ -41,7 +45,8 @@ nothing is trained after pruning. One thread is used, for the network is too sma
 A second part makes the network smaller with `shrink`, and times it: accuracy against speed.
 
 OUTPUT holds compare.json and compare.csv, one row per run; compare.png, the best method of each
-family, and below it the families one by one; and shrink.png. The last line says what was best.
+family, and below it the families one by one; shrink.png; and config.yaml, for --config. The last
+line says what was best.
 """
 
 _EXAMPLES = """\
@@ -51,12 +56,9 @@ _EXAMPLES = """\
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = add_command(
-        commands,
-        "compare",
-        summary="compare all methods on a small real problem, in two minutes",
+def build_parser() -> Parser:
+    """The parser of the subcommand."""
+    parser = command_parser(
         description=_DESCRIPTION,
         examples=_EXAMPLES,
     )
@@ -92,7 +94,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--quiet", action="store_true", help="print the table and the best method, nothing else")
     add("--json", action="store_true", help="print the rows of all runs as JSON and nothing else")
     add_report_option(parser)
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -233,7 +235,7 @@ def _best(table: ResultsTable, compared: list[Variant]) -> str:
         return ""
     label = max(means, key=lambda label: means[label])
     [best] = [variant for variant in compared if variant.label == label]
-    shown = "".join(f" --option {key}={value}" for key, value in best.options.items())
+    shown = "".join(f" --options.{key} {value}" for key, value in best.options.items())
     return (
         f"Best on these digits, {means[label]:.1f} % on average: {label}. "
         f"On your model: torchprune-bayes prune --method {best.method}{shown} ..."
@@ -249,6 +251,7 @@ def _write(
 ) -> list[Path]:
     """Write rows, figures and the page; the files, the JSON first."""
     files = [arguments.output / "compare.json", arguments.output / "compare.csv"]
+    write_config(arguments)
     rows = ResultsTable([*table, *shrunk])
     rows.to_json(files[0])
     rows.to_csv(files[1])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from torchprune_bayes.cli import compare, methods, prune, shrink
-from torchprune_bayes.cli._help import HelpFormatter
+from torchprune_bayes.cli._help import Parser
 from torchprune_bayes.errors import CalibrationError, NumericalError, TorchPruneBayesError
+
+_COMMANDS = {"methods": methods, "compare": compare, "prune": prune, "shrink": shrink}
 
 _DESCRIPTION = """\
 Second-order and Bayesian pruning of PyTorch models.
@@ -48,10 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         no options
         0
     """
-    arguments = build_parser().parse_args(argv)
-    arguments.command = shlex.join(["torchprune-bayes", *(sys.argv[1:] if argv is None else argv)])
+    words = list(sys.argv[1:] if argv is None else argv)
+    parsers = {name: module.build_parser() for name, module in _COMMANDS.items()}
+    parsed = _build_parser(parsers).parse_args(words)
+    name = parsed.subcommand
+    arguments = parsed[name]
+    arguments.resolved = parsers[name].dump(arguments)
+    arguments.command = shlex.join(["torchprune-bayes", *words])
     try:
-        return int(arguments.run(arguments))
+        return int(_COMMANDS[name].run(arguments))
     except TorchPruneBayesError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, (CalibrationError, NumericalError)) else 2
@@ -60,16 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _build_parser(parsers: Mapping[str, Parser]) -> Parser:
     """The parser of all subcommands."""
-    parser = argparse.ArgumentParser(
-        prog="torchprune-bayes",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=HelpFormatter,
-    )
+    parser = Parser(prog="torchprune-bayes", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=version("torchprune_bayes"))
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (methods, compare, prune, shrink):
-        command.add_parser(commands)
+    commands = parser.add_subcommands(title="commands", metavar="COMMAND", description="")
+    for name, command in parsers.items():
+        commands.add_subcommand(name, command, help=_COMMANDS[name].SUMMARY)
     return parser

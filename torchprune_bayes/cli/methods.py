@@ -6,18 +6,18 @@ import argparse
 import json
 from typing import Any
 
-from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._help import Parser, command_parser
 from torchprune_bayes.cli._options import options_of
 from torchprune_bayes.methods import RegisteredMethod, find_method, registered_methods
 from torchprune_bayes.reports import ResultsTable
 
+SUMMARY = "list the pruning methods and their options"
+"""One line for the list of commands."""
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = add_command(
-        commands,
-        "methods",
-        summary="list the pruning methods and their options",
+
+def build_parser() -> Parser:
+    """The parser of the subcommand."""
+    parser = command_parser(
         description=(
             "List the pruning methods: name, what it does, where it was published, and whether\n"
             "it needs calibration data. With a NAME, list the options of that method."
@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="show the options of this method")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:

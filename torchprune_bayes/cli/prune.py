@@ -15,7 +15,7 @@ from torch import nn
 
 from torchprune_bayes._files import check_writable
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._help import Parser, command_parser
 from torchprune_bayes.cli._inputs import (
     add_model_options,
     add_running_options,
@@ -24,10 +24,10 @@ from torchprune_bayes.cli._inputs import (
     loaded,
 )
 from torchprune_bayes.cli._measuring import Measured, measure, metric_lines, metrics_of
-from torchprune_bayes.cli._options import amount, parsed_options
+from torchprune_bayes.cli._options import checked_options
 from torchprune_bayes.cli._page import check_report, settings_of, write_page
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
-from torchprune_bayes.cli._results import count_pruned, save_pruned
+from torchprune_bayes.cli._results import count_pruned, save_pruned, write_config
 from torchprune_bayes.cli._sources import Data
 from torchprune_bayes.cli._text import is_text, save_tokenizer
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
@@ -35,67 +35,71 @@ from torchprune_bayes.methods import find_method, prune_global
 from torchprune_bayes.params import ParameterSpace, prunable_parameters
 from torchprune_bayes.reports import LayerChange, ResultsTable
 
+SUMMARY = "prune a model with one method and save it"
+"""One line for the list of commands."""
+
 _DESCRIPTION = """\
 Prune the linear and convolution weights of a model with one method and save the result.
 
 OUTPUT holds model.safetensors (plain weights with zeros: loads where this package is not
-installed), masks.safetensors (one byte per weight, True keeps) and report.json (sparsity of
-each tensor, metrics before and after, what the method did, and this command). Hugging Face
-models are saved by save_pretrained, so hf:OUTPUT loads them again.
+installed), masks.safetensors (one byte per weight, True keeps), report.json (sparsity of
+each tensor, metrics before and after, what the method did, and this command), and config.yaml,
+all options as they were, for --config. Hugging Face models are saved by save_pretrained, so
+hf:OUTPUT loads them again.
 """
 
 _EXAMPLES = """\
   # runs as it is: a small network on 8 x 8 digits
   torchprune-bayes prune --model torchprune_bayes.cli.digits:trained_network \\
-      --data digits --method woodtaylor --amount 0.9 --option steps=5
+      --data digits --method woodtaylor --amount 0.9 --options.steps 5
 
   # a published image model, on images in one folder per class
   torchprune-bayes prune --model timm:resnet18 --data imagenet/train \\
-      --eval-data imagenet/val --method woodfisher --amount 0.8 --option block_size=2000
+      --eval-data imagenet/val --method woodfisher --amount 0.8 --options.block_size 2000
 
   # a classifier of texts, on a table of texts and labels
   torchprune-bayes prune --model hf:FOLDER --data train.csv --eval-data dev.csv \\
       --text-column sentence --label-column label --method woodfisher --amount 0.8
 
+  # all of this from a file, one value overridden
+  torchprune-bayes prune --config pruned/config.yaml --amount 0.95 --output sparser
+
   # your own code: callables of a file in this folder
   torchprune-bayes prune --model my_project:make_model --checkpoint weights.safetensors \\
       --data my_project:make_loader --method magnitude --amount 0.9 --output sparse/
 
-`torchprune-bayes methods NAME` lists what --option can set.
+`torchprune-bayes methods NAME` lists what --options can set.
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = add_command(
-        commands,
-        "prune",
-        summary="prune a model with one method and save it",
+def build_parser() -> Parser:
+    """The parser of the subcommand."""
+    parser = command_parser(
         description=_DESCRIPTION,
         examples=_EXAMPLES,
     )
     add_model_options(parser)
     _add_method_options(parser.add_argument_group("method"))
     add_running_options(parser, "pruned")
-    parser.set_defaults(run=run)
+    return parser
 
 
-def _add_method_options(group: argparse._ArgumentGroup) -> None:
+def _add_method_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--method", required=True, metavar="NAME", help="see `torchprune-bayes methods`"
     )
     group.add_argument(
         "--amount",
-        type=amount,
+        type=int | float,  # type: ignore[arg-type]  # jsonargparse takes any type
         metavar="A",
         help="fraction (0.9) or number (5000) of the weights to prune",
     )
     group.add_argument(
-        "--option",
-        action="append",
-        default=[],
+        "--options",
+        type=dict,  # type: ignore[arg-type]
+        default={},
         metavar="KEY=VALUE",
-        help="option of the method, a Python literal or a word; may be repeated",
+        help="options of the method, each as --options.KEY VALUE",
     )
     add_sample_options(group)
 
@@ -125,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         "metrics": metrics_of(before, after, evaluated_on),
         "info": decision.info,
     }
-    files = save_pruned(model, arguments.output, report)
+    files = [*save_pruned(model, arguments.output, report), write_config(arguments)]
     if arguments.data is not None and is_text(arguments.data):
         save_tokenizer(model, arguments.output)
     lines = [_outcome(report), *metric_lines(before, after, evaluated_on)]
@@ -168,7 +172,7 @@ def _steps(info: dict[str, Any]) -> dict[str, ResultsTable]:
 
 
 def _method_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = parsed_options(arguments.method, arguments.option)
+    options = checked_options(arguments.method, arguments.options)
     method: Callable[..., Any] = find_method(arguments.method).method
     try:  # Before anything is loaded; the host's own methods raise plain exceptions.
         method(arguments.amount, **options)

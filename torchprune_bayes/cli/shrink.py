@@ -15,7 +15,7 @@ import torch
 from torchprune_bayes._checks import check_fraction
 from torchprune_bayes._files import check_writable
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.cli._help import add_command
+from torchprune_bayes.cli._help import Parser, command_parser
 from torchprune_bayes.cli._inputs import (
     add_model_options,
     add_running_options,
@@ -27,7 +27,7 @@ from torchprune_bayes.cli._inputs import (
 from torchprune_bayes.cli._measuring import Measured, measure, metric_lines, metrics_of
 from torchprune_bayes.cli._page import check_report, settings_of, write_page
 from torchprune_bayes.cli._plan import in_words
-from torchprune_bayes.cli._results import write_report
+from torchprune_bayes.cli._results import write_config, write_report
 from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.reports import (
     LayerChange,
@@ -41,14 +41,18 @@ from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
 _BY_LOSS = "loss"
 _PLURALS = {"channel": "channels", "hidden": "hidden units", "head": "heads"}
 
+SUMMARY = "remove channels, hidden units or heads for good and save the smaller model"
+"""One line for the list of commands."""
+
 _DESCRIPTION = """\
 Remove the channels, hidden units or heads that matter least from a model, for good, and save
 what is left. By default units are scored and made up for with the calibration data, and how
 much each layer loses is decided by measured loss curves.
 
 OUTPUT holds shrunk.safetensors and shrunk.json, which torchprune_bayes.structured.load_shrunk
-gives to a freshly built model, and report.json (sizes, units left in each group, metrics and
-time of a forward pass before and after). Fine-tune the result as any other model.
+gives to a newly built model, report.json (sizes, units left in each group, metrics and time of a
+forward pass before and after), and config.yaml, all options as they were, for --config. Fine-tune
+the result as any other model.
 """
 
 _EXAMPLES = """\
@@ -66,12 +70,9 @@ _EXAMPLES = """\
 """
 
 
-def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the subcommand."""
-    parser = add_command(
-        commands,
-        "shrink",
-        summary="remove channels, hidden units or heads for good and save the smaller model",
+def build_parser() -> Parser:
+    """The parser of the subcommand."""
+    parser = command_parser(
         description=_DESCRIPTION,
         examples=_EXAMPLES,
     )
@@ -101,7 +102,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_sample_options(group)
     add_running_options(parser, "shrunk")
-    parser.set_defaults(run=run)
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -139,6 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     save_shrunk(model, arguments.output)
     files = [arguments.output / "shrunk.safetensors", write_report(arguments.output, report)]
+    files.append(write_config(arguments))
     lines = metric_lines(before, after, data.evaluated_on)
     if arguments.report:
         files.append(_write_page(arguments, found, speed, {"before": before, "after": after}))
