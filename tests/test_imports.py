@@ -13,6 +13,7 @@ OPTIONAL = (
     "matplotlib",
     "sklearn",
     "torchvision",
+    "foolbox",
     "torch._dynamo",  # not optional, but seconds to load
 )
 

@@ -66,7 +66,7 @@ def test_two_methods_at_two_sparsities(tmp_path, capsys):
     out = capsys.readouterr().out
     assert code == 0
     assert sorted(path.name for path in folder.iterdir()) == [
-        "compare.csv", "compare.json", "compare.png",
+        "compare.csv", "compare.json", "compare.png", "config.yaml",
     ]  # fmt: skip
     rows = json.loads((folder / "compare.json").read_text())
     assert [(row["method"], row["sparsity"]) for row in rows] == [
@@ -137,7 +137,9 @@ def test_quiet_prints_the_table_alone(tmp_path, capsys):
     assert captured.err == ""
     assert "plan" not in captured.out
     assert "wrote" not in captured.out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.csv", "compare.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "compare.csv", "compare.json", "config.yaml",
+    ]  # fmt: skip
 
 
 def test_json_prints_the_rows_alone(tmp_path, capsys):

@@ -78,13 +78,14 @@ def add_model_options(parser: Parser) -> None:
     )
 
 
-def add_running_options(parser: Parser, output: str) -> None:
+def add_running_options(parser: Parser, output: str, *, gradients: bool = True) -> None:
     """Add the options that say where to compute and where to save."""
     group = parser.add_argument_group("running and saving")
     group.add_argument("--device", help="where to compute (default: cuda if there is one)")
-    group.add_argument(
-        "--memory-mb", type=float, default=1024.0, metavar="MIB", help="budget for gradients"
-    )
+    if gradients:
+        group.add_argument(
+            "--memory-mb", type=float, default=1024.0, metavar="MIB", help="budget for gradients"
+        )
     group.add_argument(
         "--output", type=Path, default=Path(output), metavar="FOLDER", help="where to save"
     )

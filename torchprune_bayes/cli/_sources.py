@@ -23,6 +23,7 @@ from torchprune_bayes.cli.digits import CalibrationDigits, load_digits
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 
 _IMAGENET_SIZE = 224
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _NESTED = ("state_dict", "model")
 
 
@@ -62,7 +63,7 @@ def load_model(source: str, *, checkpoint: Path | None, random_init: bool) -> nn
             f"Expected `{source}` to return a torch.nn.Module, got {type(model).__name__}."
         )
     if checkpoint is not None:
-        _load_checkpoint(model, checkpoint)
+        load_checkpoint(model, checkpoint)
     return model
 
 
@@ -178,7 +179,12 @@ def _hf_model(name: str, published: bool) -> Any:
         raise ArgumentError(f"Expected a Hugging Face model, got: {_first_line(error)}") from error
 
 
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
+def load_checkpoint(model: nn.Module, path: Path) -> None:
+    """Load weights into a model.
+
+    Raises:
+        ArgumentError: If the file does not hold the weights of the model.
+    """
     try:
         if path.suffix == ".safetensors":
             load_safetensors(model, path)
@@ -224,9 +230,24 @@ def _image_transform(model: nn.Module) -> Any:
             transforms.Resize(_IMAGENET_SIZE * 8 // 7),
             transforms.CenterCrop(_IMAGENET_SIZE),
             transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            transforms.Normalize(_IMAGENET_MEAN, _IMAGENET_STD),
         ]
     )
+
+
+def normalisation_of(source: str, model: nn.Module) -> dict[str, Any]:
+    """Mean and standard deviation of the channels that images of ``source`` were divided by.
+
+    Empty for what is not normalised here: ``digits``, and batches of a callable.
+    """
+    if not Path(source).is_dir():
+        return {}
+    if hasattr(model, "pretrained_cfg"):
+        from timm.data import resolve_model_data_config
+
+        config = resolve_model_data_config(model)
+        return {"mean": config["mean"], "std": config["std"]}
+    return {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
 
 
 def _first_line(error: Exception) -> str:

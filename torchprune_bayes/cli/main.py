@@ -7,11 +7,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
-from torchprune_bayes.cli import compare, methods, prune, shrink
+from torchprune_bayes.cli import compare, evaluate, methods, prune, shrink
 from torchprune_bayes.cli._help import Parser
 from torchprune_bayes.errors import CalibrationError, NumericalError, TorchPruneBayesError
 
-_COMMANDS = {"methods": methods, "compare": compare, "prune": prune, "shrink": shrink}
+_COMMANDS = {
+    "methods": methods,
+    "compare": compare,
+    "prune": prune,
+    "shrink": shrink,
+    "evaluate": evaluate,
+}
 
 _DESCRIPTION = """\
 Second-order and Bayesian pruning of PyTorch models.
@@ -26,6 +32,7 @@ examples:
   torchprune-bayes compare                         all methods on a small real problem
   torchprune-bayes prune --help                    single weights of your model
   torchprune-bayes shrink --help                   a smaller model
+  torchprune-bayes evaluate --help                 all of them side by side
 
 exit codes: 0 done, 1 a method failed, 2 wrong usage
 """

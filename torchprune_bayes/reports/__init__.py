@@ -11,7 +11,8 @@ Measure
     :func:`compression_curve`, :func:`stopping_points`, :func:`sweep_p1` and
     :func:`rank_correlations` look at a trained model with gates: how far they can be closed, by
     which ranking, where the evidence stops, and what real shrinking leaves of parameters, FLOPs
-    and latency. :func:`compare_speed` times any model against what is left of it.
+    and latency. :func:`compare_speed` times any model against what is left of it,
+    :func:`evaluate_attacked` measures several models under adversarial attacks.
 
 Collect
     :class:`ResultsTable` holds one row per run, averages over seeds and writes text, Markdown,
@@ -66,6 +67,7 @@ from torchprune_bayes.reports.metrics import (
 from torchprune_bayes.reports.plots import plot_accuracy_against_sparsity
 from torchprune_bayes.reports.rank_correlation import rank_correlations
 from torchprune_bayes.reports.reliability import plot_reliability
+from torchprune_bayes.reports.robustness import evaluate_attacked, plot_attacked
 from torchprune_bayes.reports.speed import Speed, compare_speed
 from torchprune_bayes.reports.tables import ResultsTable
 
@@ -82,11 +84,13 @@ __all__ = [
     "compare_speed",
     "compression_curve",
     "evaluate",
+    "evaluate_attacked",
     "expected_calibration_error",
     "negative_log_likelihood",
     "perplexity",
     "plot_accuracy_against_compression",
     "plot_accuracy_against_sparsity",
+    "plot_attacked",
     "plot_comparison",
     "plot_loss_curves",
     "plot_reliability",

@@ -121,19 +121,20 @@ def collect_sums(
 def _default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, Mapping) and "labels" in batch:
         # Labels are passed too: encoder-decoder models make the decoder's input from them.
-        return _logits(model(**batch)), batch["labels"]
+        return logits_of(model(**batch)), batch["labels"]
     if isinstance(batch, tuple) and len(batch) == 2:
         inputs, labels = batch
         if isinstance(inputs, Mapping):
-            return _logits(model(**inputs)), labels
-        return _logits(model(*inputs) if isinstance(inputs, tuple) else model(inputs)), labels
+            return logits_of(model(**inputs)), labels
+        return logits_of(model(*inputs) if isinstance(inputs, tuple) else model(inputs)), labels
     raise ArgumentTypeError(
         "Expected each batch to be an (input, target) pair or a mapping with the key 'labels', "
         f"got {type(batch).__name__}; pass `forward` for other batches."
     )
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """Take the logits out of what a model returns."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ArgumentTypeError(
