@@ -233,8 +233,8 @@ def test_wrong_usage_is_one_line(tmp_path, capsys, words, message):
 
 
 def test_data_that_does_not_suffice_fails(tmp_path, capsys):
-    code = prune(*MODEL, *DATA, "--method", "woodfisher", "--amount", 0.5, "--output", tmp_path)
-    assert code == 1
+    words = ["--method", "woodfisher", "--amount", 0.5, "--num-samples", 1000]
+    assert prune(*MODEL, *DATA, *words, "--output", tmp_path) == 1
     assert "Expected 1000 calibration samples, got 40" in capsys.readouterr().err
 
 

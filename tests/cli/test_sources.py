@@ -135,7 +135,7 @@ def test_a_folder_of_images(tmp_path, name, size):
         (tmp_path / label).mkdir()
         for index in range(3):
             image.new("RGB", (40, 30), (index, 0, 0)).save(tmp_path / label / f"{index}.png")
-    model = torch.nn.Identity() if name is None else timm.create_model(name)
+    model = torch.nn.Identity() if name is None else timm.create_model(name, num_classes=2)
     batches = list(data_from(str(tmp_path), model=model).calibration)
     assert [inputs.shape for inputs, _ in batches] == [(4, 3, size, size), (2, 3, size, size)]
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == [0, 0, 0, 1, 1, 1]
@@ -145,3 +145,39 @@ def test_a_folder_without_classes_is_refused(tmp_path):
     pytest.importorskip("torchvision")
     with pytest.raises(ArgumentError, match="a folder per class"):
         data_from(str(tmp_path))
+
+
+def test_a_folder_of_other_classes_is_refused(tmp_path):
+    timm, image = pytest.importorskip("timm"), pytest.importorskip("PIL.Image")
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
+    model = timm.create_model("test_resnet", num_classes=3)
+    with pytest.raises(ArgumentError, match="each of the 3 classes of ResNet, got 2 folders: name"):
+        data_from(str(tmp_path), model=model)
+
+
+@pytest.mark.parametrize("source", ["timm:test_resnet", "tests.cli.test_sources:make_model"])
+def test_models_are_built_with_options(source):
+    if source.startswith("timm"):
+        pytest.importorskip("timm")
+    options = {"num_classes": 7}
+    model = load_model(source, checkpoint=None, random_init=True, options=options)
+    assert list(model.parameters())[-1].numel() == 7
+    with pytest.raises((ArgumentError, TypeError), match="nothing"):
+        load_model(source, checkpoint=None, random_init=True, options={"nothing": 1})
+
+
+def make_model(num_classes):
+    return torch.nn.Linear(2, num_classes)
+
+
+def test_published_weights_that_cannot_be_had_are_one_sentence(monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def offline(*_, **__):
+        raise OSError("no connection\nand much more")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ArgumentError, match="weights of `resnet18`, got: no connection Give"):
+        load_model("timm:resnet18", checkpoint=None, random_init=False)

@@ -17,6 +17,7 @@ from torchprune_bayes.cli._measuring import loss_for
 from torchprune_bayes.cli._page import add_report_option
 from torchprune_bayes.cli._sources import Data, load_data, load_model
 from torchprune_bayes.cli._text import TextOptions
+from torchprune_bayes.cli.digits import CalibrationDigits
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.types import ParameterPairs
 
@@ -29,6 +30,13 @@ def add_model_options(parser: Parser) -> None:
         required=True,
         metavar="SOURCE",
         help="timm:NAME, hf:NAME_OR_FOLDER or module:callable, which returns a torch.nn.Module",
+    )
+    group.add_argument(
+        "--model-options",
+        type=dict[str, int | float | bool | str | None],
+        default={},
+        metavar="KEY=VALUE",
+        help="arguments for building the model, such as --model-options.num_classes 10",
     )
     group.add_argument(
         "--checkpoint",
@@ -97,9 +105,8 @@ def add_sample_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--num-samples",
         type=int,
-        default=1000,
         metavar="N",
-        help="calibration samples to take gradients from",
+        help="calibration samples to take gradients from (default: 1024 mini-batches or all)",
     )
     group.add_argument(
         "--mini-batch",
@@ -125,7 +132,10 @@ def loaded(arguments: argparse.Namespace) -> tuple[nn.Module, Data | None]:
             f"Expected one or two columns for --text-column, got {len(arguments.text_column)}."
         )
     model = load_model(
-        arguments.model, checkpoint=arguments.checkpoint, random_init=arguments.random_init
+        arguments.model,
+        checkpoint=arguments.checkpoint,
+        random_init=arguments.random_init,
+        options=arguments.model_options,
     )
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -154,12 +164,15 @@ def calibration_of(
     arguments: argparse.Namespace, model: nn.Module, data: Data, params: ParameterPairs | None
 ) -> Calibration:
     """What gradients are taken from."""
+    num_samples = arguments.num_samples
+    if num_samples is None and isinstance(data.calibration, CalibrationDigits):
+        num_samples = data.calibration.num_samples  # what follows is held out
     return Calibration(
         model,
         data.calibration,
         loss_for(data.calibration),
         params=params,
-        num_samples=arguments.num_samples,
+        num_samples=num_samples,
         mini_batch=arguments.mini_batch,
         seed=arguments.seed,
         memory_mb=arguments.memory_mb,

@@ -65,7 +65,7 @@ def metric_lines(before: Measured | None, after: Measured | None, data: str) -> 
         *(
             f"{name:>8}  {value:.4f} -> {after.metrics[name]:.4f}"
             for name, value in before.metrics.items()
-            if name != "samples"
+            if name != "samples" and not (name == "top5" and value == after.metrics[name] == 1.0)
         ),
         f"measured on {data}, without fine-tuning",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -36,7 +36,13 @@ class Data:
     evaluated_on: str
 
 
-def load_model(source: str, *, checkpoint: Path | None, random_init: bool) -> nn.Module:
+def load_model(
+    source: str,
+    *,
+    checkpoint: Path | None,
+    random_init: bool,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Make the model that ``source`` names and load a checkpoint into it.
 
     Args:
@@ -44,6 +50,7 @@ def load_model(source: str, *, checkpoint: Path | None, random_init: bool) -> nn
         checkpoint: Weights to load, ``.safetensors`` or a file of ``torch.save`` that holds
             tensors alone.
         random_init: Whether timm and Hugging Face models keep their random weights.
+        options: Arguments for building the model.
 
     Raises:
         ArgumentError: If there is no such model, or the checkpoint does not fit.
@@ -51,13 +58,13 @@ def load_model(source: str, *, checkpoint: Path | None, random_init: bool) -> nn
         MissingExtraError: If timm or transformers is not installed.
     """
     scheme, _, name = source.partition(":")
-    published = checkpoint is None and not random_init
+    published, options = checkpoint is None and not random_init, dict(options or {})
     if scheme == "timm":
-        model = _timm_model(name, published)
+        model = _timm_model(name, published, options)
     elif scheme == "hf":
-        model = _hf_model(name, published)
+        model = _hf_model(name, published, options)
     else:
-        model = _called(source)
+        model = _called(source, options)
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
             f"Expected `{source}` to return a torch.nn.Module, got {type(model).__name__}."
@@ -129,7 +136,7 @@ def _calibration_digits(num_samples: int | None) -> CalibrationDigits:
     return CalibrationDigits(digits, wanted)
 
 
-def _called(source: str) -> Any:
+def _called(source: str, options: Mapping[str, Any] | None = None) -> Any:
     module, _, name = source.partition(":")
     if not name:
         raise ArgumentError(f"Expected `module:callable`, got {source!r}, which is no folder.")
@@ -144,7 +151,7 @@ def _called(source: str) -> Any:
             raise ArgumentTypeError(
                 f"Expected `{source}` to be callable, got {type(found).__name__}."
             )
-        return found()
+        return found(**(options or {}))
 
 
 @contextmanager
@@ -158,23 +165,28 @@ def _importable_from_here() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def _timm_model(name: str, published: bool) -> Any:
+def _timm_model(name: str, published: bool, options: dict[str, Any]) -> Any:
     with optional("timm", "timm"):
         import timm
     try:
-        return timm.create_model(name, pretrained=published)
-    except RuntimeError as error:
+        return timm.create_model(name, pretrained=published, **options)
+    except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"Expected a model of timm, got: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:  # the weights could not be had
+        raise ArgumentError(
+            f"Expected the published weights of `{name}`, got: {_first_line(error)} Give weights "
+            "of your own with --checkpoint, or take --random-init."
+        ) from error
 
 
-def _hf_model(name: str, published: bool) -> Any:
+def _hf_model(name: str, published: bool, options: dict[str, Any]) -> Any:
     with optional("transformers", "hf"):
         import transformers
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, **options)
         architecture = (config.architectures or [None])[0]
         kind = getattr(transformers, architecture or "AutoModel")
-        return kind.from_pretrained(name) if published else kind._from_config(config)
+        return kind.from_pretrained(name, config=config) if published else kind._from_config(config)
     except (OSError, ValueError, AttributeError) as error:
         raise ArgumentError(f"Expected a Hugging Face model, got: {_first_line(error)}") from error
 
@@ -213,9 +225,22 @@ def _image_folder(folder: Path, model: nn.Module, batch_size: int) -> Iterable[A
         images = ImageFolder(folder, _image_transform(model))
     except FileNotFoundError as error:
         raise ArgumentError(f"Expected a folder per class, got: {error}") from error
+    _check_classes(len(images.classes), model)
     # Shuffled, because the images of a folder come class by class.
     generator = torch.Generator().manual_seed(0)
     return torch.utils.data.DataLoader(images, batch_size, shuffle=True, generator=generator)
+
+
+def _check_classes(found: int, model: nn.Module) -> None:
+    """Refuse a folder whose classes cannot be those of the model: all numbers would be noise."""
+    config = getattr(model, "config", None)
+    classes = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
+    if isinstance(classes, int) and classes != found:
+        raise ArgumentError(
+            f"Expected a folder for each of the {classes} classes of {type(model).__name__}, got "
+            f"{found} folders: name a model that was trained for them, such as one of timm with "
+            f"--model-options.num_classes {found} and --checkpoint."
+        )
 
 
 def _image_transform(model: nn.Module) -> Any:

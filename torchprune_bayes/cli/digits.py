@@ -84,11 +84,11 @@ class CalibrationDigits:
 
     def __init__(self, digits: Digits, num_samples: int) -> None:
         self._digits = digits
-        self._num_samples = num_samples
+        self.num_samples = num_samples
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         train = self._digits.train
-        yield train.at(torch.randperm(len(train))[: self._num_samples])
+        yield train.at(torch.randperm(len(train))[: self.num_samples])
         yield from self._digits.validation.batches()
 
 
