@@ -51,6 +51,7 @@ def parser(description: str | None, *, lr: float, epochs: float) -> argparse.Arg
     add("--prune-begin", type=float, default=0.3, help="share of the training before pruning")
     add("--prune-end", type=float, default=0.7, help="share at which the sparsity is reached")
     add("--prune-steps", type=int, default=8, help="number of prunings")
+    add("--no-decay-after", action="store_true", help="no weight decay once that is reached")
     add("--calibration-samples", type=int, default=256)
     add("--mini-batch", type=int, default=4, help="calibration samples averaged into a gradient")
     add("--distill", action="store_true", help="also learn from --model as it was before pruning")
@@ -88,7 +89,11 @@ def run(
         seed=args.seed,
     )
     pruning = PruningCallback(
-        args.method, schedule_of(args), exclude=exclude, calibration=calibration
+        args.method,
+        schedule_of(args),
+        exclude=exclude,
+        calibration=calibration,
+        decay_after=not args.no_decay_after,
     )
     kind: type[Trainer] = DistillationTrainer if args.distill else Trainer
     trainer = kind(

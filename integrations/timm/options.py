@@ -40,6 +40,7 @@ def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
     add("--initial-checkpoint", default="")
     add("--num-classes", type=int, default=10)
     add("--img-size", type=int, default=32)
+    add("--in-chans", type=int, help="channels that the model takes; images are converted")
     add("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
 
 
@@ -79,6 +80,7 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     add("--prune-begin", type=float, default=2.0, help="epochs of training before pruning")
     add("--prune-end", type=float, default=4.0, help="epoch at which the sparsity is reached")
     add("--prune-steps", type=int, default=8, help="number of prunings")
+    add("--prune-no-decay-after", action="store_true", help="no weight decay once that is reached")
     add("--prune-classifier", action="store_true", help="prune the classifier too")
     add("--prune-options", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     add("--prune-structured", action="store_true", help="remove channels and heads instead")

@@ -20,7 +20,7 @@ import torch
 import yaml
 from digits_folder import write_digits
 from options import parse
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, NativeScaler, random_seed, update_summary
@@ -31,8 +31,10 @@ from torchprune_bayes import Calibration, GradualPruner, prunable_parameters
 from torchprune_bayes import schedules as laws
 from torchprune_bayes.integrations.resume import ResumableShrink, load_training, save_training
 from torchprune_bayes.integrations.timm import (
+    WithChannels,
     calibrate,
     classifier_names,
+    data_config,
     hold_zeros,
     importance_of,
     save_pruned,
@@ -54,6 +56,8 @@ class Run:
             args.data_dir = write_digits(args.output / "digits")
         random_seed(args.seed)
         self.kwargs = {"num_classes": args.num_classes, **args.model_kwargs}
+        if args.in_chans is not None:
+            self.kwargs["in_chans"] = args.in_chans
         self.model: nn.Module = timm.create_model(
             args.model,
             pretrained=args.pretrained,
@@ -62,7 +66,7 @@ class Run:
         )
         form = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model.to(args.device, memory_format=form)
-        self.config = resolve_data_config({"img_size": args.img_size}, model=self.model)
+        self.config = data_config(self.model, img_size=args.img_size)
         self.train_loader = self._loader(args.train_split, args.batch_size, training=True)
         self.val_loader = self._loader(args.val_split, args.validation_batch_size, training=False)
         self.optimizer = create_optimizer_v2(self.model, **optimizer_kwargs(args))
@@ -98,8 +102,9 @@ class Run:
         )
 
     def _loader(self, split: str, batch_size: int, *, training: bool) -> Any:
-        return create_loader(
-            self._dataset(split, training=training),
+        dataset = self._dataset(split, training=training)
+        loader = create_loader(
+            dataset,
             input_size=self.config["input_size"],
             batch_size=batch_size,
             is_training=training,
@@ -114,6 +119,8 @@ class Run:
             persistent_workers=self.args.workers > 0,
             use_prefetcher=False,
         )
+        dataset.transform = WithChannels(dataset.transform, self.config["input_size"][0])
+        return loader
 
     def calibration(self) -> Calibration:
         """Gradients from training images, prepared as for evaluation."""
@@ -148,6 +155,7 @@ class Run:
             schedule,
             calibration=self.calibration(),
             optimizer=self.optimizer,
+            decay_after=not args.prune_no_decay_after,
             **options,
         )
 
@@ -197,12 +205,13 @@ class Run:
         return float(loss.detach())
 
     def validate(self) -> dict[str, float]:
-        """Accuracy in percent, negative log-likelihood, calibration error, sparsity."""
+        """Accuracies in percent, negative log-likelihood, calibration error, sparsity."""
         model = self.model if self.ema is None else self.ema.module
         found = evaluate(model, self.val_loader, device=self.args.device)
         sparsity = 0.0 if self.pruner is None else self.pruner.sparsity
         return {
             "top1": 100 * found.accuracy,
+            "top5": 100 * found.top5,
             "loss": found.nll,
             "ece": found.ece,
             "sparsity": sparsity,

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.cli import toys
-from torchprune_bayes.cli._sources import load_data, load_model
+from torchprune_bayes.cli._sources import load_data, load_model, normalisation_of
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 
 
@@ -181,3 +181,17 @@ def test_published_weights_that_cannot_be_had_are_one_sentence(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ArgumentError, match="weights of `resnet18`, got: no connection Give"):
         load_model("timm:resnet18", checkpoint=None, random_init=False)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_have_as_many_channels_as_the_model_takes(tmp_path, channels):
+    timm, image = pytest.importorskip("timm"), pytest.importorskip("PIL.Image")
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        image.new("L", (32, 32)).save(tmp_path / name / "0.png")
+    model = timm.create_model("test_resnet", num_classes=2, in_chans=channels)
+    [(images, _)] = data_from(str(tmp_path), model=model).calibration
+    assert images.shape[1] == channels
+    assert model(images).shape == (2, 2)
+    scale = normalisation_of(str(tmp_path), model)
+    assert {len(values) for values in scale.values()} == {channels}

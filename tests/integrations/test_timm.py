@@ -252,3 +252,32 @@ def test_damaged_models_are_refused_in_a_sentence(
         (tmp_path / name).write_bytes(damage)
     with pytest.raises(ArgumentError, match="Expected"):
         load_pruned(tmp_path)
+
+
+def write_mnist(folder: Path, images: int = 40) -> Path:
+    """The four files of MNIST, with random pixels whose mean follows the class."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    labels = torch.arange(images, dtype=torch.uint8) % 10
+    pixels = (labels[:, None, None] * 20 + torch.randint(20, (images, 28, 28))).to(torch.uint8)
+    for split in ("train", "t10k"):
+        sizes = b"".join(size.to_bytes(4, "big") for size in (0x803, images, 28, 28))
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(sizes + pixels.numpy().tobytes())
+        sizes = b"".join(size.to_bytes(4, "big") for size in (0x801, images))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(sizes + labels.numpy().tobytes())
+    return folder
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+def test_grey_images_suit_any_model(tmp_path: Path, channels: int | None) -> None:
+    words = ["--dataset", "torch/mnist", "--data-dir", str(write_mnist(tmp_path / "data"))]
+    words += [] if channels is None else ["--in-chans", str(channels)]
+    words += ["--epochs", "1", "--prune-begin", "0", "--prune-end", "1", "--prune-steps", "1"]
+    words += ["--prune-method", "snip", "--calib-samples", "10", "--output", str(tmp_path)]
+    words += ["--prune-no-decay-after", "--batch-size", "20", "--experiment", "grey"]
+    with recipe("timm", "prune_timm") as module:
+        metrics = module.main(words)
+    assert metrics["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert metrics["top5"] >= metrics["top1"]
+    first = load_pruned(tmp_path / "grey").get_submodule("conv1.0")
+    assert first.in_channels == (channels or 3)

@@ -246,8 +246,11 @@ def _check_classes(found: int, model: nn.Module) -> None:
 def _image_transform(model: nn.Module) -> Any:
     if hasattr(model, "pretrained_cfg"):
         with optional("timm", "timm"):
-            from timm.data import create_transform, resolve_model_data_config
-        return create_transform(**resolve_model_data_config(model), is_training=False)
+            from timm.data import create_transform
+
+            from torchprune_bayes.integrations.timm import WithChannels, data_config
+        config = data_config(model)
+        return WithChannels(create_transform(**config, is_training=False), config["input_size"][0])
     from torchvision import transforms
 
     return transforms.Compose(
@@ -268,9 +271,9 @@ def normalisation_of(source: str, model: nn.Module) -> dict[str, Any]:
     if not Path(source).is_dir():
         return {}
     if hasattr(model, "pretrained_cfg"):
-        from timm.data import resolve_model_data_config
+        from torchprune_bayes.integrations.timm import data_config
 
-        config = resolve_model_data_config(model)
+        config = data_config(model)
         return {"mean": config["mean"], "std": config["std"]}
     return {"mean": _IMAGENET_MEAN, "std": _IMAGENET_STD}
 

@@ -84,7 +84,8 @@ class PruningCallback(FirstToLog, AtEpochEnds):
             function ``(model, params) -> Calibration`` such as :func:`calibrate_on` makes.
         forget_best: Whether the best metric is forgotten when something is pruned.
         keep_zeros: Whether exact zeros that the weights have at the start count as pruned.
-        options: Further arguments of the method.
+        options: Further arguments of :class:`~torchprune_bayes.GradualPruner`, such as
+            ``decay_after=False``, and of the method.
 
     Attributes:
         pruner: The :class:`~torchprune_bayes.GradualPruner` at work; ``None`` before training.

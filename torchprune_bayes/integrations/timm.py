@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,18 @@ with optional("timm", "timm"):
     from timm.data import create_transform, resolve_data_config
 
 __all__ = [
+    "WithChannels",
     "calibrate",
     "classifier_names",
+    "data_config",
     "hold_zeros",
     "importance_of",
     "importances_by_name",
     "load_pruned",
     "save_pruned",
 ]
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of PIL
 
 WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURE_FILE = "architecture.json"
@@ -71,17 +75,21 @@ def calibrate(
         num_samples: See :class:`~torchprune_bayes.Calibration`.
         batch_size: Images that are loaded together.
         workers: Processes that load them.
-        data_config: What ``timm.data.resolve_data_config`` returns; default that of the model.
+        data_config: What :func:`data_config` or ``timm.data.resolve_data_config`` returns; default
+            that of the model.
         options: Further arguments of :class:`~torchprune_bayes.Calibration`; ``loss_fn`` is the
             cross-entropy unless it is given.
 
     Returns:
         The calibration.
     """
-    config = resolve_data_config(model=unwrap(model)) if data_config is None else data_config
+    config = _config_of(model) if data_config is None else data_config
     known = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     chosen = {key: config[key] for key in known if key in config}
-    dataset.transform = create_transform(**chosen, is_training=False)  # type: ignore[attr-defined]
+    transform = create_transform(**chosen, is_training=False)
+    dataset.transform = WithChannels(  # type: ignore[attr-defined]
+        transform, config["input_size"][0] if "input_size" in config else 3
+    )
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -90,6 +98,67 @@ def calibrate(
     )
     loss_fn = options.pop("loss_fn", cross_entropy)
     return Calibration(model, loader, loss_fn, params=params, num_samples=num_samples, **options)
+
+
+def data_config(model: nn.Module, *, img_size: int | None = None) -> dict[str, Any]:
+    """What ``timm.data.resolve_data_config`` says, for as many channels as the model takes.
+
+    timm gives size, mean and standard deviation of three channels, whatever ``in_chans`` the model
+    was built with; for others each is the mean over the three.
+
+    Args:
+        model: A timm model.
+        img_size: Height and width of the images; default those of the model's published weights.
+
+    Example:
+        >>> model = timm.create_model("test_resnet", in_chans=1)
+        >>> config = data_config(model, img_size=32)
+        >>> config["input_size"], [round(value, 3) for value in config["mean"]]
+        ((1, 32, 32), [0.5])
+    """
+    inner = unwrap(model)
+    config: dict[str, Any] = resolve_data_config({"img_size": img_size}, model=inner)
+    channels = _channels_of(inner)
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+class WithChannels:
+    """A transform of images that first have as many channels as the model takes.
+
+    Grey images become coloured for a model of three channels, and coloured ones grey for one.
+
+    Args:
+        transform: What follows.
+        channels: 1, 3 or 4; images for other models are left as they are.
+
+    Example:
+        >>> from PIL import Image
+        >>> WithChannels(lambda image: image.mode, 3)(Image.new("L", (2, 2)))
+        'RGB'
+    """
+
+    def __init__(self, transform: Callable[[Any], Any], channels: int) -> None:
+        self.transform, self.mode = transform, _MODES.get(channels)
+
+    def __call__(self, image: Any) -> Any:
+        """Convert and transform an image."""
+        if self.mode is not None and getattr(image, "mode", self.mode) != self.mode:
+            image = image.convert(self.mode)
+        return self.transform(image)
+
+
+_config_of = data_config  # where a parameter has that name
+
+
+def _channels_of(model: nn.Module) -> int:
+    first = getattr(model, "pretrained_cfg", {}).get("first_conv")
+    name = first[0] if isinstance(first, (tuple, list)) else first
+    layer = dict(model.named_modules()).get(name) if name else None
+    return int(getattr(layer, "in_channels", 3))
 
 
 def classifier_names(model: nn.Module) -> list[str]:
