@@ -14,6 +14,7 @@ OPTIONAL = (
     "sklearn",
     "torchvision",
     "foolbox",
+    "codecarbon",
     "torch._dynamo",  # not optional, but seconds to load
 )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +15,29 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.calibration._batches import batch_size
 from torchprune_bayes.calibration._functional import LossFunction
-from torchprune_bayes.reports import ResultsTable, collect_sums
+from torchprune_bayes.reports import EnergyMeter, ResultsTable, collect_sums, measure_energy
+
+
+@contextmanager
+def metered() -> Iterator[EnergyMeter]:
+    """Measure energy where codecarbon is installed and a meter readable; else nothing."""
+    if find_spec("codecarbon") is None:
+        yield EnergyMeter()
+        return
+    with measure_energy() as meter:
+        yield meter
+
+
+def energy_of(meter: EnergyMeter) -> dict[str, Any]:
+    """An entry for the report, empty where nothing was measured."""
+    return {} if meter.energy is None else {"energy_wh": asdict(meter.energy)}
+
+
+def energy_lines(meter: EnergyMeter) -> list[str]:
+    """A line for people, none where nothing was measured."""
+    return (
+        [] if meter.energy is None else [f"energy of pruning, of the whole machine: {meter.energy}"]
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,15 @@ from torchprune_bayes.cli._inputs import (
     calibration_of,
     loaded,
 )
-from torchprune_bayes.cli._measuring import Measured, measure, metric_lines, metrics_of
+from torchprune_bayes.cli._measuring import (
+    Measured,
+    energy_lines,
+    energy_of,
+    measure,
+    metered,
+    metric_lines,
+    metrics_of,
+)
 from torchprune_bayes.cli._options import checked_options
 from torchprune_bayes.cli._page import check_report, settings_of, write_page
 from torchprune_bayes.cli._plan import estimate, in_mib, in_words
@@ -117,7 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
     _print_plan(arguments, space, options)
     before = None if data is None else measure(model, data.evaluation)
     begin = perf_counter()
-    decision = prune_global(space.pairs(), arguments.method, amount=arguments.amount, **options)
+    with metered() as meter:
+        decision = prune_global(space.pairs(), arguments.method, amount=arguments.amount, **options)
     seconds = perf_counter() - begin
     after = None if data is None else measure(model, data.evaluation)
     evaluated_on = "" if data is None else data.evaluated_on
@@ -128,11 +137,12 @@ def run(arguments: argparse.Namespace) -> int:
         **count_pruned(decision.masks),
         "metrics": metrics_of(before, after, evaluated_on),
         "info": decision.info,
+        **energy_of(meter),
     }
     files = [*save_pruned(model, arguments.output, report), write_config(arguments)]
     if arguments.data is not None and is_text(arguments.data):
         save_tokenizer(model, arguments.output)
-    lines = [_outcome(report), *metric_lines(before, after, evaluated_on)]
+    lines = [_outcome(report), *energy_lines(meter), *metric_lines(before, after, evaluated_on)]
     if arguments.report:
         files.append(_write_page(arguments, report, before, after, lines))
     print("\n".join(lines))
@@ -155,7 +165,7 @@ def _write_page(
     return write_page(
         arguments,
         f"{arguments.model} pruned by {arguments.method}",
-        lines[:1] + lines[1:][-1:],
+        [line for line in lines if "->" not in line],
         models={"before": before, "after": after},
         tables=_steps(report["info"]),
         layers=layers,

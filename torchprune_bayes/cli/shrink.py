@@ -24,7 +24,15 @@ from torchprune_bayes.cli._inputs import (
     example_of,
     loaded,
 )
-from torchprune_bayes.cli._measuring import Measured, measure, metric_lines, metrics_of
+from torchprune_bayes.cli._measuring import (
+    Measured,
+    energy_lines,
+    energy_of,
+    measure,
+    metered,
+    metric_lines,
+    metrics_of,
+)
 from torchprune_bayes.cli._page import check_report, settings_of, write_page
 from torchprune_bayes.cli._plan import in_words
 from torchprune_bayes.cli._results import write_config, write_report
@@ -118,15 +126,16 @@ def run(arguments: argparse.Namespace) -> int:
     importance = _importance(arguments, calibration_of(arguments, model, data, None))
     check_writable(arguments.output)
     begin = perf_counter()
-    found = shrink(
-        model,
-        example,
-        importance,
-        sparsity=arguments.sparsity,
-        target=arguments.target,
-        round_to=arguments.round_to,
-        ignored=arguments.exclude,
-    )
+    with metered() as meter:
+        found = shrink(
+            model,
+            example,
+            importance,
+            sparsity=arguments.sparsity,
+            target=arguments.target,
+            round_to=arguments.round_to,
+            ignored=arguments.exclude,
+        )
     seconds = perf_counter() - begin
     speed, after = compare_speed(whole, model, example), measure(model, data.evaluation)
     report: dict[str, Any] = {
@@ -137,11 +146,12 @@ def run(arguments: argparse.Namespace) -> int:
         "units": {g.name: {"before": g.units.before, "after": g.units.after} for g in found.groups},
         "speedup": {"median": speed.speedup, "low": speed.speedup_low, "high": speed.speedup_high},
         "metrics": metrics_of(before, after, data.evaluated_on),
+        **energy_of(meter),
     }
     save_shrunk(model, arguments.output)
     files = [arguments.output / "shrunk.safetensors", write_report(arguments.output, report)]
     files.append(write_config(arguments))
-    lines = metric_lines(before, after, data.evaluated_on)
+    lines = [*energy_lines(meter), *metric_lines(before, after, data.evaluated_on)]
     if arguments.report:
         files.append(_write_page(arguments, found, speed, {"before": before, "after": after}))
     print("\n".join([str(found), f"forward pass: {speed}", *lines]))

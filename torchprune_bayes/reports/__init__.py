@@ -12,7 +12,8 @@ Measure
     :func:`rank_correlations` look at a trained model with gates: how far they can be closed, by
     which ranking, where the evidence stops, and what real shrinking leaves of parameters, FLOPs
     and latency. :func:`compare_speed` times any model against what is left of it,
-    :func:`evaluate_attacked` measures several models under adversarial attacks.
+    :func:`evaluate_attacked` measures several models under adversarial attacks, and
+    :func:`measure_energy` what a piece of code uses.
 
 Collect
     :class:`ResultsTable` holds one row per run, averages over seeds and writes text, Markdown,
@@ -51,6 +52,7 @@ from torchprune_bayes.reports.compression import (
     sweep_p1,
 )
 from torchprune_bayes.reports.compression_plot import plot_accuracy_against_compression
+from torchprune_bayes.reports.energy import Energy, EnergyMeter, measure_energy
 from torchprune_bayes.reports.evaluation import collect_sums, evaluate
 from torchprune_bayes.reports.html_report import HtmlReport, LayerChange, versions
 from torchprune_bayes.reports.loss_curves import plot_loss_curves
@@ -73,6 +75,8 @@ from torchprune_bayes.reports.tables import ResultsTable
 
 __all__ = [
     "ClassificationMetrics",
+    "Energy",
+    "EnergyMeter",
     "HtmlReport",
     "LayerChange",
     "MetricSums",
@@ -86,6 +90,7 @@ __all__ = [
     "evaluate",
     "evaluate_attacked",
     "expected_calibration_error",
+    "measure_energy",
     "negative_log_likelihood",
     "perplexity",
     "plot_accuracy_against_compression",
