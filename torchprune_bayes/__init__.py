@@ -1,6 +1,6 @@
 """Second-order and Bayesian pruning as drop-in methods for the pruning APIs you already use.
 
-Prune with PyTorch's own function, with any method in the place of the host's:
+Prune with PyTorch's own function, with any method in the place of its own:
 
 >>> import torch
 >>> from torch.nn.utils import prune

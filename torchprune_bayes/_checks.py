@@ -26,13 +26,13 @@ def check_amount(amount: Any) -> None:
         raise ArgumentError(f"Expected a fraction in [0, 1] for `amount`, got {amount}.")
 
 
-def count_to_prune(amount: float | int, live: int) -> int:
-    """Turn ``amount`` into a number of entries, as the host does: ``round(amount * live)``."""
+def count_to_prune(amount: float | int, remaining: int) -> int:
+    """Turn ``amount`` into a number of entries, as PyTorch does: ``round(amount * remaining)``."""
     if not isinstance(amount, numbers.Integral):
-        return round(float(amount) * live)
-    if amount > live:
+        return round(float(amount) * remaining)
+    if amount > remaining:
         raise ArgumentError(
-            f"Expected `amount` of at most {live}, the number of entries left, got {amount}."
+            f"Expected `amount` of at most {remaining}, the number of entries left, got {amount}."
         )
     return int(amount)
 

@@ -22,7 +22,7 @@ class ParameterError(TorchPruneBayesError, ValueError):
 
 
 class AlignmentError(TorchPruneBayesError, ValueError):
-    """The host handed over weights that are not those of the calibration."""
+    """PyTorch handed over weights that are not those of the calibration."""
 
 
 class CalibrationError(TorchPruneBayesError, RuntimeError):

@@ -324,7 +324,7 @@ def sparsity_path(kind: str, final: float, steps: int, initial: float = 0.0) -> 
 
 
 def amount_between(previous: float, target: float) -> float:
-    """Turn two sparsities of the whole into the host's ``amount``, a fraction of what is left.
+    """Turn two sparsities of the whole into PyTorch's ``amount``, a fraction of what is left.
 
     Args:
         previous: Sparsity now, in [0, 1].

@@ -1,7 +1,7 @@
 """The values that parts of the library hand to each other.
 
 Tensors are keyed by qualified name (``"layer1.0.conv1.weight"``), the name the tensor has
-in a model that is not pruned. ``(module, name)`` pairs appear only where the hosts ask for them.
+in a model that is not pruned. ``(module, name)`` pairs appear only where PyTorch asks for them.
 """
 
 from __future__ import annotations

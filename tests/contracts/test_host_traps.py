@@ -42,7 +42,7 @@ def test_t1_a_subset_is_refused():
     """A method sees a flat slice of values and nothing else."""
     model = mlp()
     options = {"pruning_method": WoodFisher, "amount": 0.5, "calibration": calibration_of(model)}
-    with unchanged(model), pytest.raises(AlignmentError, match="Expected the 45 live entries"):
+    with unchanged(model), pytest.raises(AlignmentError, match="Expected the 45 remaining entries"):
         prune.global_unstructured(pairs(model)[:1], **options)
     with unchanged(model), pytest.raises(AlignmentError, match="Expected the 2 parameters"):
         prune_global(pairs(model)[:1], WoodFisher, amount=0.5, calibration=calibration_of(model))

@@ -135,7 +135,7 @@ def test_the_hosts_vector_is_compared_entry_by_entry() -> None:
     flat = torch.cat([model[0].weight.flatten(), kept])
     space.check_alignment(flat)
     space.check_alignment(flat.double())
-    with pytest.raises(AlignmentError, match=r"Expected the 16 live entries .*, got 18: pass"):
+    with pytest.raises(AlignmentError, match=r"Expected the 16 remaining entries .*, got 18: pass"):
         space.check_alignment(torch.cat([flat, flat[:2]]))
     with pytest.raises(AlignmentError, match=r"the values of `0\.weight` at its place, got others"):
         space.check_alignment(flat.abs() + 1)

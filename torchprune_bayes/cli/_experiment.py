@@ -99,7 +99,7 @@ class Trial:
         row = self._row(variant.label, sparsity) | {"options": variant.shown_options}
         model = copy.deepcopy(self.model)
         options = {"amount": sparsity, **variant.options}
-        torch.manual_seed(self.seed)  # the host's random method draws from it
+        torch.manual_seed(self.seed)  # PyTorch's random method draws from it
         try:
             if variant.needs_calibration:
                 options["calibration"] = self.calibration(model)

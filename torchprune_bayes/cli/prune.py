@@ -184,7 +184,7 @@ def _steps(info: dict[str, Any]) -> dict[str, ResultsTable]:
 def _method_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = checked_options(arguments.method, arguments.options)
     method: Callable[..., Any] = find_method(arguments.method).method
-    try:  # Before anything is loaded; the host's own methods raise plain exceptions.
+    try:  # Before anything is loaded; PyTorch's own methods raise plain exceptions.
         method(arguments.amount, **options)
     except (TypeError, ValueError) as error:
         raise ArgumentError(str(error)) from error

@@ -16,7 +16,7 @@ def scale_units(module: nn.Module, side: Side, scale: Tensor) -> None:
     """Multiply the rows (``"out"``, bias included) or columns (``"in"``) of a layer in place.
 
     Args:
-        module: Layer or batch norm, pruned by the host or not.
+        module: Layer or batch norm, pruned by PyTorch's masks or not.
         side: Which entries the units are.
         scale: ``[entries]``.
     """

@@ -140,8 +140,8 @@ class Gates(Mapping[str, NoiseGate]):
         chosen = choose_closed(
             self.margins(criterion), masks, amount=amount, beyond=beyond, keep=keep
         )
-        for name, dead in chosen.items():
-            self[name].close(dead, regrow=regrow)
+        for name, closed in chosen.items():
+            self[name].close(closed, regrow=regrow)
         return self.closed - before
 
     def project_(self) -> None:

@@ -1,4 +1,4 @@
-"""Which gates can be closed: five criteria and how their verdicts become masks.
+"""Which gates can be closed: five criteria and how what they say becomes masks.
 
 Every criterion gives a *margin* for each gate, the amount by which it says that the gate should be
 closed: it says so where the margin is zero or more.
@@ -217,18 +217,18 @@ def choose_closed(
     if beyond and amount is None:
         raise ArgumentError("Expected an `amount` with beyond=True, got none.")
     flat = torch.cat([margins[name].detach().cpu().double() for name in masks])
-    alive = torch.cat([mask.cpu() for mask in masks.values()])
-    candidates = alive & ~_protected(margins, masks, keep)
+    still_open = torch.cat([mask.cpu() for mask in masks.values()])
+    candidates = still_open & ~_protected(margins, masks, keep)
     if not beyond:
         candidates &= flat >= 0
     order = flat.masked_fill(~candidates, -torch.inf).sort(descending=True, stable=True).indices
     count = int(candidates.sum())
     if amount is not None:
         check_amount(amount)
-        count = min(count, count_to_prune(amount, int(alive.sum())))
-    dead = torch.zeros_like(alive)
-    dead[order[:count]] = True
-    pieces = dead.split([mask.numel() for mask in masks.values()])
+        count = min(count, count_to_prune(amount, int(still_open.sum())))
+    closed = torch.zeros_like(still_open)
+    closed[order[:count]] = True
+    pieces = closed.split([mask.numel() for mask in masks.values()])
     return {
         name: piece.to(mask.device)
         for (name, mask), piece in zip(masks.items(), pieces, strict=True)
@@ -238,9 +238,9 @@ def choose_closed(
 def _protected(margins: Mapping[str, Tensor], masks: Mapping[str, Tensor], keep: int) -> Tensor:
     protected = []
     for name, mask in masks.items():
-        alive = mask.cpu()
-        ranked = margins[name].detach().cpu().masked_fill(~alive, torch.inf)
-        stays = torch.zeros_like(alive)
+        still_open = mask.cpu()
+        ranked = margins[name].detach().cpu().masked_fill(~still_open, torch.inf)
+        stays = torch.zeros_like(still_open)
         stays[ranked.sort(stable=True).indices[:keep]] = True
-        protected.append(stays & alive)
+        protected.append(stays & still_open)
     return torch.cat(protected)

@@ -105,23 +105,23 @@ class NoiseGate(nn.Module):
         return (mean * self.mask.to(mean.device)).repeat_interleave(self.repeat)
 
     @torch.no_grad()
-    def close(self, dead: Tensor, *, regrow: bool = False) -> int:
+    def close(self, closed: Tensor, *, regrow: bool = False) -> int:
         """Close gates for good.
 
         Args:
-            dead: Boolean ``[units]``, ``True`` where the gate closes.
-            regrow: Whether closed gates that are not in ``dead`` open again.
+            closed: Boolean ``[units]``, ``True`` where the gate closes.
+            regrow: Whether closed gates that are not in ``closed`` open again.
 
         Returns:
             How many gates are closed now.
         """
-        if dead.shape != self.mask.shape or dead.dtype != torch.bool:
+        if closed.shape != self.mask.shape or closed.dtype != torch.bool:
             raise ArgumentError(
-                f"Expected a boolean tensor of shape {tuple(self.mask.shape)} for `dead`, got "
-                f"{dead.dtype} of shape {tuple(dead.shape)}."
+                f"Expected a boolean tensor of shape {tuple(self.mask.shape)} for `closed`, got "
+                f"{closed.dtype} of shape {tuple(closed.shape)}."
             )
-        alive = ~dead.to(self.mask.device)
-        self.mask.copy_(alive if regrow else self.mask & alive)
+        stays_open = ~closed.to(self.mask.device)
+        self.mask.copy_(stays_open if regrow else self.mask & stays_open)
         return int((~self.mask).sum())
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
     the dense one back.
 
     Args:
-        method: A pruning method, ours or the host's, or a registered name.
+        method: A pruning method, ours or PyTorch's, or a registered name.
         schedule: A :class:`~torchprune_bayes.schedules.Schedule`; or one for each tensor, by
             qualified name; or a function that makes either from the number of steps (or epochs) of
             the training. Step 0 is before training, the last one after it.

@@ -236,7 +236,7 @@ def merged(statistic: Statistic) -> Statistic:
         The statistic over all samples. A Fisher has no calibration any more: pass one beside it.
 
     Raises:
-        AlignmentError: If the processes have other live entries.
+        AlignmentError: If the processes have other remaining entries.
         CalibrationError: If a Fisher streams its gradients.
     """
     if isinstance(statistic, EmpiricalFisher):

@@ -33,8 +33,8 @@ def follows_pattern(weight: Tensor, kept: int = 2, size: int = 4) -> bool:
     """
     if weight.dim() != 2 or weight.shape[1] % size:
         return False
-    live = weight.detach() != 0
-    return bool((live.unflatten(1, (-1, size)).sum(-1) <= kept).all())
+    nonzero = weight.detach() != 0
+    return bool((nonzero.unflatten(1, (-1, size)).sum(-1) <= kept).all())
 
 
 def to_semi_structured(model: nn.Module, *, exclude: Collection[str] = ()) -> list[str]:

@@ -103,8 +103,8 @@ def _best_of(
     shape = canonical_shape(prior.shapes[name])
     if prior.structure is PriorStructure.DIAG:
         curvature = scale * term.block.diagonal()
-        undetermined = not bool((curvature > 0).all())
-        layer = best_constant([term], scale) if undetermined else 1.0
+        without_data = not bool((curvature > 0).all())
+        layer = best_constant([term], scale) if without_data else 1.0
         closed = best_entries(curvature, term.weights.double(), layer).reshape(shape)
         if isinstance(term.block, DiagonalBlock):
             return [closed]

@@ -1,6 +1,6 @@
 """Which tensors are pruned, by which names, and how they are seen as one vector.
 
-In plain words: a tensor that was pruned by the host lives in ``<name>_orig`` (the leaf, an
+In plain words: a tensor with a mask of PyTorch's pruning lives in ``<name>_orig`` (the leaf, an
 ``nn.Parameter``) and ``<name>_mask`` (a buffer), and ``<name>`` is a view made of the two. What a
 method works on is always ``leaf * mask``: the optimizer may have moved masked entries of the leaf.
 """

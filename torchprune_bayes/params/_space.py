@@ -1,4 +1,4 @@
-"""The ordered tensors of one pruning call, and whether they are what the host shows."""
+"""The ordered tensors of one pruning call, and whether they are what PyTorch shows."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ParameterSpace(Sequence[PrunableTensor]):
 
     @property
     def numel(self) -> int:
-        """Number of entries, alive or not."""
+        """Number of entries, pruned ones included."""
         return sum(tensor.leaf.numel() for tensor in self._tensors)
 
     def pairs(self) -> list[tuple[nn.Module, str]]:
@@ -127,7 +127,7 @@ class ParameterSpace(Sequence[PrunableTensor]):
         """The same tensors seen through masks of the caller's, which the model knows nothing of.
 
         Args:
-            masks: Masks by qualified name, for any of the tensors; the host's masks hold as well.
+            masks: Masks by qualified name, for any of the tensors; those of PyTorch hold as well.
 
         Example:
             >>> space = ParameterSpace(nn.Linear(2, 1))
@@ -181,21 +181,21 @@ class ParameterSpace(Sequence[PrunableTensor]):
                 )
 
     def check_alignment(self, flat: Tensor) -> None:
-        """Refuse a flat vector from the host that is not the live entries, in this order.
+        """Refuse a flat vector from PyTorch that is not the remaining entries, in this order.
 
-        The host shows a method the surviving entries of ``module.<name>`` one after the other and
+        PyTorch shows a method the remaining entries of ``module.<name>`` one after the other and
         nothing else, so this comparison is the only way to know which entry is which.
         """
-        live = [_as_host_sees(tensor) for tensor in self._tensors]
-        expected = sum(values.numel() for values in live)
+        remaining = [_as_pytorch_sees(tensor) for tensor in self._tensors]
+        expected = sum(values.numel() for values in remaining)
         if flat.numel() != expected:
             raise AlignmentError(
-                f"Expected the {expected} live entries of the calibration's parameters "
+                f"Expected the {expected} remaining entries of the calibration's parameters "
                 f"({_shortened(self.names)}), got {flat.numel()}: pass the same list to the "
                 "calibration and to the pruning call."
             )
-        pieces = flat.detach().reshape(-1).split([values.numel() for values in live])
-        for tensor, values, piece in zip(self._tensors, live, pieces, strict=True):
+        pieces = flat.detach().reshape(-1).split([values.numel() for values in remaining])
+        for tensor, values, piece in zip(self._tensors, remaining, pieces, strict=True):
             if not torch.equal(values.to(piece.dtype), piece.to(values.device)):
                 raise AlignmentError(
                     f"Expected the values of `{tensor.name}` at its place, got others: keep the "
@@ -203,7 +203,7 @@ class ParameterSpace(Sequence[PrunableTensor]):
                 )
 
     def check_hookable(self) -> None:
-        """Refuse tensors on which the host's forward pre-hooks cannot work."""
+        """Refuse tensors on which PyTorch's forward pre-hooks cannot work."""
         for tensor in self._tensors:
             if not kind_of(tensor.module).is_called:
                 raise ParameterError(
@@ -222,9 +222,9 @@ class ParameterSpace(Sequence[PrunableTensor]):
         return other
 
 
-def _as_host_sees(tensor: PrunableTensor) -> Tensor:
+def _as_pytorch_sees(tensor: PrunableTensor) -> Tensor:
     # `module.<name>` is refreshed only by a forward pass, so it may lag behind `leaf * mask`;
-    # inside the host's `apply` it is gone, and the leaf is what the host hands over.
+    # inside PyTorch's `apply` it is gone, and the leaf is what PyTorch hands over.
     shown = getattr(tensor.module, tensor.tensor_name, tensor.leaf).detach()
     return shown[tensor.mask] if tensor.known_masks else shown.reshape(-1)
 

@@ -1,4 +1,4 @@
-"""One tensor to prune, as the host's pruning keeps it: a leaf, a mask, and a view of the two."""
+"""One tensor to prune, as PyTorch's pruning keeps it: a leaf, a mask, and a view of the two."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ class PrunableTensor:
 
     @property
     def mask(self) -> Tensor:
-        """Boolean mask of the entries that are still alive, shaped like the tensor."""
-        alive = torch.ones_like(self.leaf, dtype=torch.bool, device=self.place)
+        """Boolean mask of the entries that remain, shaped like the tensor."""
+        remaining = torch.ones_like(self.leaf, dtype=torch.bool, device=self.place)
         for mask in self.known_masks:
-            alive &= mask.detach().to(alive.device) != 0
-        return alive
+            remaining &= mask.detach().to(remaining.device) != 0
+        return remaining
 
     @property
     def value(self) -> Tensor:
@@ -80,6 +80,6 @@ class PrunableTensor:
 
     @property
     def known_masks(self) -> list[Tensor]:
-        """The host's mask and the held one, as far as there are any."""
+        """PyTorch's mask and the held one, as far as there are any."""
         masks = (mask_of(self.module, self.tensor_name), self.held_mask)
         return [mask for mask in masks if mask is not None]

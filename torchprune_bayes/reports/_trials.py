@@ -37,11 +37,11 @@ class Trial:
     example_inputs: Any = None
     pairs: int = 0
 
-    def run(self, dead: Mapping[str, Tensor]) -> dict[str, Cell]:
+    def run(self, chosen: Mapping[str, Tensor]) -> dict[str, Cell]:
         """Close these gates of a copy: fractions that are gone, the speed-up and the metric."""
         twin = copy.deepcopy(unwrap(self.model))
         gates = gates_of(twin)
-        for name, gone in dead.items():
+        for name, gone in chosen.items():
             gates[name].close(gone)
         found: dict[str, Cell] = {"closed": gates.closed / gates.units}
         if self.example_inputs is not None:

@@ -91,10 +91,10 @@ def compression_curve(
     trial = Trial(model, measure, finetune, example_inputs, pairs)
     table = ResultsTable()
     for count, stops in sorted([*counts, (stop, 1)]):
-        dead = choose_closed(margins, masks, amount=count, beyond=True, keep=keep)
-        closed = torch.cat([margins[name][gone] for name, gone in dead.items()])
+        chosen = choose_closed(margins, masks, amount=count, beyond=True, keep=keep)
+        closed = torch.cat([margins[name][gone] for name, gone in chosen.items()])
         margin = {"margin": float(closed.min())} if count else {}
-        table.add(level=count / (last or 1), **trial.run(dead), **margin, stop=stops)
+        table.add(level=count / (last or 1), **trial.run(chosen), **margin, stop=stops)
     return table
 
 
@@ -149,7 +149,7 @@ def stopping_points(
         name: choose_closed(gates.margins(criterion), gates.masks, keep=keep)
         for name, criterion in named(criteria).items()
     }
-    return ResultsTable({"criterion": name, **trial.run(dead)} for name, dead in chosen.items())
+    return ResultsTable({"criterion": name, **trial.run(gone)} for name, gone in chosen.items())
 
 
 def sweep_p1(
@@ -193,5 +193,5 @@ def sweep_p1(
     return ResultsTable({"p1": float(row.pop("criterion")), **row} for row in rows)
 
 
-def _total(dead: Mapping[str, Tensor]) -> int:
-    return sum(int(gone.sum()) for gone in dead.values())
+def _total(chosen: Mapping[str, Tensor]) -> int:
+    return sum(int(gone.sum()) for gone in chosen.values())

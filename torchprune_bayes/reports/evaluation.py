@@ -29,7 +29,7 @@ def evaluate(
     """Measure accuracy, likelihood and calibration of a model on labelled data.
 
     The model runs in eval mode without gradients; the training flag of every submodule is put
-    back afterwards, also when something raises, and so are the weights that the host's pruning
+    back afterwards, also when something raises, and so are the weights that PyTorch's pruning
     hooks recompute. Sums are kept, never logits, so memory does not grow with the data; time is
     that of the forward passes.
 

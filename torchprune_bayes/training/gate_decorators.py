@@ -209,9 +209,9 @@ def close_gates(
     check_count("min_open", min_open, minimum=0)
     if not gates:
         raise ArgumentError("Expected at least one gate, got none.")
-    live = [gate.open for gate in gates]
-    k = count_to_prune(amount, sum(int(mask.sum()) for mask in live))
-    kept = smallest_k_with_floor([gate.scores for gate in gates], k, live, min_open)
+    open_masks = [gate.open for gate in gates]
+    k = count_to_prune(amount, sum(int(mask.sum()) for mask in open_masks))
+    kept = smallest_k_with_floor([gate.scores for gate in gates], k, open_masks, min_open)
     for gate, mask in zip(gates, kept, strict=True):
         gate.open.copy_(mask)
     return kept

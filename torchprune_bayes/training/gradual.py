@@ -72,7 +72,7 @@ class GradualPruner:
     Args:
         params: ``(module, name)`` pairs; or a model, for its
             :func:`~torchprune_bayes.prunable_parameters`; ``None`` takes the calibration's.
-        method: A pruning method that takes ``amount``, ours or the host's, or a registered name.
+        method: A pruning method that takes ``amount``, ours or PyTorch's, or a registered name.
         schedule: One :class:`~torchprune_bayes.schedules.Schedule` for all tensors together, or
             one for each tensor, by qualified name or pair. Tensors whose schedules are equal are
             pruned together.

@@ -74,7 +74,7 @@ def group_hoyer_square(params: ParameterPairs | nn.Module) -> Tensor:
 
 
 def count_below(params: ParameterPairs | nn.Module, threshold: float) -> int:
-    """How many live weights have an absolute value of at most ``threshold``.
+    """How many remaining weights have an absolute value of at most ``threshold``.
 
     As ``amount`` of magnitude pruning it removes just these. The SNIP-it paper's code takes 1e-3
     for weights trained with a Hoyer penalty.
@@ -118,7 +118,7 @@ def _weights(params: ParameterPairs | nn.Module) -> list[Tensor]:
     found = []
     for module, name in _pairs(params):
         weight, mask = _parameter(module, name), mask_of(module, name)
-        # Not the view that the host's hook makes: it is that of the last forward pass.
+        # Not the view that PyTorch's hook makes: it is that of the last forward pass.
         found.append(weight if mask is None else weight * mask)
     return found
 

@@ -212,7 +212,7 @@ class SpaM:
         if updates:
             posterior = self._improved(posterior)
         evidence = posterior.log_marginal_likelihood()
-        determined = posterior.effective_parameters()
+        effective = posterior.effective_parameters()
         masks = self._pruning.chosen(posterior, now) if prunes else {}
         with self._kept_on_error(masks):
             self._take_over(posterior, evidence, now, updates)
@@ -222,7 +222,7 @@ class SpaM:
                 "step": now,
                 "updated": updates,
                 "log_marginal_likelihood": evidence,
-                "effective_parameters": determined,
+                "effective_parameters": effective,
                 "sparsity": self._pruning.sparsity,
             }
             self.history, self._step = [*self.history, event], now
@@ -307,9 +307,9 @@ class SpaM:
     def _improved(self, posterior: Posterior) -> Posterior:
         posterior = posterior.with_best_prior(**self._solver)
         if self._fits_noise:
-            determined = posterior.effective_parameters()
+            effective = posterior.effective_parameters()
             error, count = 2.0 * posterior.loss, posterior.observations
-            found = fixed_point_noise(error, count, determined, posterior.temperature)
+            found = fixed_point_noise(error, count, effective, posterior.temperature)
             posterior = posterior.with_noise(found)
         return posterior
 
