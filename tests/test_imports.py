@@ -15,6 +15,7 @@ OPTIONAL = (
     "torchvision",
     "foolbox",
     "codecarbon",
+    "scipy",
     "torch._dynamo",  # not optional, but seconds to load
 )
 

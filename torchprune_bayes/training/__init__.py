@@ -18,6 +18,7 @@ from torchprune_bayes.training.penalties import count_below, group_hoyer_square,
 from torchprune_bayes.training.prior_decay import PriorDecay
 from torchprune_bayes.training.rewinding import IterativeMagnitudePruning
 from torchprune_bayes.training.spam import SpaM
+from torchprune_bayes.training.tracking import PruningLog
 
 __all__ = [
     "GateDecorator",
@@ -26,6 +27,7 @@ __all__ = [
     "HardConcreteGate",
     "IterativeMagnitudePruning",
     "PriorDecay",
+    "PruningLog",
     "SpaM",
     "bare_optimizer",
     "close_gates",
