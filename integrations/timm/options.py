@@ -14,6 +14,9 @@ from torchprune_bayes.integrations.timm import importances_by_name
 # Those of whole units need gates, or belong into `shrink`.
 METHODS = sorted(name for name, entry in registered_methods().items() if not entry.is_structured)
 
+RECOMMENDED = "recommended"
+"""Gates' Fisher, measured loss curves and least squares, see ``shrink``."""
+
 
 def parse(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -84,8 +87,8 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     add("--prune-classifier", action="store_true", help="prune the classifier too")
     add("--prune-options", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     add("--prune-structured", action="store_true", help="remove channels and heads instead")
-    names = sorted(importances_by_name())
-    add("--prune-importance", default="l1filter", choices=names, help="with --prune-structured")
+    names = [RECOMMENDED, *sorted(importances_by_name())]
+    add("--prune-importance", default=RECOMMENDED, choices=names, help="with --prune-structured")
     add("--prune-target", default="params", choices=["channels", "params", "flops"])
     add("--calib-samples", type=int, default=512)
     add("--calib-batch-size", type=int, default=64)

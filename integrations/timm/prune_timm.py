@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import timm
 import torch
 import yaml
 from digits_folder import write_digits
-from options import parse
+from options import RECOMMENDED, parse
 from timm.data import create_dataset, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -40,6 +41,7 @@ from torchprune_bayes.integrations.timm import (
     save_pruned,
 )
 from torchprune_bayes.reports import evaluate
+from torchprune_bayes.structured import check_shrinkable
 
 logger = logging.getLogger("prune")
 
@@ -75,9 +77,12 @@ class Run:
         )
         self.scaler = NativeScaler(device=args.device) if args.amp_dtype == "float16" else None
         self.ema = self._average() if args.model_ema else None
+        self.schedule = self._schedule()
         self.pruner = None if args.prune_structured else self._new_pruner()
         averages = () if self.ema is None else (self.ema.module,)
         self.shrinking = ResumableShrink(self.model, optimizer=self.optimizer, ema=averages)
+        if args.prune_structured:
+            check_shrinkable(self.model, self._example(), sparsity=args.prune_amount, **self._units)
 
     def _method_name(self) -> str:
         args = self.args
@@ -136,40 +141,57 @@ class Run:
             seed=self.args.seed,
         )
 
-    def _new_pruner(self) -> GradualPruner:
+    def _schedule(self) -> laws.Schedule:
+        """Sparsity of the whole after each update."""
         args = self.args
         first, last = (
             round(e * len(self.train_loader)) for e in (args.prune_begin, args.prune_end)
         )
         if args.prune_schedule == "one_shot":
-            schedule = laws.one_shot(args.prune_amount, at=first)
-        else:
-            law = getattr(laws, args.prune_schedule)
-            schedule = law(args.prune_amount, first, last, times=args.prune_steps)
+            return laws.one_shot(args.prune_amount, at=first)
+        law: Callable[..., laws.Schedule] = getattr(laws, args.prune_schedule)
+        return law(args.prune_amount, first, last, times=args.prune_steps)
+
+    def _new_pruner(self) -> GradualPruner:
+        args = self.args
         options = dict(args.prune_options)
         if args.prune_scope != "global":
             options["scope"] = args.prune_scope
         return GradualPruner(
             None,
             args.prune_method,
-            schedule,
+            self.schedule,
             calibration=self.calibration(),
             optimizer=self.optimizer,
             decay_after=not args.prune_no_decay_after,
             **options,
         )
 
-    def shrink(self) -> None:
-        """Remove channels or heads, together with the optimizer's state and the average."""
-        example = torch.randn(1, *self.config["input_size"], device=self.args.device)
-        report = self.shrinking.shrink(
-            example,
-            importance_of(self.args.prune_importance, self.calibration()),
-            sparsity=self.args.prune_amount,
-            target=self.args.prune_target,
-            ignored=[] if self.args.prune_classifier else classifier_names(self.model),
+    def _example(self) -> torch.Tensor:
+        return torch.zeros(1, *self.config["input_size"], device=self.args.device)
+
+    @property
+    def _units(self) -> dict[str, Any]:
+        """What a sparsity counts, and what is left whole."""
+        ignored = [] if self.args.prune_classifier else classifier_names(self.model)
+        return {"target": self.args.prune_target, "ignored": ignored}
+
+    def _importance(self) -> Any:
+        calibration = self.calibration()
+        if self.args.prune_importance == RECOMMENDED:
+            return calibration
+        return importance_of(self.args.prune_importance, calibration)
+
+    def shrink(self, update: int) -> None:
+        """Remove channels or heads if it is due, with the optimizer's state and the average."""
+        if not self.args.prune_structured or not self.schedule.is_due(update):
+            return
+        sparsity = self.schedule(update)
+        report = self.shrinking.shrink_to(
+            sparsity, self._example(), self._importance, **self._units
         )
-        logger.info("%s", report)
+        if report is not None:
+            logger.info("shrunk to a sparsity of %.4f at update %d\n%s", sparsity, update, report)
 
     def train_one_epoch(self, epoch: int) -> float:
         """Train and prune for an epoch; returns the mean loss."""
@@ -184,6 +206,7 @@ class Run:
                 self.ema.update(self.model, step=updates + index)
                 if event is not None and self.pruner is not None:
                     hold_zeros(self.ema, self.pruner.masks)
+            self.shrink(updates + index + 1)
             self.scheduler.step_update(updates + index + 1)
             total += loss
         self.scheduler.step(epoch + 1)
@@ -231,8 +254,8 @@ class Run:
         self.scheduler.step(begin)
         metrics = {} if begin < self.args.epochs else self.validate()
         for epoch in range(begin, self.args.epochs):
-            if self.args.prune_structured and epoch == int(self.args.prune_begin):
-                self.shrink()
+            if epoch == 0:
+                self.shrink(0)
             loss = self.train_one_epoch(epoch)
             metrics = self.validate()
             logger.info("epoch %d: %s", epoch, metrics)

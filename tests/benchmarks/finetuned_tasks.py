@@ -10,10 +10,13 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
     DataCollatorWithPadding,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -23,6 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from tests.benchmarks.resnet20 import prepared
+from tests.benchmarks.transformers_tasks import minilm_folder
 from tests.integrations.scripts import recipe
 from tests.references.resnet20 import load_cifar10
 
@@ -91,17 +95,7 @@ def distilbert(data: Path, output: Path) -> Task:
     with recipe("hf", "prune_text_classifier") as script:
         whole = script.labelled_texts(data / "sst2")
         tokenizer = script.train_tokenizer([text for text, _ in whole[0]], 4000)
-    train, evaluation = (
-        [
-            {"input_ids": ids, "labels": label}
-            for ids, (_, label) in zip(
-                tokenizer([text for text, _ in part], truncation=True, max_length=64)["input_ids"],
-                part,
-                strict=True,
-            )
-        ]
-        for part in whole
-    )
+    train, evaluation = (_sentences(tokenizer, part) for part in whole)
     config = DistilBertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=64,
@@ -124,6 +118,27 @@ def distilbert(data: Path, output: Path) -> Task:
         rate=2e-4,
         collator=DataCollatorWithPadding(tokenizer),
         exclude=["pre_classifier", "classifier"],
+    )
+
+
+def minilm(data: Path, output: Path) -> Task:
+    """The pretrained all-MiniLM-L6-v2 with a classifier on SST-2."""
+    folder = minilm_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with recipe("hf", "prune_text_classifier") as script:
+        whole = script.labelled_texts(data / "sst2")
+    train, evaluation = (_sentences(tokenizer, part) for part in whole)
+    return Task(
+        BertForSequenceClassification.from_pretrained(folder, num_labels=2),
+        train,
+        evaluation,
+        batch_size=32,
+        dense_updates=120,
+        dense_rate=1e-4,
+        updates=30,
+        rate=5e-5,
+        collator=DataCollatorWithPadding(tokenizer),
+        exclude=["bert.pooler.dense", "classifier"],
     )
 
 
@@ -200,6 +215,30 @@ def resnet20(data: Path, output: Path) -> Task:
     )
 
 
+def resnet18(data: Path, output: Path) -> Task:
+    """ResNet-18 as for ImageNet on CIFAR-10, from scratch."""
+    train, evaluation = _cifar10(data, test_images=4000)
+    return Task(
+        Classifier(torchvision.models.resnet18(num_classes=CLASSES)),
+        train,
+        evaluation,
+        batch_size=64,
+        dense_updates=800,
+        dense_rate=1e-3,
+        updates=40,
+        rate=3e-4,
+        exclude=["body.fc"],
+    )
+
+
+def _sentences(tokenizer: Any, part: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    encoded = tokenizer([text for text, _ in part], truncation=True, max_length=64)
+    return [
+        {"input_ids": ids, "labels": label}
+        for ids, (_, label) in zip(encoded["input_ids"], part, strict=True)
+    ]
+
+
 def _cifar10(data: Path, test_images: int) -> tuple[Images, Images]:
     train = Images(*load_cifar10(data, "train"), augment=True)
     return train, Images(*load_cifar10(data, "test", test_images), augment=False)
@@ -207,7 +246,9 @@ def _cifar10(data: Path, test_images: int) -> tuple[Images, Images]:
 
 TASKS: dict[str, Callable[[Path, Path], Task]] = {
     "distilbert": distilbert,
+    "minilm": minilm,
     "gpt2": gpt2,
     "vit": vit,
     "resnet20": resnet20,
+    "resnet18": resnet18,
 }

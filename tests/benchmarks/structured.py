@@ -6,13 +6,15 @@ The dense networks are those of ``finetuned.py``; each is trained once and kept 
 every fraction of the FLOPs a copy is shrunk and measured at once; with ``--fine-tune`` it is then
 trained like all others, for the same few updates, and measured again.
 
-``default`` is ``shrink(model, inputs, calibration, ...)``. The others are torch-pruning's group
-importances at their default settings (mean over the layers of a group, divided by the mean of the
-group's units), written for groups of any model, so that transformers are served as well. Each is
+``default`` is ``shrink(model, inputs, calibration, ...)``. ``tp magnitude`` and ``tp taylor`` are
+torch-pruning's own pruner with its group importances. ``magnitude``, ``taylor`` and ``hessian`` are
+those importances at their default settings (mean over the layers of a group, divided by the mean of
+the group's units), written for groups of any model, so that all transformers are served. Each is
 ranked globally, within layers and within isomorphic groups, the best of which is chosen by the loss
 on training samples that are not calibrated on, and each is run without and with the repair. The
 test split is measured and nothing is chosen on it. CPU seconds are those of scoring, ranking,
-repairing and choosing. Rows are written as they come; what is in the file is not run again.
+repairing and choosing, ``passes`` the same in forward and backward passes over the calibration
+data, measured beside them. Rows are written as they come; what is in the file is not run again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,66 +39,19 @@ from tests.benchmarks.finetuned import (
     trainer_for,
 )
 from tests.benchmarks.finetuned_tasks import TASKS, Task
+from tests.benchmarks.structured_peers import HOSTS, SCOPES, PeerImportance, pruned_by_host
 from torchprune_bayes import Calibration, prunable_parameters
-from torchprune_bayes._numerics.joint_cost import sums_of_units
 from torchprune_bayes.reports import ResultsTable
-from torchprune_bayes.structured import ShrinkReport, UnitImportance, shrink
-from torchprune_bayes.structured._space import space_of
+from torchprune_bayes.structured import ShrinkReport, shrink
 from torchprune_bayes.structured.allocation import Allocation
-from torchprune_bayes.structured.groups import UnitGroup
 
 ALLOCATIONS: tuple[Allocation, ...] = ("global", "layer", "isomorphic")
-PEERS = ("magnitude", "taylor", "hessian")
-SCORES = ["perplexity", "accuracy", "nll", "tuned perplexity", "tuned accuracy", "seconds"]
-SCORES += ["latency_ratio_1", "latency_ratio_16"]
-
-
-class PeerImportance(UnitImportance):
-    """An importance of torch-pruning's by its formula, on the groups of this library.
-
-    ``"magnitude"`` sums ``w²``, ``"taylor"`` ``|w g|`` with the gradient of the mean loss, and
-    ``"hessian"`` ``w² mean_n g_n²``; over the weights of a unit in each layer, then the mean over
-    layers, then divided by the mean of the group.
-    """
-
-    needs_recalibration = True
-
-    def __init__(self, kind: str, calibration: Calibration) -> None:
-        self.kind, self.calibration = kind, calibration
-        self._entries: dict[str, Tensor] = {}
-        self._names: dict[str, str] = {}
-
-    def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
-        """Take what each weight counts."""
-        weights = [p for g in groups for p in g.slices if p.name.endswith("weight")]
-        space, self._names = space_of(model, weights)
-        calibration = self.calibration.with_space(space)
-        values = space.values()
-        if self.kind == "magnitude":
-            self._entries = {name: value.square() for name, value in values.items()}
-        elif self.kind == "taylor":
-            found = calibration.mean_gradient()
-            self._entries = {name: (value * found[name]).abs() for name, value in values.items()}
-        else:
-            squares = sum(rows.square().sum(0) for rows in calibration.gradients())
-            assert isinstance(squares, Tensor)
-            parts = squares.split([value.numel() for value in values.values()])
-            self._entries = {
-                name: value.square() * part.view_as(value) / calibration.num_gradients
-                for (name, value), part in zip(values.items(), parts, strict=True)
-            }
-
-    def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
-        """Mean over the layers of a group, relative to the mean of its units."""
-        pieces = [piece for piece in group.slices if piece.name in self._names]
-        local = [
-            sums_of_units(self._entries[self._names[p.name]].unsqueeze(0), [(p.dim, p.positions)])
-            for p in pieces
-        ]
-        if not local:
-            return None
-        found = torch.stack(local).mean(0)[0].double()
-        return found / found.mean()
+PEERS = ("magnitude", "taylor", "hessian", *HOSTS)
+TRACED = ("vit", "resnet20", "resnet18")
+"""Tasks whose networks torch-pruning's own pruner is run on."""
+SCORES = ["perplexity", "eval_loss_perplexity", "accuracy", "nll"]
+SCORES += ["tuned perplexity", "tuned eval_loss_perplexity", "tuned accuracy"]
+SCORES += ["seconds", "passes", "latency_ratio_1", "latency_ratio_16"]
 
 
 def calibrated(task: Task, model: nn.Module, seed: int, samples: int) -> Calibration:
@@ -113,43 +67,89 @@ def example_of(task: Task, size: int = 16) -> dict[str, Tensor]:
     return {key: batch[key] for key in batch if key != "labels"}
 
 
-def shrunk(task: Task, row: dict[str, Any], samples: int) -> tuple[nn.Module, ShrinkReport]:
-    """A copy of the dense model, shrunk as the row says; notes allocation and seconds down."""
-    example, options = example_of(task), {"sparsity": row["sparsity"], "target": "flops"}
-    options["ignored"] = list(task.exclude)
+def seconds_of_a_pass(task: Task, samples: int) -> float:
+    """CPU seconds of one forward and backward pass over the calibration data, in batches."""
+    calibration = calibrated(task, copy.deepcopy(task.model), 0, samples)
+    start = time.process_time()
+    calibration.mean_gradient()
+    return time.process_time() - start
+
+
+def shrunk(task: Task, row: dict[str, Any], samples: int) -> nn.Module:
+    """A copy of the dense model, shrunk as the row says; notes down how it went."""
     start = time.process_time()
     if row["method"] == "default":
         model = copy.deepcopy(task.model)
-        calibration = calibrated(task, model, row["seed"], samples)
-        report = shrink(model, example, calibration, **options, steps=row["steps"])
-        row["seconds"] = time.process_time() - start
-        return model, report
+        report = _shrunk(task, model, row, calibrated(task, model, row["seed"], samples))
+        row["flops"], row["left"] = _what_is_left(report)
+    else:
+        peer = _by_host if row["method"] in HOSTS else _by_formula
+        model = peer(task, row, samples)
+    row["seconds"] = time.process_time() - start
+    return model
+
+
+def _by_formula(task: Task, row: dict[str, Any], samples: int) -> nn.Module:
+    """The best of three allocations of an importance of torch-pruning's on our groups."""
     found = []
     for allocation in ALLOCATIONS:
         model = copy.deepcopy(task.model)
-        calibration = calibrated(task, model, row["seed"], samples)
-        report = shrink(
-            model,
-            example,
-            PeerImportance(row["method"], calibration),
-            **options,
-            allocation=allocation,
-            repair="least_squares" if row["repair"] else "none",
-        )
-        calibration = calibrated(task, model, row["seed"], samples)
-        loss = calibration.held_out_loss().value
-        found.append((loss, allocation, model, report))
-    row["seconds"] = time.process_time() - start
+        importance = PeerImportance(row["method"], calibrated(task, model, row["seed"], samples))
+        how = "least_squares" if row["repair"] else "none"
+        report = _shrunk(task, model, row, importance, allocation=allocation, repair=how)
+        found.append((_held_out(task, model, row, samples), allocation, model, report))
     _, row["allocation"], model, report = min(found, key=lambda each: each[0])
-    return model, report
+    row["flops"], row["left"] = _what_is_left(report)
+    return model
+
+
+def _by_host(task: Task, row: dict[str, Any], samples: int) -> nn.Module:
+    """The best of three settings of torch-pruning's own pruner."""
+    found = []
+    for scope in SCOPES:
+        model, fraction = pruned_by_host(
+            task.model,
+            example_of(task),
+            task.exclude,
+            lambda copied: calibrated(task, copied, row["seed"], samples),
+            method=row["method"],
+            scope=scope,
+            sparsity=row["sparsity"],
+            repair=row["repair"],
+        )
+        found.append((_held_out(task, model, row, samples), scope, model, fraction))
+    _, row["allocation"], model, row["flops"] = min(found, key=lambda each: each[0])
+    return model
+
+
+def _shrunk(
+    task: Task, model: nn.Module, row: dict[str, Any], importance: Any, **options: Any
+) -> ShrinkReport:
+    return shrink(
+        model,
+        example_of(task),
+        importance,
+        sparsity=row["sparsity"],
+        target="flops",
+        steps=row["steps"],
+        ignored=list(task.exclude),
+        **options,
+    )
+
+
+def _held_out(task: Task, model: nn.Module, row: dict[str, Any], samples: int) -> float:
+    return calibrated(task, model, row["seed"], samples).held_out_loss().value
+
+
+def _what_is_left(report: ShrinkReport) -> tuple[float, dict[str, int]]:
+    assert report.flops is not None
+    return report.flops.sparsity, {group.name: group.units.after for group in report.groups}
 
 
 def run(task: Task, output: Path, row: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Fill a row in."""
-    model, report = shrunk(task, row, arguments.samples)
-    assert report.flops is not None
-    row["flops"] = report.flops.sparsity
-    row["left"] = {group.name: group.units.after for group in report.groups}
+    model = shrunk(task, row, arguments.samples)
+    row["passes"] = row["seconds"] / seconds_of_a_pass(task, arguments.samples)
     trainer = trainer_for(task, model, output, row["seed"], task.updates, task.rate, None)
     row.update(measured(task, trainer))
     example = example_of(task)
@@ -178,7 +178,7 @@ def rows_for(arguments: argparse.Namespace, task: str) -> list[dict[str, Any]]:
         for seed in arguments.seeds
         for sparsity in arguments.sparsities
         for method, repair in kinds
-        if method in arguments.methods
+        if method in arguments.methods and (task in TRACED or method not in HOSTS)
     ]
 
 

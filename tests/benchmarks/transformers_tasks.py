@@ -85,7 +85,7 @@ def shakespeare(data: Path) -> Task:
 
 def minilm(data: Path) -> Task:
     """The pretrained all-MiniLM-L6-v2 with a classifier, on SST-2."""
-    folder = _minilm_folder()
+    folder = minilm_folder()
     torch.manual_seed(0)
     model = BertForSequenceClassification.from_pretrained(folder, num_labels=2)
     train, test = _sentences(data, folder)
@@ -96,7 +96,7 @@ def minilm(data: Path) -> Task:
 
 def distilbert(data: Path) -> Task:
     """A DistilBERT whose six layers begin as those of MiniLM, on SST-2."""
-    folder = _minilm_folder()
+    folder = minilm_folder()
     source = BertForSequenceClassification.from_pretrained(folder, num_labels=2).bert
     torch.manual_seed(0)
     config = DistilBertConfig(
@@ -171,7 +171,8 @@ def _blocks(ids: Tensor) -> Data:
     return {"input_ids": blocks, "labels": blocks}
 
 
-def _minilm_folder() -> Path:
+def minilm_folder() -> Path:
+    """Where the package of MiniLM keeps the model."""
     spec = importlib.util.find_spec(MINILM)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(f"the package {MINILM.replace('_', '-')}, which carries MiniLM")

@@ -176,11 +176,11 @@ def test_the_script_goes_on_where_it_stopped(digits: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("model", "importance"), [("test_resnet", "opd"), ("test_vit", "l1filter")]
+    ("model", "importance"), [("test_resnet", "opd"), ("test_vit", "recommended")]
 )
 def test_the_script_shrinks(digits: Path, tmp_path: Path, model: str, importance: str) -> None:
     more = ["--model", model, "--prune-structured", "--prune-importance", importance]
-    more += ["--prune-amount", "0.4", "--prune-begin", "1", "--model-ema"]
+    more += ["--prune-amount", "0.4", "--prune-begin", "0.5", "--model-ema"]
     more += ["--model-kwargs", "img_size=32"] if model == "test_vit" else []
     found = prune(*more, output=tmp_path, data=digits)
     whole = timm.create_model(model, num_classes=10, **({"img_size": 32} if "vit" in model else {}))
@@ -191,12 +191,20 @@ def test_the_script_shrinks(digits: Path, tmp_path: Path, model: str, importance
     assert loaded(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
+def test_the_script_refuses_what_cannot_be_shrunk_so_far_before_training(
+    digits: Path, tmp_path: Path
+) -> None:
+    more = ["--model", "test_resnet", "--prune-structured", "--prune-amount", "0.99999"]
+    with pytest.raises(ArgumentError, match="a sparsity of at most"):
+        prune(*more, output=tmp_path, data=digits)
+
+
 def _shrink(output: Path, data: Path, killed_at: int | None = None) -> None:
-    """Train four epochs of two updates, cut after the first; die before an update if asked."""
+    """Train four epochs of two updates, cut in the first ones; die before an update if asked."""
     torch.set_num_threads(1)
     more = ["--model", "test_resnet", "--prune-structured", "--prune-importance", "snapit"]
-    more += ["--prune-amount", "0.4", "--prune-begin", "1", "--epochs", "4", "--model-ema"]
-    more += ["--resume", "--output", str(output), "--experiment", "run"]
+    more += ["--prune-amount", "0.4", "--prune-begin", "1", "--prune-end", "3", "--model-ema"]
+    more += ["--epochs", "4", "--resume", "--output", str(output), "--experiment", "run"]
     with recipe("timm", "prune_timm") as module:
         update, updates = module.Run._update, itertools.count()
 

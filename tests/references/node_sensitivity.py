@@ -6,6 +6,7 @@ place they multiply: what is read (``"read"``), or what a layer gives before its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -127,6 +128,36 @@ def sample_gradients(
         for name, gradient in zip(named, found, strict=True):
             rows.setdefault(name, []).append(gradient)
     return {name: torch.stack(parts) for name, parts in rows.items()}
+
+
+def explicit_gate_squares(
+    model: nn.Module,
+    units: Mapping[str, int],
+    loss_fn: Callable[[Any, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> dict[str, Tensor]:
+    """``mean_n (∂ℓ_n/∂c)²`` of gates on what is read, one sample after the other."""
+    totals = {name: torch.zeros(count, dtype=torch.float64) for name, count in units.items()}
+    for n in range(len(x)):
+        own = x[n : n + 1], y[n : n + 1]
+        found, _ = explicit_gate_gradients(model, units, loss_fn, *own, where="read")
+        for name, gradient in found.items():
+            totals[name] += gradient.square() / len(x)
+    return totals
+
+
+def gate_evidence(data: float, prior: float) -> float:
+    """``log Z(c ~ N(0, 1/p)) − log Z(c = 0)`` for ``exp(−½ h (c − m)²)``, by integration.
+
+    The likelihood is the quadratic in the gate whose posterior has its mean at 1.
+    """
+    place = (data + prior) / data  # so that (h m)/(h + p) = 1
+    c = torch.linspace(-40.0, 42.0, 4_000_001, dtype=torch.float64)
+    exponent = -0.5 * (data * (c - place).square() + prior * c.square())
+    step = float(c[1] - c[0])
+    log_integral = float(torch.logsumexp(exponent, 0)) + math.log(step)
+    return 0.5 * math.log(prior / (2 * math.pi)) + log_integral + 0.5 * data * place**2
 
 
 def entries_of(group: UnitGroup, unit: int, model: nn.Module) -> dict[str, Tensor]:

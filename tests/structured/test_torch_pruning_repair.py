@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch_pruning as tp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tests.contracts.state import unchanged
@@ -76,6 +76,56 @@ def test_units_are_told_apart_over_several_steps_of_one_group():
     assert len(repairs) == 1
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value)
+
+
+class Heads(nn.Module):
+    """Two heads of three dimensions over ``[n, tokens, 6]`` with a packed projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 2
+        self.qkv, self.out, self.last = nn.Linear(6, 18), nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        context = (q @ k.mT).softmax(-1) @ v
+        return self.last(self.out(context.transpose(1, 2).flatten(2)).mean(1))
+
+
+def pruner_of_heads(model: Heads, x: Tensor) -> tp.pruner.BasePruner:
+    return tp.pruner.BasePruner(
+        model,
+        x[:2],
+        importance=tp.importance.GroupMagnitudeImportance(),
+        pruning_ratio=0.5,
+        head_pruning_ratio=0.5,
+        num_heads={model.qkv: 2},
+        prune_num_heads=True,
+        prune_head_dims=False,
+        out_channel_groups={},  # the default is one object for all pruners
+        ignored_layers=[model.out, model.last],
+    )
+
+
+def test_heads_and_what_reads_them_are_told_apart_from_what_the_reader_makes():
+    torch.manual_seed(0)
+    model, x = Heads(), torch.randn(64, 4, 6)
+    with torch.no_grad():
+        model.out.weight[:, :3] *= 0.1  # the first head goes, and is predicted from the second
+    dense, plain = copy.deepcopy(model), copy.deepcopy(model)
+
+    pruner_of_heads(plain, x).step()
+    plain.heads = 1
+    pruner = pruner_of_heads(model, x)
+    calibration = Calibration(model, [(x, torch.arange(64) % 5)], cross_entropy)
+    with repairing(pruner, calibration) as repairs:
+        pruner.step()
+        model.heads = 1
+    assert [layer.name for layer in repairs[0].layers] == ["out"]
+    assert torch.equal(model.qkv.weight, plain.qkv.weight)
+    with torch.no_grad():
+        errors = [float((other(x) - dense(x)).square().mean()) for other in (plain, model)]
+    assert errors[1] < errors[0]
 
 
 def test_a_failing_body_is_left_alone_and_models_must_agree():

@@ -2,65 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._extras import optional
 from torchprune_bayes._processes import several
-from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
 from torchprune_bayes.integrations._ranks import refuse_sharded
-from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
+from torchprune_bayes.schedules import Schedule
+from torchprune_bayes.structured import (
+    ShrinkReport,
+    Stages,
+    check_shrinkable,
+    save_shrunk,
+    shrink,
+)
 from torchprune_bayes.training import bare_optimizer
 
 with optional("transformers", "hf"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+logger = logging.getLogger("torchprune_bayes")
+
+Importances: TypeAlias = Callable[[nn.Module], Any]
+RECORD = "torchprune_bayes.shrinking"
+"""Key under which ``trainer_state.json`` keeps how much of the whole model is left."""
+
+_OF_THE_MODEL = ("target", "ignored", "groups", "min_keep", "round_to", "forward_fn")
+
 
 class ShrinkingCallback(TrainerCallback):
     """Cut channels, hidden units and heads out of a model while a Trainer trains it.
 
-    The optimizer's state follows, so training goes on with the momentum of what is left. Every
-    checkpoint after the cut also holds ``shrunk.safetensors`` and ``shrunk.json``. To resume, or to
-    use the model, build the whole one and hand it to
+    At once, or along a schedule with training between the cuts, as SNAP-it does: each cut scores
+    what is left anew. The optimizer's state follows, so training goes on with the momentum of what
+    is left. Whether the model can be shrunk so far is found out when training begins.
+
+    Every checkpoint after the first cut also holds ``shrunk.safetensors`` and ``shrunk.json``. To
+    resume, or to use the model, build the whole one and hand it to
     :func:`~torchprune_bayes.structured.load_shrunk` with the checkpoint's folder first; the
-    Trainer itself would refuse the sizes. The best metric so far is forgotten at the cut, so that
+    Trainer itself would refuse the sizes. The best metric so far is forgotten at a cut, so that
     ``load_best_model_at_end`` compares models of one size.
 
     Args:
-        importance: A function ``model -> importance``; the importance is one of
+        importance: A function ``model -> importance``, called before every cut. It returns a
+            calibration, which is the recommended way, see
+            :func:`~torchprune_bayes.structured.shrink`; or an importance of
             :mod:`torchprune_bayes.structured` or of torch-pruning.
-        example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
-        at: Update after which to cut, 0 for before training.
+        example_inputs: See :func:`~torchprune_bayes.structured.shrink`; moved to the model's
+            device.
+        at: Update after which to cut, 0 for before training; without a schedule.
+        schedule: Sparsity of the whole model after each update; or a function that makes it from
+            the number of updates of the training.
         options: Further arguments of :func:`~torchprune_bayes.structured.shrink`, such as
-            ``sparsity``, ``target`` and ``ignored``.
+            ``sparsity`` (without a schedule), ``target`` and ``ignored``.
 
     Attributes:
-        report: What was cut; ``None`` before.
+        reports: What was cut, one report for each cut.
+        left: Fraction of the target that is left of the whole model.
 
     Raises:
-        ParameterError: When training begins: if there are several processes, in which the model is
-            wrapped already. Shrink it before the Trainer is made, or use
-            :func:`~torchprune_bayes.integrations.accelerate.shrink_together`.
+        ArgumentError: If there is a schedule and a sparsity or ``at``. When training begins: if
+            there are no units to remove, or too few for the sparsity.
+        ParameterError: When training begins: if the model cannot be shrunk, or there are several
+            processes, in which the model is wrapped already. Shrink it before the Trainer is made,
+            or use :func:`~torchprune_bayes.integrations.accelerate.shrink_together`.
+
+    Example:
+        >>> from torchprune_bayes import cubic
+        >>> from torchprune_bayes.structured import L1FilterImportance
+        >>> callback = ShrinkingCallback(
+        ...     lambda model: L1FilterImportance(),
+        ...     example_inputs=None,
+        ...     schedule=lambda updates: cubic(0.5, begin=0, end=updates // 2, times=4),
+        ... )
+        >>> callback.left
+        1.0
     """
 
     def __init__(
         self,
-        importance: Callable[[nn.Module], Any],
+        importance: Importances,
         example_inputs: Any,
         *,
         at: int = 0,
+        schedule: Schedule | Callable[[int], Schedule] | None = None,
         **options: Any,
     ) -> None:
         check_count("at", at, minimum=0)
-        self.report: ShrinkReport | None = None
+        if schedule is not None and (at or "sparsity" in options):
+            raise ArgumentError("Expected a `schedule`, or `sparsity` and `at`, got both.")
+        self.reports: list[ShrinkReport] = []
         self._importance = importance
         self._example_inputs = example_inputs
         self._at = at
+        self._schedule = schedule
         self._options = options
+        self._stages = Stages()
+
+    @property
+    def report(self) -> ShrinkReport | None:
+        """What was cut last; ``None`` before."""
+        return self.reports[-1] if self.reports else None
+
+    @property
+    def left(self) -> float:
+        """Fraction of the target that is left of the whole model."""
+        return self._stages.left
 
     def on_train_begin(
         self,
@@ -72,14 +126,19 @@ class ShrinkingCallback(TrainerCallback):
         optimizer: Any,
         **_: Any,
     ) -> None:
-        """Cut if it is due before training."""
+        """Find out whether the model can be shrunk; cut if it is due before training."""
         if several():
             raise ParameterError(
                 "Expected one process, got several, in which the model is wrapped already: shrink "
                 "it before the Trainer is made."
             )
         refuse_sharded(model)
-        self._cut_at(0, model, optimizer, state)
+        if callable(self._schedule) and not isinstance(self._schedule, Schedule):
+            self._schedule = self._schedule(state.max_steps)
+        self._stages = Stages(**state.stateful_callbacks.get(RECORD, {}))
+        self._check(model)
+        if not state.global_step:
+            self._cut(0, model, optimizer, state)
 
     def on_step_end(
         self,
@@ -92,7 +151,7 @@ class ShrinkingCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Cut if it is due after this update."""
-        self._cut_at(state.global_step, model, optimizer, state)
+        self._cut(state.global_step, model, optimizer, state)
 
     def on_save(
         self,
@@ -105,17 +164,55 @@ class ShrinkingCallback(TrainerCallback):
     ) -> None:
         """Write what rebuilds the shrunk model into the folder of the checkpoint."""
         folder = checkpoint_folder(args, state)
-        if state.global_step >= self._at and args.should_save and folder.is_dir():
+        if RECORD in state.stateful_callbacks and args.should_save and folder.is_dir():
             save_shrunk(model, folder)
 
-    def _cut_at(self, step: int, model: nn.Module, optimizer: Any, state: TrainerState) -> None:
-        if step != self._at or (step == 0 and state.global_step):
+    def _check(self, model: nn.Module) -> None:
+        options = {key: self._options[key] for key in _OF_THE_MODEL if key in self._options}
+        final = self._options.get("sparsity")
+        if isinstance(self._schedule, Schedule):
+            final = self._schedule.final
+        sparsity = None if final is None else self._stages.due(final)
+        units = check_shrinkable(model, self._inputs(model), sparsity=sparsity, **options)
+        for name, why in units.left_out.items():
+            logger.info("`%s` will be left whole, since %s.", name, why)
+
+    def _inputs(self, model: nn.Module) -> Any:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return _placed(self._example_inputs, device)
+
+    def _due(self, step: int) -> dict[str, Any] | None:
+        """The sparsity to cut to after an update, as an argument of ``shrink``; if it is due."""
+        if isinstance(self._schedule, Schedule):
+            if not self._schedule.is_due(step):
+                return None
+            sparsity = self._stages.due(self._schedule(step))
+            return None if sparsity is None else {"sparsity": sparsity}
+        return {} if step == self._at else None
+
+    def _cut(self, step: int, model: nn.Module, optimizer: Any, state: TrainerState) -> None:
+        due = self._due(step)
+        if due is None:
             return
-        self.report = shrink(
+        report = shrink(
             model,
-            self._example_inputs,
+            self._inputs(model),
             self._importance(model),
             optimizer=bare_optimizer(optimizer),
-            **self._options,
+            **{**self._options, **due},
         )
+        self.reports.append(report)
+        self._stages.count(report)
+        state.stateful_callbacks[RECORD] = {"left": self._stages.left}
         forget_best(state)
+
+
+def _placed(inputs: Any, device: torch.device) -> Any:
+    """Example inputs with all tensors on a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {key: _placed(value, device) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_placed(value, device) for value in inputs)
+    return inputs

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from torchprune_bayes.integrations._restoring import parts_kept_on_error
 from torchprune_bayes.structured import (
     ShrinkPlan,
     ShrinkReport,
+    Stages,
     apply_plan,
     shrink,
     slice_ema,
@@ -178,6 +179,7 @@ class ResumableShrink:
         self._optimizer = optimizer
         self._ema = list(ema)
         self._plans: list[ShrinkPlan] = []
+        self._stages = Stages()
 
     def shrink(self, example_inputs: Any, importance: Any, **options: Any) -> ShrinkReport:
         """Call :func:`~torchprune_bayes.structured.shrink`, whose arguments it takes.
@@ -193,7 +195,29 @@ class ResumableShrink:
             **options,
         )
         self._plans.append(report.plan)
+        self._stages.count(report)
         return report
+
+    def shrink_to(
+        self, sparsity: float, example_inputs: Any, importance: Callable[[], Any], **options: Any
+    ) -> ShrinkReport | None:
+        """Shrink to a sparsity of the model at the start, as schedules give it.
+
+        Args:
+            sparsity: Fraction of the target that is to be gone of the whole model.
+            example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
+            importance: Makes the importance or the calibration, if it is needed.
+            options: Further arguments of ``shrink``; always the same ``target``.
+
+        Returns:
+            What was cut; ``None`` if that much is gone already.
+        """
+        due = self._stages.due(sparsity)
+        return (
+            None
+            if due is None
+            else self.shrink(example_inputs, importance(), sparsity=due, **options)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What was cut, as tensors and plain values."""
@@ -205,7 +229,8 @@ class ResumableShrink:
                     "attributes": {name: dict(v) for name, v in plan.attributes.items()},
                 }
                 for plan in self._plans
-            ]
+            ],
+            "left": self._stages.left,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -215,7 +240,8 @@ class ResumableShrink:
             ArgumentError: If something was cut here already, or the cuts do not fit the model.
         """
         if not state["plans"]:
-            self._plans = []  # also where loading failed and the model is whole again
+            # Also where loading failed and the model is whole again.
+            self._plans, self._stages = [], Stages()
             return
         if self._plans:
             raise ArgumentError("Expected a model that is still whole, got one that was shrunk.")
@@ -228,3 +254,4 @@ class ResumableShrink:
             for average in self._ema:
                 slice_ema(average, plan)
             self._plans.append(plan)
+        self._stages = Stages(state["left"])

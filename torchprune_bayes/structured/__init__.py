@@ -33,6 +33,8 @@ from torchprune_bayes.structured.slicing import (
     plan_of,
     zero_units,
 )
+from torchprune_bayes.structured.stages import Stages
+from torchprune_bayes.structured.support import check_shrinkable
 from torchprune_bayes.structured.torch_pruning_repair import repairing
 from torchprune_bayes.structured.tracing import Units, find_groups, find_units
 from torchprune_bayes.structured.unit_costs import UnitCosts
@@ -56,6 +58,7 @@ __all__ = [
     "SNAPitImportance",
     "ShrinkPlan",
     "ShrinkReport",
+    "Stages",
     "UnitCosts",
     "UnitGroup",
     "UnitImportance",
@@ -63,6 +66,7 @@ __all__ = [
     "Units",
     "WoodFisherImportance",
     "apply_plan",
+    "check_shrinkable",
     "find_groups",
     "find_units",
     "groups_after",

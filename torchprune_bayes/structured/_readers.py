@@ -90,6 +90,13 @@ class Reader:
         weight: Any = self.module._parameters["weight"]
         return torch.Tensor.detach(weight)
 
+    @property
+    def moment_bytes(self) -> int:
+        """Memory that the moments of its inputs take."""
+        size = self.weight.shape[self.dim] * taps_of(self.module)
+        halves, float64 = 2, 8
+        return halves * float64 * size * (size + 1)
+
     def observe(self, inputs: Tensor, samples: int) -> None:
         """Count inputs in, every other sample for either half.
 

@@ -8,7 +8,7 @@ groups are compared by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes.calibration import Calibration, batch_size
+from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration._batches import cut
 from torchprune_bayes.errors import ArgumentError, CalibrationError
 from torchprune_bayes.structured._readers import (
@@ -37,7 +37,7 @@ from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import first_names
 
 _POINTS = 8
-_MOST_SAMPLES = 512
+_FITTED_SAMPLES, _TRIED_SAMPLES = 512, 256
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def measure_curves(
     """Measure the loss curves of groups.
 
     Args:
-        calibration: Data, model and loss, of which the first 512 samples are used. There is a
-            progress bar if its ``progress`` says so.
+        calibration: Data, model and loss, of which the first 512 samples are used for the fits and
+            the first 256 for the losses. There is a progress bar if its ``progress`` says so.
         groups: Groups of its model.
         orders: For each group, its units in the order in which they go; groups that are missing
             have no curve.
@@ -111,7 +111,7 @@ def measure_curves(
         CalibrationError: If the loss of the whole model is not finite.
 
     Cost: one evaluation of the loss for each point, and one for the whole model; one pass for the
-    inputs' moments of all layers, or one per group if memory demands it.
+    inputs' moments of all layers, or more if memory demands it.
     """
     check_count("evaluations", evaluations)
     chosen = [group for group in groups if group.name in orders and group.units > min_keep]
@@ -130,16 +130,19 @@ def measure_curves(
     if not whole < float("inf"):
         raise CalibrationError(f"Expected a finite loss of the whole model, got {whole}.")
     each = evaluations // len(chosen)
-    counts = [_counts(group.units - min_keep, each) for group in chosen]
+    points = {group.name: _counts(group.units - min_keep, each) for group in chosen}
+    total = sum(map(len, points.values()))
     curves = []
-    with tqdm(total=sum(map(len, counts)), unit="point", disable=not calibration.progress) as bar:
-        for group, points in zip(chosen, counts, strict=True):
-            trials.watch(group)
-            losses = [whole]
-            for removed in points:
-                losses.append(trials.loss(trials.without(group, orders[group.name][:removed])))
-                bar.update()
-            curves.append(LossCurve(group.name, group.units, (0, *points), tuple(losses)))
+    with tqdm(total=total, unit="point", disable=not calibration.progress) as bar:
+        for part in trials.parts(chosen):
+            trials.watch(part)
+            for group in part:
+                losses = [whole]
+                for count in points[group.name]:
+                    losses.append(trials.loss(trials.without(group, orders[group.name][:count])))
+                    bar.update()
+                removed = (0, *points[group.name])
+                curves.append(LossCurve(group.name, group.units, removed, tuple(losses)))
     return curves
 
 
@@ -148,22 +151,40 @@ class _Trials:
 
     def __init__(self, calibration: Calibration, damping: float) -> None:
         self._calibration, self._damping = calibration, damping
-        self._batches = list(first_samples(calibration, _MOST_SAMPLES))
+        self._batches = list(first_samples(calibration, _FITTED_SAMPLES))
         self._samples = sum(batch_size(batch) for batch in self._batches)
+        self._tried = list(_first(self._batches, _TRIED_SAMPLES))
         self._readers: dict[str, Reader] = {}
         self._first, _ = first_names(calibration.model)
 
     def loss(self, tensors: Tensors) -> float:
-        """Mean loss over all samples with other tensors in the model; infinite if it is NaN."""
+        """Mean loss with other tensors in the model; infinite if it is NaN."""
+        return self._mean_loss(self._tried, tensors)
+
+    def _mean_loss(self, batches: Sequence[Batch], tensors: Tensors) -> float:
         total = 0.0
         with torch.no_grad(), installed(tensors):
-            for batch in self._batches:
+            for batch in batches:
                 total += float(self._calibration.loss(None, batch)) * batch_size(batch)
-        return total / self._samples if total == total else float("inf")
+        samples = sum(batch_size(batch) for batch in batches)
+        return total / samples if total == total else float("inf")
 
-    def watch(self, group: UnitGroup) -> None:
-        """Take the moments of what reads a group, in the whole model."""
-        self._readers, _ = readers_of(self._calibration.model, [group])
+    def parts(self, groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
+        """Divide groups such that the moments of what reads a part fit into memory at once."""
+        room, held = self._calibration.memory.factor_bytes, 0
+        parts: list[list[UnitGroup]] = [[]]
+        for group in groups:
+            readers, _ = readers_of(self._calibration.model, [group])
+            needed = sum(reader.moment_bytes for reader in readers.values())
+            if parts[-1] and held + needed > room:
+                parts, held = [*parts, []], 0
+            parts[-1].append(group)
+            held += needed
+        return parts
+
+    def watch(self, groups: Sequence[UnitGroup]) -> None:
+        """Take the moments of all that reads some groups, in the whole model."""
+        self._readers, _ = readers_of(self._calibration.model, groups)
         readers = list(self._readers.values())
         survey(self._calibration, cut(self._batches[0], 0, 1), readers)
         with ExitStack() as stack:
@@ -171,18 +192,21 @@ class _Trials:
                 hook = _watching(reader, self._samples)
                 handle = reader.module.register_forward_pre_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-            self.loss({})
+            self._mean_loss(self._batches, {})
 
     def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
         """Readers that do without some units, with the batch norms directly behind them."""
         found: Tensors = {}
-        for reader in self._readers.values():
+        keeps: dict[str, Tensor] = {}
+        for piece in group.slices:
+            reader = self._readers.get(self._first.get(piece.name, ""))
+            if piece.role != "consumer" or reader is None or reader.halves is None:
+                continue  # what is not called does not matter to the loss
             keep = torch.ones(reader.weight.shape[reader.dim], dtype=torch.bool)
-            for piece in group.slices:
-                if piece.role == "consumer" and self._first[piece.name] == reader.name:
-                    keep[piece.positions.cpu()[gone.cpu()].flatten()] = False
-            if reader.halves is None:  # it is not called; the loss does not depend on it
-                continue
+            keep = keeps.setdefault(reader.name, keep)
+            keep[piece.positions.cpu()[gone.cpu()].flatten()] = False
+        for name, keep in keeps.items():
+            reader = self._readers[name]
             _, found[reader.module] = reader.fit(keep, self._damping)
             norm: Any = reader.norm
             if norm is not None and norm.running_mean is not None:
@@ -190,6 +214,13 @@ class _Trials:
                 now = reader.output_statistics(found[reader.module])
                 found[norm] = matched(norm, before, now)
         return found
+
+
+def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
+    for batch in batches:
+        if samples > 0:
+            yield cut(batch, 0, samples)
+        samples -= batch_size(batch)
 
 
 def _watching(reader: Reader, samples: int) -> Any:

@@ -11,8 +11,7 @@ from torch.optim import Optimizer
 
 from torchprune_bayes._checks import check_choice, check_count, check_fraction
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ArgumentError, ParameterError
-from torchprune_bayes.params import unwrap
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured._recipe import Recipe, Repairing
 from torchprune_bayes.structured._replacement import as_it_was_on_error
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
@@ -22,12 +21,7 @@ from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
 from torchprune_bayes.structured.slicing import ShrinkPlan
-from torchprune_bayes.structured.tracing import (
-    Units,
-    check_plain,
-    find_units,
-    without_ignored,
-)
+from torchprune_bayes.structured.support import plain_model, units_to_remove
 from torchprune_bayes.structured.unit_costs import UnitCosts
 from torchprune_bayes.wiring._forward import ForwardFunction
 
@@ -141,7 +135,7 @@ def shrink(
     if scope is not None:
         warn("`scope` is now `allocation`, and goes in 0.3.", DeprecationWarning, stacklevel=2)
         allocation = allocation or scope
-    inner, inputs = _shrinkable(model), (example_inputs, forward_fn)
+    inner, inputs = plain_model(model), (example_inputs, forward_fn)
     wanted = _targets(sparsity, target, steps)
     recipe = Recipe.of(
         inner,
@@ -156,17 +150,8 @@ def shrink(
     _check_threshold(recipe, target)
     if verify and example_inputs is None:
         raise ArgumentError("Expected `example_inputs` to verify with, got None.")
-    if groups is None:
-        units = find_units(inner, example_inputs, ignored=ignored, forward_fn=forward_fn)
-    else:
-        units = Units(without_ignored(inner, groups, ignored))
+    units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn)
     found = units.groups
-    if not found and sparsity:
-        why = "; ".join(f"`{name}`: {reason}" for name, reason in [*units.left_out.items()][:3])
-        raise ArgumentError(
-            f"Expected units that can be removed, got none in {type(inner).__name__}, so that a "
-            f"sparsity of at most 0 can be reached{': ' + why if why else ''}."
-        )
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
     run = Shrinking(inner, found, recipe, costs, _measured(inner, found, target, inputs))
     averages = [ema] if isinstance(ema, nn.Module) else list(ema)
@@ -183,20 +168,6 @@ def shrink(
         if optimizer is not None:
             slice_optimizer(optimizer, plan, replaced)
         return report
-
-
-def _shrinkable(model: nn.Module) -> nn.Module:
-    """The model inside of its wrappers, if its parameters may be exchanged."""
-    inner = unwrap(model)
-    for name, module in [("the model", model), *model.named_modules()]:
-        kind = type(module).__name__
-        if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
-            raise ParameterError(
-                f"Expected a model before it is wrapped for distributed training, got {kind} at "
-                f"`{name or 'the model'}`: shrink the module inside, then wrap it again."
-            )
-    check_plain(inner)
-    return inner
 
 
 def _check_threshold(recipe: Recipe, target: str) -> None:

@@ -63,7 +63,7 @@ def repairing(
     model = unwrap(pruner.DG.model)
     if model is not calibration.model:
         raise AlignmentError("Expected the pruner's model in the calibration, got another one.")
-    found = (unit_group(group, model) for group in pruner.DG.get_all_groups())
+    found = (_converted(group, pruner.DG, model) for group in pruner.DG.get_all_groups())
     groups = [group for group in found if group is not None]
     before, recorded = _State(model), len(pruner.DG.pruning_history())
     repairs: list[Repair] = []
@@ -116,6 +116,22 @@ class _State:
                 table.update(held)
 
 
+def _converted(group: Any, graph: Any, model: nn.Module) -> UnitGroup | None:
+    """A group of torch-pruning's, seen from a layer that reads it where its makers pack several.
+
+    One dimension of a head is three rows of a packed projection and one column of what reads it.
+    """
+    found = unit_group(group, model)
+    readers = [item for item in group if item.dep.handler.__name__ == "prune_in_channels"]
+    for item in readers if found is None else ():
+        layer = item.dep.target.module
+        if isinstance(layer, nn.Module) and sorted(item.idxs) == [*range(len(item.idxs))]:
+            found = unit_group(graph.get_pruning_group(layer, item.dep.handler, item.idxs), model)
+            if found is not None:
+                break
+    return found
+
+
 def _kept(
     model: nn.Module,
     groups: Sequence[UnitGroup],
@@ -125,8 +141,9 @@ def _kept(
     _, tensors = first_names(model)
     left: dict[tuple[str, int], Tensor] = {}
     alive = {group.name: torch.ones(group.units, dtype=torch.bool) for group in groups}
-    for name, _, indices in history:
-        group, place, positions = _pruned_at(groups, f"{name}.weight" if name else "weight")
+    for name, makes, indices in history:
+        weight = f"{name}.weight" if name else "weight"
+        group, place, positions = _pruned_at(groups, weight, reads=not makes)
         present = left.get(place, torch.arange(tensors[place[0]].shape[place[1]]))
         gone = torch.isin(positions, present[torch.tensor(list(indices))])
         if bool((gone.any(1) != gone.all(1)).any()):
@@ -150,14 +167,14 @@ def _kept(
 
 
 def _pruned_at(
-    groups: Sequence[UnitGroup], weight: str
+    groups: Sequence[UnitGroup], weight: str, *, reads: bool
 ) -> tuple[UnitGroup, tuple[str, int], Tensor]:
-    """The group whose units a layer makes, and where its weight holds them."""
+    """The group whose units a layer makes or reads, and where its weight holds them."""
     for group in groups:
         for piece in group.slices:
-            if piece.name == weight and piece.role != "consumer":
+            if piece.name == weight and (piece.role == "consumer") == reads:
                 return group, (piece.name, piece.dim), piece.positions.cpu()
     raise ParameterError(
-        f"Expected a group of units made by `{weight}`, got none: the model is left as the pruner "
-        "left it."
+        f"Expected a group of units {'read' if reads else 'made'} by `{weight}`, got none: the "
+        "model is left as the pruner left it."
     )

@@ -82,9 +82,7 @@ class CalibratedImportance(UnitImportance):
     def score_of(self, group: Any, converted: UnitGroup, model: nn.Module) -> Tensor | None:
         """Score a group of torch-pruning's; the first one has all others scored with it."""
         if pieces_of(converted, "consumer") and self._is_stale(converted, model):
-            everything = (unit_group(each, model) for each in group._DG.get_all_groups())
-            found = {each.name: each for each in everything if each is not None}
-            self.prepare(model, [*(found | {converted.name: converted}).values()])
+            self.prepare(model, all_groups(group, converted, model))
         return self.score(converted, model)
 
     def _is_stale(self, group: UnitGroup, model: nn.Module) -> bool:
@@ -93,6 +91,13 @@ class CalibratedImportance(UnitImportance):
         if group.name not in self._scores or (held is not None and len(held) != group.units):
             return True
         return self._versions is None or self._versions.changed(model)
+
+
+def all_groups(group: Any, converted: UnitGroup, model: nn.Module) -> list[UnitGroup]:
+    """All groups of torch-pruning's that can be converted, with this one as it was converted."""
+    everything = (unit_group(each, model) for each in group._DG.get_all_groups())
+    found = {each.name: each for each in everything if each is not None}
+    return [*(found | {converted.name: converted}).values()]
 
 
 class Versions:

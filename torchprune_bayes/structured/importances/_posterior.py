@@ -9,11 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
+from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
 from torchprune_bayes.laplace import LaplaceOptions, Posterior, PriorStructure, fit_posterior
 from torchprune_bayes.structured.groups import Kept, UnitGroup, UnitSlice
 from torchprune_bayes.structured.importance import UnitImportance
-from torchprune_bayes.structured.importances._calibrated import Versions, check_model, sums_along
+from torchprune_bayes.structured.importances._calibrated import (
+    Versions,
+    all_groups,
+    check_model,
+    pieces_of,
+    sums_along,
+)
+from torchprune_bayes.structured.importances._gates import gate_precisions
 from torchprune_bayes.structured.slicing import plan_of
 
 
@@ -25,11 +32,14 @@ class PosteriorImportance(UnitImportance):
             of highest evidence; or a posterior.
         posterior: A posterior at the model's weights, in its place.
         values: A number for each weight, by qualified name.
+        gated: Whether units are scored by gates on all that reads them, see :meth:`gate`, which
+            takes a calibration: a posterior says nothing of how the weights of a unit act together.
         prior: Structure of the prior to fit.
         options: Of the fit, see :class:`~torchprune_bayes.laplace.LaplaceOptions`.
 
     Raises:
-        ArgumentError: If an option has an impossible value.
+        ArgumentError: If an option has an impossible value, or there are to be gates and no
+            calibration.
         ArgumentTypeError: If there is not one of calibration and posterior.
     """
 
@@ -39,11 +49,19 @@ class PosteriorImportance(UnitImportance):
         posterior: Posterior | None,
         values: Callable[[Posterior], Mapping[str, Tensor]],
         *,
+        gated: bool,
         prior: str,
         options: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.calibration, given = _told_apart(calibration, posterior)
+        if gated and self.calibration is None:
+            raise ArgumentError(
+                "Expected a calibration for members='gate', got a posterior, which does not say "
+                "how the weights of a unit act together."
+            )
+        self._gated = gated
+        self._gates: dict[str, tuple[Tensor, Tensor]] = {}
         self._values = values
         self._prior = PriorStructure.of(prior)
         self._options = LaplaceOptions(**options)
@@ -67,7 +85,12 @@ class PosteriorImportance(UnitImportance):
         check_model(model, self.calibration)
         fresh = self.calibration.fresh(self._draws)
         posterior = fit_posterior(fresh, **asdict(self._options)).with_best_prior(self._prior)
-        self._current = self._values(posterior)
+        if self._gated:
+            readers = {group.name: pieces_of(group, "consumer") for group in groups}
+            samples = (self._options.num_data or fresh.num_data) * self._options.loss_scale**2
+            self._gates = gate_precisions(fresh, posterior, readers, samples)
+        else:
+            self._current = self._values(posterior)
         self._versions = Versions(model)
         self._draws += 1
 
@@ -94,6 +117,25 @@ class PosteriorImportance(UnitImportance):
                 values = self._current[piece.name]
                 _check_shape(piece.name, values, model.get_parameter(piece.name))
                 yield sums_along(values, piece)
+
+    def gate(self, group: UnitGroup, model: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Precisions of a gate on all that reads a unit, from the data and from the prior.
+
+        Returns:
+            Two float64 tensors ``[units]``, see
+            :func:`~torchprune_bayes.structured.importances._gates.gate_precisions`; ``None`` where
+            a tensor that reads them is not in the posterior.
+        """
+        held = self._gates.get(group.name)
+        if self._is_stale(model) or (held is not None and len(held[0]) != group.units):
+            self.prepare(model, [group])
+        return self._gates.get(group.name)
+
+    def score_of(self, group: Any, converted: UnitGroup, model: nn.Module) -> Tensor | None:
+        """Score a group of torch-pruning's; with gates, the first one has all others gated too."""
+        if self._gated and self._is_stale(model):
+            self.prepare(model, all_groups(group, converted, model))
+        return self.score(converted, model)
 
     def _is_stale(self, model: nn.Module) -> bool:
         """Whether the model has changed since the posterior was fitted to it here."""

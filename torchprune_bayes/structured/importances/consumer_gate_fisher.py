@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.joint_cost import sums_of_units
-from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.importances._calibrated import (
-    CalibratedImportance,
-    pieces_of,
-    space_of,
-)
+from torchprune_bayes.structured.importances._calibrated import CalibratedImportance, pieces_of
+from torchprune_bayes.structured.importances._gates import Gates
 
 
 class ConsumerGateFisherImportance(CalibratedImportance):
@@ -67,29 +61,5 @@ class ConsumerGateFisherImportance(CalibratedImportance):
 
     def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
         """The scores of all groups, in one pass of gradients."""
-        readers = {group.name: pieces_of(group, "consumer") for group in groups}
-        space, names = space_of(calibration.model, [p for held in readers.values() for p in held])
-        calibration = calibration.with_space(space)
-        device = float64_device(calibration.device)
-        weights = {n: value.to(device, calibration.dtype) for n, value in space.values().items()}
-        sizes = [value.numel() for value in weights.values()]
-        totals = {
-            group.name: torch.zeros(group.units, dtype=torch.float64, device=device)
-            for group in groups
-        }
-        for rows in calibration.gradients():
-            products = {
-                name: part.unflatten(1, value.shape).mul_(value)
-                for (name, value), part in zip(
-                    weights.items(), rows.split(sizes, dim=1), strict=True
-                )
-            }
-            for group in groups:
-                changes = torch.stack(
-                    [
-                        sums_of_units(products[names[piece.name]], [(piece.dim, piece.positions)])
-                        for piece in readers[group.name]
-                    ]
-                )
-                totals[group.name] += changes.sum(0).double().square().sum(0)
-        return {name: 0.5 * total / calibration.num_gradients for name, total in totals.items()}
+        gates = Gates(calibration, {group.name: pieces_of(group, "consumer") for group in groups})
+        return {name: 0.5 * squares for name, squares in gates.mean_squares().items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from torchprune_bayes._checks import check_choice
 from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.laplace import Posterior
@@ -23,6 +24,12 @@ class LaplaceEvidenceImportance(PosteriorImportance):
     that make it, which the evidence then no longer depends on. With ``shrink(..., target=
     "evidence")`` what has a score below zero goes, and no more.
 
+    The sum takes the weights of a unit for independent. ``members="gate"`` asks of the unit as a
+    whole: a gate on all that reads it has the prior ``N(0, 1/p_u)`` and the posterior
+    ``N(1, 1/(h_u + p_u))``, with ``p_u = Σ δ_i w_i²`` and the empirical Fisher
+    ``h_u = N mean_n (Σ w·g_n)²``, and the same ratio is taken of the gate. There is one Occam term
+    for a unit, not one for each weight, so that fewer units go.
+
     Args:
         calibration: Data, model and loss: the posterior is fitted here, before every step and
             whenever weights have moved or were cut, with the prior of highest evidence. Or a
@@ -30,6 +37,10 @@ class LaplaceEvidenceImportance(PosteriorImportance):
         posterior: A Laplace posterior at the model's weights, of all layers that are to shrink.
             Over the steps of :func:`~torchprune_bayes.structured.shrink` its evidence is cut along
             with the model; after a cut by another pruner it is refused.
+        members: ``"columns"``, the weights that read a unit, one by one; ``"gate"``, all of them
+            together, which takes a calibration; ``"auto"``, gates where there is one. Ranked for a
+            sparsity, sums over columns were behind chance on a ViT: units with many weights have
+            more Occam terms and go first.
         tau: Evidence against the removal of a unit that is put up with; 0 is exact.
         prior: Structure of the prior to fit.
         options: Of the fit, see :class:`~torchprune_bayes.laplace.LaplaceOptions`.
@@ -60,12 +71,23 @@ class LaplaceEvidenceImportance(PosteriorImportance):
         calibration: Calibration | Posterior | None = None,
         *,
         posterior: Posterior | None = None,
+        members: Literal["auto", "columns", "gate"] = "auto",
         tau: float = 0.0,
         prior: str = "layerwise",
         **options: Any,
     ) -> None:
-        self.tau = tau
-        super().__init__(calibration, posterior, _evidence_changes, prior=prior, options=options)
+        check_choice("members", members, ("auto", "columns", "gate"))
+        if members == "auto":
+            members = "gate" if isinstance(calibration, Calibration) else "columns"
+        self.tau, self.joint = tau, members == "gate"
+        super().__init__(
+            calibration,
+            posterior,
+            _evidence_changes,
+            gated=members == "gate",
+            prior=prior,
+            options=options,
+        )
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
         """Minus the joint change of each unit.
@@ -81,10 +103,21 @@ class LaplaceEvidenceImportance(PosteriorImportance):
             AlignmentError: If the posterior is of other shapes than the model.
         """
         readers = pieces_of(group, "consumer")
+        if self._gated:
+            gate = self.gate(group, model) if readers else None
+            return None if gate is None else -(_change_of_gate(*gate) + self.tau)
         changes = list(self.sums(group, model, readers))
         if not readers or len(changes) < len(readers):
             return None
         return -(torch.stack(changes).sum(0) + self.tau)
+
+
+def _change_of_gate(data: Tensor, prior: Tensor) -> Tensor:
+    """``ΔF`` of each gate; without any weight under it, nothing changes."""
+    empty = prior == 0
+    precision = (data + prior).masked_fill(empty, 1.0)
+    change = delta_f_gaussian(torch.ones_like(data), 1.0 / precision, prior.masked_fill(empty, 1.0))
+    return change.masked_fill(empty, 0.0)
 
 
 def _evidence_changes(posterior: Posterior) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.laplace import Posterior
 from torchprune_bayes.laplace.posterior import MODES
 from torchprune_bayes.structured.groups import UnitGroup
@@ -29,6 +30,12 @@ class OPDImportance(PosteriorImportance):
     Tensors that the posterior does not have, as biases and norms where it is of weights alone,
     count nothing.
 
+    Weights of a unit go together, and the diagonal does not say whether their effects cancel.
+    ``members="gate"`` scores a unit as a whole: ``½ (h_u + p_u)``, the fall of the log posterior
+    when a gate on all that reads it closes, with the empirical Fisher ``h_u = N mean_n (Σ w·g_n)²``
+    of the gate in the place of a diagonal, and ``p_u = Σ δ_i w_i²`` of the prior. Only such scores
+    are divided by what a unit costs.
+
     Args:
         calibration: Data, model and loss: the posterior is fitted here, before every step and
             whenever weights have moved or were cut, with the prior of highest evidence. Or a
@@ -38,9 +45,10 @@ class OPDImportance(PosteriorImportance):
             of :func:`~torchprune_bayes.structured.shrink` it is cut along with the model; after a
             cut by another pruner it is refused.
         members: ``"rows"``, of the layers that make the units, as in the paper; ``"columns"``, of
-            the layers that read them; ``"all"``, with the norms between.
+            the layers that read them; ``"all"``, with the norms between; ``"gate"``, all that reads
+            a unit as a whole, which takes a calibration.
         mode: ``"opd"``, ``"posterior"`` or ``"obd"``, see
-            :meth:`~torchprune_bayes.laplace.Posterior.scores`.
+            :meth:`~torchprune_bayes.laplace.Posterior.scores`; ``"obd"`` of a gate is ``½ h_u``.
         prior: Structure of the prior to fit.
         options: Of the fit, see :class:`~torchprune_bayes.laplace.LaplaceOptions`.
 
@@ -48,7 +56,8 @@ class OPDImportance(PosteriorImportance):
         ArgumentError: If an option has an impossible value.
         ArgumentTypeError: If there is not one of posterior and calibration.
 
-    Cost: ``8D`` bytes, and with a calibration one or a few passes over the data at every step.
+    Cost: ``8D`` bytes, and with a calibration one or a few passes over the data at every step;
+    with gates one pass of gradients more.
 
     Example:
         >>> import torch
@@ -72,11 +81,22 @@ class OPDImportance(PosteriorImportance):
         prior: str = "layerwise",
         **options: Any,
     ) -> None:
-        check_choice("members", members, _ROLES)
+        check_choice("members", members, (*_ROLES, "gate"))
         check_choice("mode", mode, MODES)
-        self._roles = _ROLES[members]
+        self.joint = members == "gate"
+        if self.joint and mode == "posterior":
+            raise ArgumentError(
+                "Expected mode='opd' or 'obd' for members='gate', got 'posterior': the precision "
+                "of a gate has the weights in it."
+            )
+        self._roles, self._mode = _ROLES.get(members, ()), mode
         super().__init__(
-            calibration, posterior, lambda p: p.scores(mode), prior=prior, options=options
+            calibration,
+            posterior,
+            lambda p: p.scores(mode),
+            gated=self.joint,
+            prior=prior,
+            options=options,
         )
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
@@ -85,5 +105,11 @@ class OPDImportance(PosteriorImportance):
         Raises:
             AlignmentError: If the posterior is of other shapes than the model.
         """
+        if self._gated:
+            gate = self.gate(group, model)
+            if gate is None:
+                return None
+            data, prior = gate
+            return 0.5 * (data + prior if self._mode == "opd" else data)
         found = list(self.sums(group, model, pieces_of(group, *self._roles)))
         return sum(found[1:], start=found[0]) if found else None

@@ -19,9 +19,8 @@ from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importances._calibrated import (
     CalibratedImportance,
     pieces_of,
-    space_of,
-    sums_along,
 )
+from torchprune_bayes.structured.importances._gates import Gates
 
 _EPSILON = 1e-8  # the published code's, against a loss of zero
 
@@ -82,7 +81,7 @@ class SNAPitImportance(CalibratedImportance):
                 "Expected gate='consumer' or 'activation' for batch_norm='batch', which undoes a "
                 "gate before a norm, got gate='producer'."
             )
-        self.gate = gate
+        self.gate, self.joint = gate, gate != "producer"
         self.batch_norm = batch_norm
 
     def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
@@ -102,17 +101,7 @@ class SNAPitImportance(CalibratedImportance):
     ) -> dict[str, Tensor]:
         """``Σ w ∂L/∂w`` over what carries the gate, by group."""
         gated = {group.name: self._gated(group) for group in groups if self._gated(group)}
-        if not gated:
-            return {}
-        space, names = space_of(calibration.model, [p for held in gated.values() for p in held])
-        gradient = calibration.with_space(space).mean_gradient()
-        values = space.values()
-        products = {name: values[name].to(found) * found for name, found in gradient.items()}
-        return {
-            name: torch.stack([sums_along(products[names[p.name]], p) for p in held]).sum(0)
-            for name, pieces in gated.items()
-            if (held := [piece for piece in pieces if piece.name in names])
-        }
+        return Gates(calibration, gated).mean() if gated else {}
 
     def _gated(self, group: UnitGroup) -> list[UnitSlice]:
         role = self.gate if group.kind != "head" else "consumer"

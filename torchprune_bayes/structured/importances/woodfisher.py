@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from torchprune_bayes._checks import check_fraction, check_positive
+from torchprune_bayes._checks import check_choice, check_fraction, check_positive
 from torchprune_bayes._numerics.joint_cost import JointCosts, sums_of_units
 from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.structured.groups import Kept, UnitGroup
-from torchprune_bayes.structured.importances._calibrated import CalibratedImportance, space_of
+from torchprune_bayes.structured.importances._calibrated import (
+    CalibratedImportance,
+    pieces_of,
+    space_of,
+)
 from torchprune_bayes.structured.slicing import plan_of
 
-_ROLES = ("producer", "norm", "consumer")
+_ROLES = {"all": ("producer", "norm", "consumer"), "columns": ("consumer",)}
 _SCALES = (0.0, 0.25, 0.5, 1.0)
 
 
@@ -36,6 +41,11 @@ class WoodFisherImportance(CalibratedImportance):
             (``"full"``, ``"tensor"``, an int, ``"auto"``) over all tensors in which units own
             something; or ``"unit"``, the entries of one unit alone, where nothing makes up for it
             and the cost is ``½ w_gᵀF_gg w_g``.
+        members: What a unit owns here: ``"all"``; or ``"columns"``, what reads it, without which
+            the rest does nothing. A BatchNorm undoes any change of the scale of what it normalises,
+            so that with all members the same removal counts once in some layers and twice in
+            others. With columns, and ``"full"`` or ``"unit"`` blocks, a score is one estimate of
+            the loss for the unit as a whole, and is divided by what it costs.
         damping: ``λ``; ``"auto"`` takes the mean squared gradient, its natural unit.
         update_scale: Share of the update that is taken; ``"auto"`` takes the one of 0, ¼, ½ and 1
             with the smallest loss on held-out samples; 0 moves nothing.
@@ -66,6 +76,7 @@ class WoodFisherImportance(CalibratedImportance):
         calibration: Calibration,
         *,
         block_size: int | str = "auto",
+        members: Literal["all", "columns"] = "all",
         damping: float | str = "auto",
         update_scale: float | str = "auto",
     ) -> None:
@@ -75,13 +86,20 @@ class WoodFisherImportance(CalibratedImportance):
             check_positive("damping", damping)
         if update_scale != "auto":
             check_fraction("update_scale", update_scale)
+        check_choice("members", members, _ROLES)
         self.block_size, self.damping, self.update_scale = block_size, damping, update_scale
+        self.members = members
+        self.joint = members == "columns" and block_size in ("full", "unit")
         self._fisher: EmpiricalFisher | None = None
 
     def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
         """The joint costs of all groups, in one sweep over the blocks."""
         self._fisher = None
-        pieces = [piece for group in groups for piece in group.slices if piece.role in _ROLES]
+        groups = [
+            replace(group, slices=tuple(pieces_of(group, *_ROLES[self.members])))
+            for group in groups
+        ]
+        pieces = [piece for group in groups for piece in group.slices]
         space, names = space_of(calibration.model, pieces)
         calibration = calibration.with_space(space)
         if self.block_size == "unit":

@@ -1,0 +1,121 @@
+"""Gates on all that reads a unit: derivatives of losses by them, from gradients of the weights.
+
+Multiply every weight that reads unit ``u``, in all layers, by a gate ``c_u``, which is 1. At 0 the
+unit is gone, whatever lies before it. The derivative of a loss by the gate is ``Σ w g`` over these
+weights: signed, so that their effects cancel or add up as they will when the unit goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.joint_cost import sums_of_units
+from torchprune_bayes._numerics.precision import float64_device
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.laplace import Posterior
+from torchprune_bayes.structured.groups import UnitSlice
+from torchprune_bayes.structured.importances._calibrated import space_of, sums_along
+
+Gated = Mapping[str, Sequence[UnitSlice]]
+"""What carries the gates of a group, by its name."""
+
+
+class Gates:
+    """Gates of groups, on a calibration of just the weights that carry them.
+
+    Args:
+        calibration: Data, model and loss.
+        gated: What carries the gates of each group.
+    """
+
+    def __init__(self, calibration: Calibration, gated: Gated) -> None:
+        pieces = [piece for held in gated.values() for piece in held]
+        space, self._names = space_of(calibration.model, pieces)
+        self.calibration = calibration.with_space(space)
+        self._gated = gated
+        device = float64_device(calibration.device)
+        self._weights = {
+            name: value.to(device, calibration.dtype) for name, value in space.values().items()
+        }
+
+    def derivatives(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Derivatives by the gates, float64 ``[k, units]`` by the name of the group.
+
+        Args:
+            gradients: ``k`` gradients of each weight, ``[k, *shape]`` by its name; written over.
+        """
+        products = {name: gradients[name].mul_(self._weights[name]) for name in self._weights}
+        found = {}
+        for group, pieces in self._gated.items():
+            each = [
+                sums_of_units(products[self._names[p.name]], [(p.dim, p.positions)])
+                for p in pieces
+                if p.name in self._names
+            ]
+            if each:
+                found[group] = torch.stack(each).sum(0)
+        return found
+
+    def mean(self) -> dict[str, Tensor]:
+        """Derivatives of the mean loss, ``[units]``; one backward pass."""
+        gradients = self.calibration.mean_gradient()
+        rows = {
+            name: gradient.unsqueeze(0).to(self._weights[name])
+            for name, gradient in gradients.items()
+        }
+        return {group: found[0] for group, found in self.derivatives(rows).items()}
+
+    def mean_squares(self) -> dict[str, Tensor]:
+        """``mean_n (∂ℓ_n/∂c)²``, ``[units]``; one pass of gradients, a few held at a time."""
+        totals: dict[str, Tensor] = {}
+        sizes = [value.numel() for value in self._weights.values()]
+        for rows in self.calibration.gradients():
+            parts = zip(self._weights.items(), rows.split(sizes, dim=1), strict=True)
+            gradients = {name: part.unflatten(1, value.shape) for (name, value), part in parts}
+            for group, found in self.derivatives(gradients).items():
+                squares = found.square().sum(0)
+                totals[group] = totals[group] + squares if group in totals else squares
+        return {name: total / self.calibration.num_gradients for name, total in totals.items()}
+
+
+def gate_precisions(
+    calibration: Calibration, posterior: Posterior, gated: Gated, samples: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Precisions of gates under a posterior of the weights that they stand on.
+
+    With the weights ``w_u`` under a gate, the prior ``N(0, 1/δ_i)`` of each makes one of precision
+    ``p_u = Σ δ_i w_i²`` for the gate, with mean 0. The empirical Fisher of the gate adds
+    ``h_u = N mean_n (∂ℓ_n/∂c_u)²``.
+
+    Args:
+        calibration: The data that the posterior was fitted to. A gradient of ``m`` samples
+            together counts ``m`` times.
+        posterior: Gives the prior precisions.
+        gated: What carries the gates; groups with a tensor that the posterior does not have are
+            left out.
+        samples: ``N``, with all factors that the loss of a sample has in the posterior.
+
+    Returns:
+        ``h_u`` and ``p_u``, ``[units]`` float64, by the name of the group.
+    """
+    known = {
+        name: pieces
+        for name, pieces in gated.items()
+        if pieces and all(piece.name in posterior.mean for piece in pieces)
+    }
+    if not known:
+        return {}
+    together = calibration.num_samples / calibration.num_gradients
+    squares = Gates(calibration, known).mean_squares()
+    found = {}
+    for name, pieces in known.items():
+        prior = [
+            sums_along(posterior.prior.values(p.name) * posterior.mean[p.name].double().square(), p)
+            for p in pieces
+        ]
+        data = posterior.scale * samples * together * squares[name]
+        found[name] = (data, torch.stack(prior).sum(0).to(data.device))
+    return found
