@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
-from torchprune_bayes.cli import compare, evaluate, methods, prune, shrink
+from torchprune_bayes.cli import compare, evaluate, methods, prune, reproduce, shrink
 from torchprune_bayes.cli._help import Parser
 from torchprune_bayes.errors import CalibrationError, NumericalError, TorchPruneBayesError
 
@@ -17,6 +17,7 @@ _COMMANDS = {
     "prune": prune,
     "shrink": shrink,
     "evaluate": evaluate,
+    "reproduce": reproduce,
 }
 
 _DESCRIPTION = """\
