@@ -152,7 +152,7 @@ class PatchProducts(OuterProducts):
 
     def new_input_gram(self, like: Tensor) -> Gram | PatchGram:
         """One that does not need the patches, where that is less work."""
-        layer, size = self._layer, list(_padded(self._layer, self._images[:1]).shape[2:])
+        layer, size = self._layer, list(padded(self._layer, self._images[:1]).shape[2:])
         axes = [axis_of(layer, dimension) for dimension in range(len(size))]
         if len(size) > 2:
             return super().new_input_gram(like)
@@ -169,8 +169,8 @@ class PatchProducts(OuterProducts):
             super().add_input_gram(gram)
             return
         for images in self._images.split(samples_at_once(self._images)):
-            padded = _padded(self._layer, images)
-            gram.add(padded if padded.ndim == 4 else padded.unsqueeze(2))
+            whole = padded(self._layer, images)
+            gram.add(whole if whole.ndim == 4 else whole.unsqueeze(2))
 
 
 def axis_of(layer: nn.Conv2d, dimension: int) -> Axis:
@@ -203,21 +203,36 @@ def patches(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
         tensor([[[0., 1., 2.],
                  [1., 2., 3.]]])
     """
-    padded = _padded(layer, inputs).contiguous()
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+    views = windows(padded(layer, inputs), layer.kernel_size, layer.dilation, layer.stride)
+    spatial = len(layer.kernel_size)
+    return views.reshape(len(inputs), -1, views.shape[-spatial:].numel())
+
+
+def windows(
+    inputs: Tensor, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    """Views of what lies under a kernel, ``[n, in, *kernel, *positions]``; nothing is copied.
+
+    Args:
+        inputs: ``[n, in, ...]``, with margins.
+        kernel: Its size along each dimension.
+        dilation: From one of its entries to the next.
+        stride: From one position to the next.
+    """
+    inputs = inputs.contiguous()
     sizes = [
         (size - d * (k - 1) - 1) // s + 1
-        for size, k, d, s in zip(padded.shape[2:], kernel, dilation, stride, strict=True)
+        for size, k, d, s in zip(inputs.shape[2:], kernel, dilation, stride, strict=True)
     ]
-    steps = padded.stride()
+    steps = inputs.stride()
     inner = [step * d for step, d in zip(steps[2:], dilation, strict=True)]
     outer = [step * s for step, s in zip(steps[2:], stride, strict=True)]
-    shape = (*padded.shape[:2], *kernel, *sizes)
-    view = padded.as_strided(shape, (*steps[:2], *inner, *outer))
-    return view.reshape(len(padded), -1, torch.Size(sizes).numel())
+    shape = (*inputs.shape[:2], *kernel, *sizes)
+    return inputs.as_strided(shape, (*steps[:2], *inner, *outer))
 
 
-def _padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+def padded(layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+    """Inputs with the margins of a convolution, of any mode."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     margins = layer._reversed_padding_repeated_twice
     return pad(inputs, margins, mode) if any(margins) else inputs

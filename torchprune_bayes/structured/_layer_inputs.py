@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from torchprune_bayes.layer_kinds import kind_of
+from torchprune_bayes.layer_kinds.convolution import padded, windows
 
 _CHUNK_BYTES = 2**24
 
@@ -67,13 +68,13 @@ def rows_of(
     if inputs.dim() == spatial + 1:
         inputs = inputs.unsqueeze(0)
     for part in inputs.split(_samples_at_once(module, inputs, per_sample)):
-        windows = _windows(module, part)
-        sizes = windows.shape[2 : 2 + spatial]
+        views = _windows(module, part)
+        sizes = views.shape[-spatial:]
         chosen = _drawn(sizes.numel(), per_sample, generator, inputs.device)
         if chosen is None:
             chosen = torch.arange(sizes.numel(), device=inputs.device)
         places = torch.unravel_index(chosen, sizes)
-        yield windows[_index(2, places)].transpose(1, 2).flatten(2).flatten(0, 1)
+        yield views[_index(2 + spatial, places)].flatten(1, -2).transpose(1, 2).flatten(0, 1)
 
 
 def _index(skipped: int, rest: Iterable[Any]) -> Any:
@@ -96,18 +97,11 @@ def _samples_at_once(module: Any, inputs: Tensor, per_sample: int) -> int:
 
 
 def _windows(module: Any, inputs: Tensor) -> Tensor:
-    """Views of what lies under the kernel, ``[samples, channels, *positions, *taps]``."""
-    spatial = len(module.kernel_size)
-    stride = module.stride
+    """Views of what lies under the kernel, ``[samples, channels, *taps, *positions]``."""
     if isinstance(module, _ConvTransposeNd):
-        inputs, stride = _spread(module, inputs), (1,) * spatial
-    else:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        inputs = pad(inputs, module._reversed_padding_repeated_twice, mode)
-    for axis in range(spatial):
-        reach = module.dilation[axis] * (module.kernel_size[axis] - 1) + 1
-        inputs = inputs.unfold(2 + axis, reach, stride[axis])[..., :: module.dilation[axis]]
-    return inputs
+        once = (1,) * len(module.kernel_size)
+        return windows(_spread(module, inputs), module.kernel_size, module.dilation, once)
+    return windows(padded(module, inputs), module.kernel_size, module.dilation, module.stride)
 
 
 def _spread(module: Any, inputs: Tensor) -> Tensor:
