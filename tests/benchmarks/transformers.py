@@ -36,10 +36,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "woodfisher": ("woodfisher", {}),
     "layerwise": ("layerwise", {}),
     "layerwise, magnitude": ("layerwise", {"scores": "magnitude"}),
+    "layerwise, opd": ("layerwise", {"scores": "opd"}),
+    "layerwise, Kronecker": (
+        "layerwise",
+        {"scores": "opd", "score_options": {"structure": "kronecker"}},
+    ),
+    "layerwise, damping 0.01": ("layerwise", {"score_options": {"damping": 0.01}}),
     "layerwise, 1 step": ("layerwise", {"steps": 1}),
     "layerwise, 8 steps": ("layerwise", {"steps": 8}),
+    "layerwise, exact": ("layerwise", {"solver": "exact"}),
     "layerwise, sequential": ("layerwise", {"solver": "sequential"}),
-    "layerwise, Kronecker": ("layerwise", {"score_options": {"structure": "kron"}}),
 }
 DEFAULT = ["magnitude", "layer-magnitude", "wanda", "sparsegpt", "opd", "layerwise"]
 UNCALIBRATED = ("magnitude", "layer-magnitude")

@@ -69,7 +69,7 @@ def test_the_rows_are_least_squares_on_what_the_pruned_model_sees(build):
     model, data = build()
     calibration = calibrated(model, data)
     dense = {name: value.clone() for name, value in calibration.space.values().items()}
-    method_options = {"scores": "magnitude", "steps": 1, "damping": 0.05}
+    method_options = {"scores": "magnitude", "steps": 1, "damping": 0.05, "solver": "exact"}
     decision = prune_global(
         None, "layerwise", amount=0.6, calibration=calibration, **method_options
     )
@@ -80,6 +80,60 @@ def test_the_rows_are_least_squares_on_what_the_pruned_model_sees(build):
         expected = solved_rows(damped(moment.mean[0], 0.05), rows, keep)
         found = matrix_of(moment.module, decision.updates[name])[0].double()
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_the_tokens_of_a_layer_are_squared_one_by_one():
+    """Scores are ``½ w² (F_ii + λ)`` with ``F_ii = (1/N) Σ_n Σ_t g_nt² a_nt²``, by autograd."""
+    model, data = gpt2()
+    calibration = calibrated(model, data)
+    decision = prune_global(
+        None,
+        "layerwise",
+        amount=0.5,
+        calibration=calibration,
+        steps=1,
+        score_options={"damping": 1e-9},
+    )
+    model, _ = gpt2()
+    layer = model.transformer.h[1].mlp.c_fc
+    squares = torch.zeros_like(layer.weight)
+    for batch in data:
+        for row in batch["input_ids"]:
+            kept = {}
+            handle = layer.register_forward_hook(
+                lambda _, args, out, kept=kept: kept.update(a=args[0][0], f=out)
+            )
+            loss = model(input_ids=row[None], labels=row[None]).loss * 7
+            handle.remove()
+            (g,) = torch.autograd.grad(loss, kept["f"])
+            squares += kept["a"].square().mT @ g[0].square()
+    expected = layer.weight.detach().double().square() * squares / 6 / 2
+    found = decision.scores["transformer.h.1.mlp.c_fc.weight"]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-12)
+
+
+def test_the_token_fisher_is_found_once_from_as_many_samples_as_have_labels_enough():
+    model, data = gpt2()
+    found = prune_global(
+        None,
+        "layerwise",
+        amount=0.5,
+        calibration=calibrated(model, data),
+        score_options={"labels": 20},
+    )
+    assert [step["scores"] for step in found.info["steps"]] == [{"samples": 4}] * 4
+
+
+def test_an_expert_that_no_token_reaches_is_ranked_by_magnitude():
+    torch.manual_seed(0)
+    model = Experts()
+    dense = model.experts[2].weight.detach().abs().flatten()
+    calibration = calibrated(model, [(torch.randn(32, 3), torch.arange(32) % 2)])
+    with pytest.warns(CalibrationWarning, match=r"weights of experts\.2\.weight stay"):
+        masks = prune_global(None, "layerwise", amount=9, calibration=calibration, steps=1).masks
+    kept = masks["experts.2.weight"].flatten()
+    assert 0 < int(kept.sum()) < 6
+    assert dense[kept].min() > dense[~kept].max()
 
 
 def test_it_helps():
@@ -97,7 +151,7 @@ def test_it_helps():
     assert errors[1] < 0.7 * errors[0]
 
 
-@pytest.mark.parametrize("solver", ["exact", "sequential"])
+@pytest.mark.parametrize("solver", ["iterative", "exact", "sequential"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_rounds_follow_the_path_and_end_at_the_amount(solver, scope):
     model, data = mlp()
@@ -116,16 +170,24 @@ def test_rounds_follow_the_path_and_end_at_the_amount(solver, scope):
 
 
 def test_rounds_score_the_weights_that_the_last_one_left():
-    results = []
+    results, options = [], {"scores": "opd", "solver": "exact"}
     for again in (False, True):
         model, data = mlp()
         calibration = calibrated(model, data)
         if again:
-            prune_global(None, "layerwise", amount=48, calibration=calibration, steps=1)
-            decision = prune_global(None, "layerwise", amount=48, calibration=calibration, steps=1)
+            for _ in range(2):
+                decision = prune_global(
+                    None, "layerwise", amount=48, calibration=calibration, steps=1, **options
+                )
         else:
             decision = prune_global(
-                None, "layerwise", amount=96, calibration=calibration, steps=2, path="linear"
+                None,
+                "layerwise",
+                amount=96,
+                calibration=calibration,
+                steps=2,
+                path="linear",
+                **options,
             )
         results.append((decision, model))
     (first, one), (second, two) = results
@@ -152,7 +214,11 @@ def test_patterns(pattern, kept):
         ({"scores": "random"}, "that scores for `scores`"),
         ({"scores": "magnitude", "pattern": "2:4", "amount": None}, "know patterns"),
         ({"pattern": "1x4"}, "like '2:4'"),
-        ({"score_options": {"posterior": None}}, "found anew in each round"),
+        ({"score_options": {"structure": "diagonal"}}, "Expected `kind`, `labels` and `damping`"),
+        ({"score_options": {"labels": 0}}, "labels"),
+        ({"score_options": {"damping": 0.0}}, "damping"),
+        ({"scores": "opd", "score_options": {"structure": "full"}}, "structure"),
+        ({"scores": "opd", "score_options": {"posterior": None}}, "found anew in each round"),
         ({"steps": 0}, "steps"),
         ({"solver": "none"}, "solver"),
         ({"damping": 0.0}, "damping"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.curvature.test_layer_inputs import Experts, gpt2
+from tests.curvature.test_layer_inputs import Experts, Twice, gpt2
 from tests.methods.test_layerwise import calibrated, mlp
 from tests.references.layer_update import sparse_gpt
 from torchprune_bayes import prune_global
@@ -102,6 +102,18 @@ def test_weights_on_inputs_that_are_always_zero_go_first(name):
     mask = prune_global(None, name, amount=0.125, calibration=calibrated(model, data)).masks
     assert not mask["0.weight"][:, 3].any()
     assert int(mask["0.weight"].sum()) == 84
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_that_is_called_twice_is_pruned_once_for_all_its_tokens(name):
+    torch.manual_seed(0)
+    model = Twice()
+    calibration = calibrated(model, [(torch.randn(16, 3), torch.zeros(16).long())])
+    masks = prune_global(None, name, amount=0.34, calibration=calibration).masks
+    assert {key: int(mask.sum()) for key, mask in masks.items()} == {
+        "shared.weight": 6,
+        "last.weight": 4,
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.references.layer_update import solved_rows, sparse_gpt, swept
-from torchprune_bayes._numerics.layer_update import damped, solve_rows, sweep
+from torchprune_bayes._numerics.layer_update import damped, descend_rows, solve_rows, sweep
 from torchprune_bayes._numerics.selection import smallest_k
 
 
@@ -33,6 +33,27 @@ def test_every_row_is_solved_exactly(rows, columns, seed, keep):
     found = solve_rows(gram, weights, mask)
     torch.testing.assert_close(found, solved_rows(gram, weights, mask))
     assert not found[~mask].any()
+
+
+@CASES
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_descending_gets_nearer_at_every_step_and_there_in_the_end(rows, columns, seed, keep):
+    gram, weights, mask = layer(rows, columns, seed, keep)
+    found = [descend_rows(gram, weights, mask, steps) for steps in range(2 * columns + 2)]
+    changes = torch.stack([(((weights - new) @ gram) * (weights - new)).sum(1) for new in found])
+    torch.testing.assert_close(found[0], weights * mask)
+    assert (changes[1:] <= changes[:-1] * (1 + 1e-9) + 1e-12).all()
+    torch.testing.assert_close(found[-1], solved_rows(gram, weights, mask), atol=1e-6, rtol=1e-6)
+    assert not any(new[~mask].any() for new in found)
+
+
+def test_descending_in_single_precision_goes_on_where_nothing_is_left_to_do():
+    gram, weights, mask = layer(6, 9, seed=2)
+    found = descend_rows(gram, weights.float(), mask, 200)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(
+        found, solved_rows(gram, weights, mask).float(), atol=1e-4, rtol=1e-4
+    )
 
 
 @CASES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -15,14 +15,14 @@ from torchprune_bayes.calibration import (
     Batch,
     Calibration,
     LossFunction,
-    batch_size,
-    cut,
-    grouped,
     joined,
-    sizes,
 )
-from torchprune_bayes.calibration.normalisation import differing_samples
 from torchprune_bayes.curvature.layer_statistics import LayerStatistics
+from torchprune_bayes.curvature.layers.batches import (
+    examples_of,
+    first_of,
+    whole_mini_batches,
+)
 from torchprune_bayes.curvature.layers.coverage import (
     coverage_of,
     unverified_routes,
@@ -32,7 +32,7 @@ from torchprune_bayes.curvature.layers.normalisation import MOST_EXAMPLES, Norma
 from torchprune_bayes.curvature.layers.parameters import trainable_parameters
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
 from torchprune_bayes.curvature.layers.sums import BatchSums, needed
-from torchprune_bayes.errors import ArgumentError, CalibrationError
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.types import Masks, ParameterPairs
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class LayerCurvature(LayerStatistics):
             what they found, take one each.
         verify: Whether the rules are checked on two samples, once for a model: not again where the
             same parameters are fitted by this object again.
+        positions: ``"summed"`` squares the gradients of samples; ``"independent"`` takes the
+            positions of a sample (pixels, tokens) of linear layers, convolutions and embeddings as
+            samples, as Kronecker factors do: diagonals are then ``(1/N) Σ_n Σ_t g_nt² a_nt²``, one
+            matrix product for a layer.
+        most_terms: Terms of the loss (labels) after which no batch follows; default all samples.
 
     Attributes are those of :class:`~torchprune_bayes.curvature.LayerStatistics`.
 
@@ -122,6 +127,8 @@ class LayerCurvature(LayerStatistics):
         mini_batch: int = 1,
         stream: int = 0,
         verify: bool = True,
+        positions: Literal["summed", "independent"] = "summed",
+        most_terms: int | None = None,
     ) -> None:
         check_choice("kind", kind, get_args(Kind))
         check_choice("structure", structure, get_args(Structure))
@@ -136,6 +143,9 @@ class LayerCurvature(LayerStatistics):
             )
         check_count("factor_limit", factor_limit)
         check_count("stream", stream, minimum=0)
+        check_choice("positions", positions, ("summed", "independent"))
+        if most_terms is not None:
+            check_count("most_terms", most_terms)
         self.kind = kind
         self.structure = structure
         self.draws = draws
@@ -146,6 +156,8 @@ class LayerCurvature(LayerStatistics):
         self.mini_batch = mini_batch
         self.stream = stream
         self.verify = verify
+        self.positions = positions
+        self.most_terms = most_terms
 
     def fit_model(
         self,
@@ -211,7 +223,10 @@ class LayerCurvature(LayerStatistics):
         """
         masks = calibration.space.masks() if masks is None else masks
         calibration = calibration.with_space(calibration.space.subset(masks))
-        head = self._head(self._batches(calibration, weights))
+        batches = partial(
+            whole_mini_batches, calibration, weights, self.batch_size, self.mini_batch
+        )
+        head = first_of(batches(), self.mini_batch)
         passes = self._passes(calibration, weights, head[0])
         check = NormalisationCheck(passes)
         if self.verify:
@@ -219,7 +234,7 @@ class LayerCurvature(LayerStatistics):
         total = None
         while total is None:
             routes = self._routes_of(passes, head[0], couples=check.couples)
-            total = self._summed(passes, check, routes, self._batches(calibration, weights))
+            total = self._summed(passes, check, routes, batches())
         sums = total.finished(masks)
         self.masks, self.sums, self.count = masks, sums, total.samples
         self.coverage, self.calibration = coverage_of(total.routes, masks), calibration
@@ -239,6 +254,7 @@ class LayerCurvature(LayerStatistics):
             every=self.structure != "kronecker",
             draws=self.draws,
             stream=self.stream,
+            by_position=self.positions == "independent",
         )
         for batch in batches:
             if self.verify:
@@ -247,6 +263,8 @@ class LayerCurvature(LayerStatistics):
                     check.found_late = False
                     return None
             total.add(batch)
+            if self.most_terms is not None and total.terms >= self.most_terms:
+                break
         return total
 
     def _routes_of(self, passes: Passes, first: Batch, *, couples: bool) -> Routes:
@@ -254,42 +272,9 @@ class LayerCurvature(LayerStatistics):
             return unverified_routes(passes.calibration.space)
         before = self.calibration
         if couples or before is None or not _same_task(before, passes.calibration):
-            two = self._examples(first, passes.losses.ignore_index, 2)
+            two = examples_of(first, passes.losses.ignore_index, 2, self.mini_batch)
             return verified_routes(passes, two, couples=couples)
         return self._routes
-
-    def _batches(
-        self, calibration: Calibration, weights: Mapping[str, Tensor] | None
-    ) -> Iterator[Batch]:
-        """Batches of whole mini-batches."""
-        m = self.mini_batch
-        size = max(self.batch_size // m, 1) * m
-        batches = calibration.fisher_batches(weights, size)
-        if m == 1:
-            yield from batches
-            return
-        for pieces in grouped(batches, sizes(calibration.num_samples, size)):
-            batch = joined(pieces)
-            parts = pieces if batch is None else [batch]
-            if any(batch_size(part) % m for part in parts):
-                raise CalibrationError(
-                    f"Expected mini-batches of {m} samples of equal shapes, got one of several: "
-                    f"give batches of a multiple of {m} samples, or take mini_batch=1."
-                )
-            yield from parts
-
-    def _head(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The first batch, or more where it holds one sample, which proves nothing alone."""
-        head = [next(batches)]
-        if batch_size(head[0]) < 2 * self.mini_batch:
-            head += islice(batches, MOST_EXAMPLES - 1)
-        return head
-
-    def _examples(self, batch: Batch, ignore_index: int, most: int) -> Batch:
-        """Samples, or mini-batches, that differ and have labels that count."""
-        if self.mini_batch > 1:
-            return cut(batch, 0, most * self.mini_batch)
-        return differing_samples(batch, ignore_index, most)
 
     def _passes(
         self, calibration: Calibration, weights: Mapping[str, Tensor] | None, first: Batch
@@ -298,7 +283,7 @@ class LayerCurvature(LayerStatistics):
         return Passes(
             calibration,
             weights,
-            self._examples(first, ignored, MOST_EXAMPLES),
+            examples_of(first, ignored, MOST_EXAMPLES, self.mini_batch),
             average=self.token_loss == "mean",
             ignore_index=ignored,
             group=self.mini_batch,

@@ -39,8 +39,14 @@ class SampleGradients(ABC):
         self.shape = torch.Size(shape)
 
     @abstractmethod
-    def add_squares(self, total: Tensor) -> None:
-        """Add ``Σ_n (∂ℓ_n/∂W)²`` to ``total``, whose dtype is the one that is computed in."""
+    def add_squares(self, total: Tensor, *, by_position: bool = False) -> None:
+        """Add ``Σ_n (∂ℓ_n/∂W)²`` to ``total``, whose dtype is the one that is computed in.
+
+        Args:
+            total: Shaped like the weight.
+            by_position: Whether the positions of a sample are squared one by one, as if they were
+                samples, where they are known.
+        """
 
     @abstractmethod
     def multiplied_out(self, sample: int, rows: slice, like: Tensor) -> Tensor:
@@ -62,8 +68,8 @@ class DenseGradients(SampleGradients):
         super().__init__(values.shape[0], values.shape[1:])
         self.values = values
 
-    def add_squares(self, total: Tensor) -> None:
-        """Add the sum of the squares."""
+    def add_squares(self, total: Tensor, *, by_position: bool = False) -> None:
+        """Add the sum of the squares of samples; their positions are not known any more."""
         total += self.values.to(total).square().sum(0)
 
     def multiplied_out(self, sample: int, rows: slice, like: Tensor) -> Tensor:
@@ -113,15 +119,15 @@ class OuterProducts(SampleGradients):
         sizes = self.left.shape[2], self.shape.numel() // self.left.shape[2]
         return (sizes[1], sizes[0]) if self.inputs_left else sizes
 
-    def add_squares(self, total: Tensor) -> None:
+    def add_squares(self, total: Tensor, *, by_position: bool = False) -> None:
         """Add the sum of the squares."""
         blocks = total.view(*self.left.shape[1:3], -1)
         budget = _budget(self.left, _PATCH_BYTES)
         entries = self.right_entries + self.left[0].numel()
         for chunk in _parts(self.samples, entries * total.element_size(), budget):
             left, right = self.left[chunk].to(total), self.right(chunk).to(total).mT
-            if self.positions == 1:
-                # (l rᵀ)² = l² (r²)ᵀ entry by entry, so that the sum over samples is a product
+            if self.positions == 1 or by_position:
+                # (l rᵀ)² = l² (r²)ᵀ entry by entry, so that the sum over all is a product
                 left, right = left.square(), right.square()
                 blocks += left.movedim(0, -2).flatten(-2) @ right.movedim(0, -3).flatten(-3, -2)
             else:
@@ -181,9 +187,12 @@ class EmbeddingRows(SampleGradients):
         self.indices = indices
         self.gradients = gradients
 
-    def add_squares(self, total: Tensor) -> None:
+    def add_squares(self, total: Tensor, *, by_position: bool = False) -> None:
         """Add the sum of the squares."""
         seen = self.indices >= 0
+        if by_position:
+            total.index_add_(0, self.indices[seen], self.gradients[seen].to(total).square_())
+            return
         sample = torch.arange(self.samples, device=seen.device).unsqueeze(1)
         keys = (sample * self.shape[0] + self.indices)[seen]
         unique, places = keys.unique(return_inverse=True)
@@ -207,8 +216,12 @@ class EmbeddingRows(SampleGradients):
         return EmbeddingRows(indices, gradients, self.shape)
 
 
-def add_squares(uses: Sequence[SampleGradients], total: Tensor) -> None:
+def add_squares(
+    uses: Sequence[SampleGradients], total: Tensor, *, by_position: bool = False
+) -> None:
     """Add ``Σ_n (Σ_uses ∂ℓ_n/∂W)²``: what a sample's gradient is where a weight is used twice.
+
+    By position, the uses are squared one by one as well.
 
     Uses of several kinds (a table of embeddings that is also an output layer) are multiplied out, a
     sample and a few rows at a time.
@@ -219,6 +232,10 @@ def add_squares(uses: Sequence[SampleGradients], total: Tensor) -> None:
         >>> total
         tensor([12., 12.])
     """
+    if by_position:
+        for use in uses:
+            use.add_squares(total, by_position=True)
+        return
     kinds = [[use for use in uses if type(use) is kind] for kind in {type(use) for use in uses}]
     joint = [alike[0].joined(alike[1:]) if len(alike) > 1 else alike[0] for alike in kinds]
     if len(joint) == 1:

@@ -49,10 +49,8 @@ class LayerLocalPruning(PruningMethod):
         ignore_padding: bool = True,
         scope: Literal["global", "layer"] = "layer",
     ) -> None:
-        self.pattern = None if pattern is None else Pattern.parse(pattern)
+        self.pattern = None if pattern is None else Pattern.n_of_m(pattern)
         if self.pattern is not None:
-            if self.pattern.takes_whole_groups:
-                raise ArgumentError(f"Expected `pattern` like '2:4', got {pattern!r}.")
             amount = self.pattern.amount(amount)
         super().__init__(amount, calibration=calibration, scope=scope)  # type: ignore[arg-type]
         self.ignore_padding = ignore_padding

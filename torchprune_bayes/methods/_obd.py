@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchprune_bayes.errors import CalibrationError
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.types import Decision
+from torchprune_bayes.types import Decision, Scores
 
 
 def obd_decision(
@@ -26,13 +26,22 @@ def obd_decision(
     Raises:
         CalibrationError: If the diagonal is zero, which tells no weight from another.
     """
+    scores = obd_scores(weights, diagonal)
+    return Decision(target.keep(0, scores, target.initial), scores=scores, info=info)
+
+
+def obd_scores(weights: Mapping[str, Tensor], diagonal: Mapping[str, Tensor]) -> Scores:
+    """``½ w_i² |H_ii|``, float64.
+
+    Raises:
+        CalibrationError: If the diagonal is zero, which tells no weight from another.
+    """
     if not any(value.any() for value in diagonal.values()):
         raise CalibrationError(
             "Expected a curvature that tells weights apart, got zeros alone: the loss does not "
             "depend on the weights, is linear in them, or no label counts."
         )
-    scores = {
+    return {
         name: weight.double().square() * diagonal[name].abs().to(weight.device) / 2
         for name, weight in weights.items()
     }
-    return Decision(target.keep(0, scores, target.initial), scores=scores, info=info)

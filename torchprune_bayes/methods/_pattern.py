@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,14 @@ class Pattern:
             if (first == 1 and size > 1) if kind == "x" else 0 < first < size:
                 return cls(size, 0 if kind == "x" else first)
         raise ArgumentError(f"Expected `pattern` like '2:4' or '1x4', got {text!r}.")
+
+    @classmethod
+    def n_of_m(cls, text: str) -> Pattern:
+        """Read ``"N:M"`` alone."""
+        pattern = cls.parse(text)
+        if pattern.takes_whole_groups:
+            raise ArgumentError(f"Expected `pattern` like '2:4', got {text!r}.")
+        return pattern
 
     @property
     def takes_whole_groups(self) -> bool:
@@ -134,6 +143,31 @@ class Pattern:
             )
         layered = options.get("scope") == "layer"
         return Target(masks, needed if layered else total, steps=steps, **options)  # type: ignore[arg-type]
+
+
+def kept_by(
+    space: ParameterSpace, scores: Scores, amount: Any, *, pattern: Pattern | None, scope: str
+) -> Masks:
+    """Masks without the entries of smallest scores, in one step.
+
+    Args:
+        space: Masks, and layers for a pattern.
+        scores: Not negative.
+        amount: Fraction or number of the remaining entries to prune.
+        pattern: Which entries go together.
+        scope: ``"global"`` or ``"layer"``.
+    """
+    masks = space.masks()
+    if pattern is None:
+        return Target(masks, amount, scope=scope).keep(0, scores, masks)
+    dims = pattern.dims(space)
+    target = pattern.target(masks, dims, amount, steps=1, scope=scope)
+    ranks = {}
+    for name, dim in dims.items():
+        finite = scores[name].clamp_max(torch.finfo(torch.float64).max / 4)
+        along, remaining = (tensor.movedim(dim, -1) for tensor in (finite, masks[name]))
+        ranks[name] = pattern.ranks(along, remaining).movedim(-1, dim)
+    return target.keep(0, ranks, masks)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from torchprune_bayes._checks import check_choice
@@ -12,12 +11,11 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import LayerCurvature
 from torchprune_bayes.laplace.fitting import Kind, LaplaceOptions, Structure
 from torchprune_bayes.laplace.posterior import MODES, Posterior
-from torchprune_bayes.methods._pattern import Pattern
+from torchprune_bayes.methods._pattern import Pattern, kept_by
 from torchprune_bayes.methods._posterior import PosteriorPruning
-from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
-from torchprune_bayes.types import Decision, Masks, Scores
+from torchprune_bayes.types import Decision
 
 
 @register("opd", title="optimal posterior damage", paper="arXiv:2402.15978")
@@ -65,6 +63,7 @@ class OPD(PosteriorPruning):
     Cost: one or a few passes over the data if there is no posterior; ``8D`` bytes for the scores.
 
     Example:
+        >>> import torch
         >>> from torchprune_bayes import prune_global
         >>> layer = torch.nn.Linear(3, 1, bias=False)
         >>> with torch.no_grad():
@@ -122,21 +121,9 @@ class OPD(PosteriorPruning):
         posterior = self.posterior_at(space)
         found = posterior.scores(self.mode, smoothed=self.smoothed)
         scores = {name: found[name].to(mask.device) for name, mask in masks.items()}
-        kept = self._kept(space, scores, masks)
+        kept = kept_by(space, scores, self.amount, pattern=self.pattern, scope=self.scope)
         info = {
             "log_marginal_likelihood": posterior.log_marginal_likelihood(),
             "prior": posterior.prior.structure.value,
         }
         return Decision(kept, scores=scores, info=info)
-
-    def _kept(self, space: ParameterSpace, scores: Scores, masks: Masks) -> Masks:
-        if self.pattern is None:
-            return Target(masks, self.amount, scope=self.scope).keep(0, scores, masks)
-        dims = self.pattern.dims(space)
-        target = self.pattern.target(masks, dims, self.amount, steps=1, scope=self.scope)
-        ranks = {}
-        for name, dim in dims.items():
-            finite = scores[name].clamp_max(torch.finfo(torch.float64).max / 4)
-            along, remaining = (tensor.movedim(dim, -1) for tensor in (finite, masks[name]))
-            ranks[name] = self.pattern.ranks(along, remaining).movedim(-1, dim)
-        return target.keep(0, ranks, masks)

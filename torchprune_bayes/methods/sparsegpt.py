@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from torchprune_bayes._numerics.cholesky import safe_cholesky
 from torchprune_bayes._numerics.layer_update import damped, sweep
 from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes._numerics.selection import smallest_k
-from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.methods._local import LayerLocalPruning, shares
 from torchprune_bayes.methods.registry import register
 
@@ -34,10 +33,8 @@ class SparseGPT(LayerLocalPruning):
         calibration: Data and model; the loss is not used.
         damping: Relative to the mean of ``diag G``, the paper's ``percdamp``.
         block_size: Columns whose mask is chosen together.
-        pattern: ``"N:M"`` keeps ``N`` of every ``M`` inputs of an output.
-        ignore_padding: Whether tokens that the ``attention_mask`` leaves out do not count.
-        scope: ``"layer"``, as in the paper; ``"global"`` shares the count out by ``w²/(G⁻¹)_jj`` of
-            the dense weights.
+        options: ``pattern``, ``ignore_padding`` and ``scope``, as of Wanda; ``scope="global"``
+            shares the count out by ``w²/(G⁻¹)_jj`` of the dense weights.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -51,7 +48,7 @@ class SparseGPT(LayerLocalPruning):
     multiplications for a layer with ``n`` inputs.
 
     Example:
-        >>> from torchprune_bayes import prune_global
+        >>> from torchprune_bayes import Calibration, prune_global
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
         >>> data = [(torch.randn(32, 8), torch.randint(4, (32,)))]
         >>> calibration = Calibration(model, data, torch.nn.functional.cross_entropy)
@@ -66,20 +63,11 @@ class SparseGPT(LayerLocalPruning):
         self,
         amount: float | int | Mapping[str, int] | None,
         *,
-        calibration: Calibration | None = None,
         damping: float = 0.01,
         block_size: int = 128,
-        pattern: str | None = None,
-        ignore_padding: bool = True,
-        scope: Literal["global", "layer"] = "layer",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            amount,
-            calibration=calibration,
-            pattern=pattern,
-            ignore_padding=ignore_padding,
-            scope=scope,
-        )
+        super().__init__(amount, **options)
         check_positive("damping", damping)
         check_count("block_size", block_size)
         self.damping, self.block_size = damping, block_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes._numerics.selection import smallest_k
-from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.methods._local import LayerLocalPruning, shares
 from torchprune_bayes.methods.registry import register
 
@@ -30,9 +29,10 @@ class Wanda(LayerLocalPruning):
             with a pattern.
         calibration: Data and model; the loss is not used.
         compare: ``"output"``, the paper's, or ``"layer"``, all weights of a layer together.
-        pattern: ``"N:M"`` keeps ``N`` of every ``M`` inputs of an output.
-        ignore_padding: Whether tokens that the ``attention_mask`` leaves out do not count.
-        scope: ``"layer"``, as in the paper; ``"global"`` shares the count out by the dense scores.
+        options: ``pattern="N:M"`` keeps ``N`` of every ``M`` inputs of an output;
+            ``ignore_padding`` says whether tokens that the ``attention_mask`` leaves out do not
+            count; ``scope`` is ``"layer"``, as in the paper, or ``"global"``, which shares the
+            count out by the dense scores.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -46,7 +46,7 @@ class Wanda(LayerLocalPruning):
     for a layer with ``n`` inputs.
 
     Example:
-        >>> from torchprune_bayes import prune_global
+        >>> from torchprune_bayes import Calibration, prune_global
         >>> model = torch.nn.Linear(3, 1, bias=False)
         >>> with torch.no_grad():
         ...     _ = model.weight.copy_(torch.tensor([[1.0, -1.0, 2.0]]))
@@ -60,19 +60,10 @@ class Wanda(LayerLocalPruning):
         self,
         amount: float | int | Mapping[str, int] | None,
         *,
-        calibration: Calibration | None = None,
         compare: Literal["output", "layer"] = "output",
-        pattern: str | None = None,
-        ignore_padding: bool = True,
-        scope: Literal["global", "layer"] = "layer",
+        **options: Any,
     ) -> None:
-        super().__init__(
-            amount,
-            calibration=calibration,
-            pattern=pattern,
-            ignore_padding=ignore_padding,
-            scope=scope,
-        )
+        super().__init__(amount, **options)
         check_choice("compare", compare, ("output", "layer"))
         self.compare = compare
 

@@ -37,6 +37,7 @@ class BatchSums:
         every: Whether parameters with Kronecker factors have a diagonal as well.
         draws: Draws per sample.
         stream: Draws of other streams are others.
+        by_position: Whether positions of samples are squared one by one.
 
     Attributes:
         routes: As given.
@@ -53,8 +54,10 @@ class BatchSums:
         every: bool,
         draws: int,
         stream: int,
+        by_position: bool = False,
     ) -> None:
         self._passes, self.routes = passes, routes
+        self._by_position = by_position
         self.samples = 0
         self._kind, self._draws = kind, draws
         self._generator = torch.Generator().manual_seed(
@@ -74,6 +77,11 @@ class BatchSums:
         self._place = float64_device(passes.calibration.device)
         self._loss = torch.zeros((), dtype=torch.float64, device=self._place)
         self._terms = self._loss.clone()
+
+    @property
+    def terms(self) -> int:
+        """Terms of the loss so far."""
+        return int(self._terms)
 
     def add(self, batch: Batch) -> None:
         """Add the sums over one batch.
@@ -143,7 +151,7 @@ class BatchSums:
         with torch.no_grad(), torch.autocast(device, enabled=False):
             for name, uses in recording.sample_gradients(scalar, weights, keep_graph=not last):
                 if name in self._diagonal and name not in self._whole:
-                    add_squares(uses, self._diagonal[name])
+                    add_squares(uses, self._diagonal[name], by_position=self._by_position)
                 if name in self._kronecker:
                     self._add_factors(name, uses, with_inputs=not index)
         if self.routes.singles:

@@ -1,0 +1,172 @@
+"""What chooses the masks in the rounds of ``layerwise``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature import LayerCurvature
+from torchprune_bayes.errors import ArgumentError, CalibrationError
+from torchprune_bayes.methods._obd import obd_scores
+from torchprune_bayes.methods._pattern import Pattern, kept_by
+from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.registry import find_method
+from torchprune_bayes.params import ParameterSpace
+from torchprune_bayes.types import Decision
+
+TOKEN_FISHER = "token-fisher"
+_BATCH = 32
+_OWN = ("amount", "calibration", "curvature", "model", "pattern", "posterior", "scope")
+
+
+class Scorer(Protocol):
+    """Ranks what a round has left."""
+
+    def decide(self, space: ParameterSpace, amount: Any, pattern: Pattern | None) -> Decision:
+        """Masks of the next round, at the weights and masks of ``space``."""
+
+
+class TokenFisher:
+    """``½ w² (F_ii + λ)`` with ``F_ii = (1/N) Σ_n Σ_t g_nt² a_nt²`` of the dense weights.
+
+    Tokens are taken as samples. The squares are found once, from one pass, and only the weights
+    change between rounds: what layers are worth to the loss changes little while their outputs
+    stay what they were. A tensor without any, such as an expert that no token reaches, is ranked by
+    magnitude.
+
+    Args:
+        calibration: Data, model and loss.
+        scope: ``"global"`` or ``"layer"``.
+        kind: Whose labels: ``"empirical"``, the data's, or ``"monte_carlo"``, the model's.
+        labels: Labels that are enough, which are far fewer sequences than classified texts.
+        damping: ``λ``, relative to the mean of ``F_ii`` over all tensors.
+
+    Raises:
+        ArgumentError: If an option has an impossible value.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration | None,
+        scope: str,
+        *,
+        kind: Literal["empirical", "monte_carlo"] = "empirical",
+        labels: int = 2048,
+        damping: float = 1.0,
+    ) -> None:
+        check_choice("kind", kind, ("empirical", "monte_carlo"))
+        check_count("labels", labels)
+        check_positive("damping", damping)
+        self.calibration, self.scope, self.damping = calibration, scope, damping
+        self._curvature = LayerCurvature(
+            kind, positions="independent", most_terms=labels, batch_size=_BATCH
+        )
+        self._diagonal: dict[str, Tensor] | None = None
+
+    def decide(self, space: ParameterSpace, amount: Any, pattern: Pattern | None) -> Decision:
+        """Rank the remaining entries.
+
+        Raises:
+            CalibrationError: If the loss does not depend on the weights.
+        """
+        assert self.calibration is not None
+        weights, masks = space.values(), space.masks()
+        if self._diagonal is None:
+            self._curvature.fit(self.calibration, weights, masks)
+            self._diagonal = _damped(self._curvature.diagonal(), self.damping)
+        scores = obd_scores(weights, self._diagonal)
+        amount = amount if pattern is None else pattern.amount(amount)
+        kept = kept_by(space, scores, amount, pattern=pattern, scope=self.scope)
+        return Decision(kept, scores=scores, info={"samples": self._curvature.count})
+
+
+def _damped(diagonal: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+    """``F_ii`` plus ``damping`` times the mean of all.
+
+    Raises:
+        CalibrationError: If all are zero.
+    """
+    total = sum(float(value.sum()) for value in diagonal.values())
+    if not total:
+        raise CalibrationError(
+            "Expected a loss that depends on the weights, got gradients of zero for all samples: "
+            "check the loss and its labels."
+        )
+    shift = damping * total / sum(value.numel() for value in diagonal.values())
+    return {name: value + shift for name, value in diagonal.items()}
+
+
+class Registered:
+    """A registered method, with fresh scores in each round.
+
+    Args:
+        name: Of a method of this package; one that also moves weights is asked not to.
+        calibration: Data, model and loss.
+        scope: ``"global"`` or ``"layer"``.
+        options: Of the method.
+
+    Raises:
+        ArgumentError: If it is none that scores, or an option is not one of the scores alone.
+    """
+
+    def __init__(
+        self, name: str, calibration: Calibration | None, scope: str, options: Mapping[str, Any]
+    ) -> None:
+        self.name, self.calibration = name, calibration
+        self._options = {"scope": scope} | options
+        kind = find_method(name).method
+        if not issubclass(kind, PruningMethod) or _solves_layers(kind):
+            raise ArgumentError(
+                f"Expected a method of this package that scores for `scores`, got {name!r}."
+            )
+        wrong = [key for key in options if key in _OWN]
+        if wrong:
+            raise ArgumentError(
+                f"Expected options of the scores alone in `score_options`, got {wrong[0]!r}: it is "
+                "an argument of its own, or is found anew in each round."
+            )
+        self._kind = kind
+        self._known = inspect.signature(kind.__init__).parameters
+        if "update" in self._known:
+            self._options["update"] = "none"
+
+    def method(self, amount: Any, pattern: Pattern | None) -> PruningMethod:
+        """The method of one round.
+
+        Raises:
+            ArgumentError: If it knows no patterns, or an option is impossible.
+        """
+        options = dict(self._options)
+        if pattern is not None:
+            if "pattern" not in self._known:
+                raise ArgumentError(
+                    f"Expected `scores` that know patterns, such as 'opd', got {self.name!r}."
+                )
+            options["pattern"] = f"{pattern.kept}:{pattern.size}"
+        return self._kind(amount, **options)
+
+    def decide(self, space: ParameterSpace, amount: Any, pattern: Pattern | None) -> Decision:
+        """What the method decides.
+
+        Raises:
+            ArgumentError: If it moves weights.
+        """
+        method = self.method(amount, pattern)
+        assert self.calibration is not None
+        method.calibration = self.calibration.with_space(space)
+        found = method.decide(space)
+        if found.updates is not None:
+            raise ArgumentError(
+                f"Expected a method that only scores for `scores`, got {self.name!r}, which moves "
+                "weights."
+            )
+        return found
+
+
+def _solves_layers(kind: type) -> bool:
+    return kind is find_method("layerwise").method
