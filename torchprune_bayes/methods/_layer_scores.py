@@ -118,7 +118,7 @@ class Registered:
         self, name: str, calibration: Calibration | None, scope: str, options: Mapping[str, Any]
     ) -> None:
         self.name, self.calibration = name, calibration
-        self._options = {"scope": scope} | options
+        self._options: dict[str, Any] = {"scope": scope, **options}
         kind = find_method(name).method
         if not issubclass(kind, PruningMethod) or _solves_layers(kind):
             raise ArgumentError(
