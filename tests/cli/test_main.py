@@ -1,4 +1,6 @@
 import argparse
+import subprocess
+import sys
 
 import pytest
 
@@ -96,3 +98,17 @@ def test_the_command_is_kept_as_it_was_typed(monkeypatch):
     )
     assert main(["methods", "two words"]) == 0
     assert seen == ["torchprune-bayes methods 'two words'"]
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = (
+        "import sys; from torchprune_bayes.cli import main; sys.exit(main(['methods', '--json']))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 141
+    assert err == b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default those of the process.
 
     Returns:
-        0 if all went well, 1 if a method failed, 2 for wrong usage, 130 if interrupted.
+        0 if all went well, 1 if a method failed, 2 for wrong usage, 130 if interrupted, 141 if
+        nobody reads the output any more.
 
     Example:
         >>> main(["methods", "random"])
@@ -65,13 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.resolved = parsers[name].dump(arguments)
     arguments.command = shlex.join(["torchprune-bayes", *words])
     try:
-        return int(_COMMANDS[name].run(arguments))
+        code = int(_COMMANDS[name].run(arguments))
+        sys.stdout.flush()
+        return code
     except TorchPruneBayesError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1 if isinstance(error, (CalibrationError, NumericalError)) else 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the last flush
+        return 141
 
 
 def _build_parser(parsers: Mapping[str, Parser]) -> Parser:
