@@ -1,4 +1,4 @@
-"""Prune a digit classifier to 98 % in one step and in twenty with fresh gradients."""
+"""Prune a digit classifier to 98 % in one step and in twenty with new gradients."""
 
 import copy
 

@@ -14,14 +14,14 @@ from transformers import EvalPrediction, Trainer
 from tests.integrations.hf_cases import Sentences, arguments, classifier
 from torchprune_bayes import prunable_parameters, prune_global
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.integrations.hf import CalibrationMetrics, calibrate_on, merge_adapters
+from torchprune_bayes.integrations.hf import TrainerMetrics, calibrate_on, merge_adapters
 from torchprune_bayes.methods import bake
 from torchprune_bayes.reports import accuracy, expected_calibration_error, negative_log_likelihood
 
 
 def test_metrics_are_those_of_the_reports() -> None:
     logits, labels = torch.randn(20, 4), torch.randint(4, (20,))
-    found = CalibrationMetrics()(EvalPrediction(logits.numpy(), labels.numpy()))
+    found = TrainerMetrics()(EvalPrediction(logits.numpy(), labels.numpy()))
     assert found["accuracy"] == pytest.approx(accuracy(logits, labels))
     assert found["nll"] == pytest.approx(negative_log_likelihood(logits, labels))
     assert found["ece"] == pytest.approx(expected_calibration_error(logits, labels))
@@ -29,7 +29,7 @@ def test_metrics_are_those_of_the_reports() -> None:
 
 def test_metrics_batch_by_batch_are_those_of_all() -> None:
     logits, labels = torch.randn(20, 4), torch.randint(4, (20,))
-    metrics = CalibrationMetrics()
+    metrics = TrainerMetrics()
     whole = metrics((logits, labels))
     assert metrics((logits[:9], labels[:9]), compute_result=False) == {}
     assert metrics((logits[9:], labels[9:]), compute_result=True) == pytest.approx(whole)
@@ -38,7 +38,7 @@ def test_metrics_batch_by_batch_are_those_of_all() -> None:
 def test_causal_metrics_compare_with_the_next_token() -> None:
     logits, labels = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
     labels[0, 3] = -100
-    found = CalibrationMetrics(causal=True)((logits.numpy(), labels.numpy()))
+    found = TrainerMetrics(causal=True)((logits.numpy(), labels.numpy()))
     expected = negative_log_likelihood(logits[:, :-1], labels[:, 1:])
     assert found["nll"] == pytest.approx(expected)
 
@@ -49,7 +49,7 @@ def test_the_trainer_logs_them(tmp_path: Path, batch_eval: bool) -> None:
         classifier(),
         arguments(tmp_path, batch_eval_metrics=batch_eval),
         eval_dataset=Sentences(13),
-        compute_metrics=CalibrationMetrics(),
+        compute_metrics=TrainerMetrics(),
     )
     found = run.evaluate()
     assert found["eval_nll"] == pytest.approx(found["eval_loss"], rel=1e-5)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torchprune_bayes.cli._experiment import Variant
 
-STEPWISE = "in several steps, fresh gradients"
+STEPWISE = "in several steps, new gradients"
 
 _FAMILIES = {
     "optimal brain surgeon": (
@@ -38,7 +38,7 @@ def families_of(compared: Sequence[Variant]) -> dict[str, str]:
 
     Example:
         >>> families_of([Variant("opd", "opd"), Variant("w, 8 steps", "w", {"steps": 8})])
-        {'opd': 'Bayesian', 'w, 8 steps': 'in several steps, fresh gradients'}
+        {'opd': 'Bayesian', 'w, 8 steps': 'in several steps, new gradients'}
     """
     by_method = {name: family for family, names in _FAMILIES.items() for name in names}
     return {

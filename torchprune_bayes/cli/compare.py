@@ -78,7 +78,7 @@ def build_parser() -> Parser:
         "--steps",
         type=int,
         metavar="N",
-        help="also prune in N steps, with fresh gradients in each, by every method that can "
+        help="also prune in N steps, with new gradients in each, by every method that can "
         f"(default: {STEPS} by {STRONGEST} alone; 1 for none)",
     )
     add(
@@ -215,7 +215,7 @@ def _caption(arguments: argparse.Namespace, compared: list[Variant]) -> str:
         "fine-tuning.",
         f"Gradients come from {arguments.num_samples} training images; damping and step sizes are "
         "chosen on validation images.",
-        "Updates of the surviving weights, gradient steps for woodtaylor, are part of a method.",
+        "Updates of the remaining weights, gradient steps for woodtaylor, are part of a method.",
     ]
     limits = [variant for variant in compared if variant.is_limited]
     if limits:

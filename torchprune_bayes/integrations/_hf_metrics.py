@@ -1,4 +1,4 @@
-"""Likelihood and calibration as a Trainer's ``compute_metrics``."""
+"""Accuracy, likelihood and calibration error as a Trainer's ``compute_metrics``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchprune_bayes.reports import MetricSums
 
 
-class CalibrationMetrics:
+class TrainerMetrics:
     """Accuracy, negative log-likelihood, expected calibration error and Brier score.
 
     Pass it to ``Trainer(compute_metrics=...)``; the Trainer logs each with its prefix, as
@@ -25,7 +25,7 @@ class CalibrationMetrics:
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
-        >>> found = CalibrationMetrics()((logits, labels))
+        >>> found = TrainerMetrics()((logits, labels))
         >>> round(found["accuracy"], 3), round(found["nll"], 3)
         (0.5, 0.72)
     """

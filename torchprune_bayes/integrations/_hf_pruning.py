@@ -24,7 +24,7 @@ from torchprune_bayes.integrations._checkpoints import (
     state_from,
 )
 from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog
-from torchprune_bayes.integrations._hf_metrics import CalibrationMetrics
+from torchprune_bayes.integrations._hf_metrics import TrainerMetrics
 from torchprune_bayes.integrations._hf_resume import (
     RECORD,
     checkpoint_folder,
@@ -142,13 +142,13 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         """Share of the entries that are pruned, over all tensors that the callback prunes."""
         return float(self._record.get("sparsity", 0.0))
 
-    def metrics(self, *, causal: bool = False) -> CalibrationMetrics:
+    def metrics(self, *, causal: bool = False) -> TrainerMetrics:
         """A ``compute_metrics`` for the Trainer: accuracy, NLL, ECE, Brier score and sparsity.
 
         Args:
             causal: Whether logits predict the next token, as those of causal language models.
         """
-        return CalibrationMetrics(causal=causal, extra=lambda: {"sparsity": self.sparsity})
+        return TrainerMetrics(causal=causal, extra=lambda: {"sparsity": self.sparsity})
 
     def on_train_begin(
         self,

@@ -6,9 +6,9 @@ Callbacks
     :class:`GateCallback` with noise gates, for pruning afterwards.
 
 Beside them
-    :func:`calibrate_on` says what to calibrate on. :class:`CalibrationMetrics` is a
-    ``compute_metrics`` with likelihood and calibration. :class:`DistillationTrainer` trains towards
-    the dense model. :func:`merge_adapters` merges LoRA adapters without losing zeros.
+    :func:`calibrate_on` says what to calibrate on. :class:`TrainerMetrics` is a
+    ``compute_metrics`` with likelihood and calibration error. :class:`DistillationTrainer` trains
+    towards the dense model. :func:`merge_adapters` merges LoRA adapters without losing zeros.
     :func:`last_whole_checkpoint` finds where to resume a run that was killed.
 
 Example:
@@ -20,19 +20,19 @@ Example:
 from torchprune_bayes.integrations._hf_calibration import calibrate_on
 from torchprune_bayes.integrations._hf_distillation import DistillationTrainer
 from torchprune_bayes.integrations._hf_lora import merge_adapters
-from torchprune_bayes.integrations._hf_metrics import CalibrationMetrics
+from torchprune_bayes.integrations._hf_metrics import TrainerMetrics
 from torchprune_bayes.integrations._hf_pruning import PruningCallback
 from torchprune_bayes.integrations._hf_resume import last_whole_checkpoint
 from torchprune_bayes.integrations._hf_shrinking import ShrinkingCallback
 from torchprune_bayes.integrations._hf_training import GateCallback, SpaMCallback
 
 __all__ = [
-    "CalibrationMetrics",
     "DistillationTrainer",
     "GateCallback",
     "PruningCallback",
     "ShrinkingCallback",
     "SpaMCallback",
+    "TrainerMetrics",
     "calibrate_on",
     "last_whole_checkpoint",
     "merge_adapters",

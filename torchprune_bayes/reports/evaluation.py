@@ -26,7 +26,7 @@ def evaluate(
     forward: Forward | None = None,
     progress: bool = False,
 ) -> ClassificationMetrics:
-    """Measure accuracy, likelihood and calibration of a model on labelled data.
+    """Measure accuracy, likelihood and calibration error of a model on labelled data.
 
     The model runs in eval mode without gradients; the training flag of every submodule is put
     back afterwards, also when something raises, and so are the weights that PyTorch's pruning

@@ -239,7 +239,7 @@ class GradualPruner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the model's entries are set to zero at once.
 
-        With ``mode="hooks"`` this makes ``<name>_orig`` and ``<name>_mask`` in a fresh model, so
+        With ``mode="hooks"`` this makes ``<name>_orig`` and ``<name>_mask`` in a new model, so
         it comes before the model's own ``load_state_dict``.
 
         Raises:
