@@ -138,7 +138,7 @@ def _touched_by(part: Stateful) -> list[Any]:
 
 
 class ResumableShrink:
-    """Shrinks a model in training, and cuts a newly built one in the same way when training is resumed.
+    """Shrinks a model in training, and cuts a new one in the same way when training is resumed.
 
     A part of :func:`save_training` and :func:`load_training`: its state says what was cut, so that
     model, optimizer and averages built whole get the sizes of the checkpoint before they are
