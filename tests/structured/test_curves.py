@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from tests.contracts.state import unchanged
@@ -115,3 +115,17 @@ def test_a_model_without_a_finite_loss_is_refused():
     orders = {group.name: torch.arange(group.units) for group in groups}
     with pytest.raises(CalibrationError, match="finite loss"):
         measure_curves(calibration, groups, orders)
+
+
+@pytest.mark.parametrize(("layers", "samples"), [(1, 512), (8, 15360 // 56), (30, 256)])
+def test_many_points_are_taken_on_fewer_samples(layers, samples):
+    torch.manual_seed(0)
+    hidden = [part for _ in range(layers) for part in (nn.Linear(9, 9), nn.Tanh())]
+    model = nn.Sequential(*hidden, nn.Linear(9, 3)).double()
+    x, y = torch.randn(600, 9).double(), torch.arange(600) % 3
+    calibration = Calibration(model, [(x, y)], cross_entropy)
+    groups = find_groups(model, x[:1])
+    orders = {group.name: torch.arange(group.units) for group in groups}
+    curves = measure_curves(calibration, groups, orders)
+    first = float(cross_entropy(model(x[:samples]).detach(), y[:samples]))
+    assert [curve.loss[0] for curve in curves] == [pytest.approx(first)] * layers

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchprune_bayes._numerics.cholesky import safe_cholesky
 from torchprune_bayes._numerics.precision import float64_device, wide
 
+_ROUNDING = 1e-13
 _DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -56,9 +57,18 @@ class Moments:
         return self.total / max(self.count, 1)
 
     def second(self, *, centred: bool) -> Tensor:
-        """Mean of ``x xᵀ``, or the covariance."""
+        """Mean of ``x xᵀ``, or the covariance.
+
+        Of inputs that hardly vary around a large mean the difference is rounding, and need not be
+        positive; as much as that is added to the variances.
+        """
         found = self.products / max(self.count, 1)
-        return found - torch.outer(self.mean(), self.mean()) if centred else found
+        if not centred:
+            return found
+        rounding = _ROUNDING * found.diagonal().mean()
+        found = found - torch.outer(self.mean(), self.mean())
+        found.diagonal().add_(rounding)
+        return found
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,9 @@ from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import first_names
 
 _POINTS = 8
-_FITTED_SAMPLES, _TRIED_SAMPLES = 512, 256
+_MOST_SAMPLES, _LEAST_SAMPLES = 512, 256
+_SAMPLE_LOSSES = 60 * _LEAST_SAMPLES
+"""Of all points together, so that few points are taken on more samples each."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,9 @@ def measure_curves(
     """Measure the loss curves of groups.
 
     Args:
-        calibration: Data, model and loss, of which the first 512 samples are used for the fits and
-            the first 256 for the losses. There is a progress bar if its ``progress`` says so.
+        calibration: Data, model and loss, of which the first 512 samples are used for the fits, and
+            for the losses as many as 60 points on 256 samples come to, 256 to 512. There is a
+            progress bar if its ``progress`` says so.
         groups: Groups of its model.
         orders: For each group, its units in the order in which they go; groups that are missing
             have no curve.
@@ -125,13 +128,14 @@ def measure_curves(
     space, _ = space_of(
         calibration.model, [p for group in chosen for p in group.slices if p.role != "norm"]
     )
-    trials = _Trials(calibration.with_space(space), damping)
-    whole = trials.loss({})
-    if not whole < float("inf"):
-        raise CalibrationError(f"Expected a finite loss of the whole model, got {whole}.")
     each = evaluations // len(chosen)
     points = {group.name: _counts(group.units - min_keep, each) for group in chosen}
     total = sum(map(len, points.values()))
+    tried = min(max(_SAMPLE_LOSSES // total, _LEAST_SAMPLES), _MOST_SAMPLES)
+    trials = _Trials(calibration.with_space(space), damping, tried)
+    whole = trials.loss({})
+    if not whole < float("inf"):
+        raise CalibrationError(f"Expected a finite loss of the whole model, got {whole}.")
     curves = []
     with tqdm(total=total, unit="point", disable=not calibration.progress) as bar:
         for part in trials.parts(chosen):
@@ -149,11 +153,11 @@ def measure_curves(
 class _Trials:
     """Losses of a model in which the readers of one group are fitted without some of its units."""
 
-    def __init__(self, calibration: Calibration, damping: float) -> None:
+    def __init__(self, calibration: Calibration, damping: float, tried: int) -> None:
         self._calibration, self._damping = calibration, damping
-        self._batches = list(first_samples(calibration, _FITTED_SAMPLES))
+        self._batches = list(first_samples(calibration, _MOST_SAMPLES))
         self._samples = sum(batch_size(batch) for batch in self._batches)
-        self._tried = list(_first(self._batches, _TRIED_SAMPLES))
+        self._tried = list(_first(self._batches, tried))
         self._readers: dict[str, Reader] = {}
         self._first, _ = first_names(calibration.model)
 

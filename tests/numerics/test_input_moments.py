@@ -1,0 +1,31 @@
+"""Least squares on inputs that hardly vary around a large mean."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchprune_bayes._numerics.input_moments import Moments, least_squares
+
+
+@given(st.integers(0, 2**31), st.floats(-14.0, 0.0), st.floats(-3.0, 3.0))
+def test_a_fit_is_finite_and_no_worse_than_the_cut_however_little_inputs_vary(
+    seed: int, spread: float, size: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mean = 10.0**size * torch.randn(6, generator=generator, dtype=torch.float64)
+    noise = torch.randn(64, 6, generator=generator, dtype=torch.float64)
+    x = mean * (1.0 + 10.0**spread * noise)
+    halves = Moments.zeros(6, x.device), Moments.zeros(6, x.device)
+    halves[0].add(x[::2])
+    halves[1].add(x[1::2])
+    weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    keep = torch.tensor([True, True, False, True, False, True])
+    fit = least_squares(weight, keep, halves, intercept=True, damping=1e-3)
+    assert fit.weight.isfinite().all()
+    assert fit.error <= fit.cut_error * (1.0 + 1e-6)
+    wanted, found = weight @ mean, fit.weight @ mean + fit.shift
+    torch.testing.assert_close(
+        found, wanted, rtol=0.0, atol=float(10 ** (size + spread + 1) + 1e-6)
+    )
