@@ -3,6 +3,9 @@
 In plain words: whoever fails must tell the others, which otherwise wait for it until a time-out. So
 every exchange carries the reason of whoever has failed before it, and raises it in all. An error
 that all have heard of is not told again, however many exchanges it leaves on its way out.
+
+By hand, since the utilities of torch.distributed and accelerate raise an error where it happened
+and leave the other processes waiting.
 """
 
 from __future__ import annotations
