@@ -45,7 +45,7 @@ def parser(description: str | None, *, lr: float, epochs: float) -> argparse.Arg
     add("--resume", action="store_true", help="go on from the last whole checkpoint in --output")
     group = found.add_argument_group("pruning")
     add = group.add_argument
-    add("--method", default="magnitude", choices=METHODS)
+    add("--method", choices=METHODS, help="layerwise for a trained --model, otherwise magnitude")
     add("--sparsity", type=float, default=0.8, help="0 trains the dense model")
     add("--schedule", default="cubic", choices=["linear", "cubic", "geometric"])
     add("--prune-begin", type=float, default=0.3, help="share of the training before pruning")
@@ -81,6 +81,7 @@ def run(
     tokenizer: Any = None,
 ) -> dict[str, float]:
     """Train, prune, evaluate, save; returns and writes the metrics."""
+    args.method = args.method or ("layerwise" if args.model else "magnitude")
     calibration = calibrate_on(
         train,
         num_samples=args.calibration_samples,

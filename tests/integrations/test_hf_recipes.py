@@ -37,6 +37,8 @@ def test_recipes_train_prune_and_save(tmp_path: Path, name: str, more: list[str]
     assert written["metrics"]["eval_nll"] == found["eval_nll"]
     again = run(name, tmp_path / "again", "--model", str(tmp_path / "dense" / "model"), "--distill")
     assert again["eval_sparsity"] == pytest.approx(0.8, abs=2e-3)
+    written = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert written["settings"]["method"] == "layerwise"
 
 
 def _in_a_process(folder: Path) -> None:
