@@ -167,9 +167,9 @@ def _train(
 
 @torch.no_grad()
 def measured(model: nn.Module, data: Data, samples: int) -> dict[str, float]:
-    """Mean negative log-likelihood, and its exponential or the accuracy in percent."""
+    """Mean negative log-likelihood, with its exponential or its error and the accuracy."""
     model.eval()
-    total = right = 0.0
+    total = right = squares = 0.0
     number = min(samples or len(data["labels"]), len(data["labels"]))
     for start in range(0, number, 128):
         batch = part_of(data, slice(start, min(start + 128, number)))
@@ -178,10 +178,13 @@ def measured(model: nn.Module, data: Data, samples: int) -> dict[str, float]:
         total += float(output.loss) * size
         if output.logits.ndim == 2:
             right += float((output.logits.argmax(1) == batch["labels"]).sum())
+            losses = nn.functional.cross_entropy(output.logits, batch["labels"], reduction="none")
+            squares += float(losses.square().sum())
     nll = total / number
     if data["labels"].ndim > 1:
         return {"nll": nll, "perplexity": float(torch.tensor(nll).exp())}
-    return {"nll": nll, "accuracy": 100 * right / number}
+    error = ((squares / number - nll**2) / number) ** 0.5
+    return {"nll": nll, "standard_error": error, "accuracy": 100 * right / number}
 
 
 def _reported(task: Task, arguments: argparse.Namespace) -> Data:
