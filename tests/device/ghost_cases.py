@@ -306,6 +306,7 @@ def test_patterns_without_float64(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
+        ("layerwise", {"solver": "exact"}),
         ("layerwise", {"solver": "sequential"}),
         ("sparsegpt", {"scope": "global"}),
         ("wanda", {"scope": "global"}),
