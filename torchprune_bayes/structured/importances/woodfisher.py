@@ -44,8 +44,8 @@ class WoodFisherImportance(CalibratedImportance):
         members: What a unit owns here: ``"all"``; or ``"columns"``, what reads it, without which
             the rest does nothing. A BatchNorm undoes any change of the scale of what it normalises,
             so that with all members the same removal counts once in some layers and twice in
-            others. With columns, and ``"full"`` or ``"unit"`` blocks, a score is one estimate of
-            the loss for the unit as a whole, and is divided by what it costs.
+            others. With columns and ``"unit"`` a score is one estimate of the loss for the unit as
+            a whole, and is divided by what it costs.
         damping: ``λ``; ``"auto"`` takes the mean squared gradient, its natural unit.
         update_scale: Share of the update that is taken; ``"auto"`` takes the one of 0, ¼, ½ and 1
             with the smallest loss on held-out samples; 0 moves nothing.
@@ -89,7 +89,7 @@ class WoodFisherImportance(CalibratedImportance):
         check_choice("members", members, _ROLES)
         self.block_size, self.damping, self.update_scale = block_size, damping, update_scale
         self.members = members
-        self.joint = members == "columns" and block_size in ("full", "unit")
+        self.joint = members == "columns" and block_size == "unit"
         self._fisher: EmpiricalFisher | None = None
 
     def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
