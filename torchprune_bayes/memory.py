@@ -85,6 +85,11 @@ class MemoryBudget:
         return self.total_bytes // 4
 
     @property
+    def copy_bytes(self) -> int:
+        """For a copy of the gradients of what remains, once gradients are no longer taken."""
+        return self.total_bytes // 8
+
+    @property
     def held_out_bytes(self) -> int:
         """For held-out samples, which are drawn once and kept."""
         return self.total_bytes // 8

@@ -134,7 +134,7 @@ def test_a_mini_batch_gives_the_mean_of_its_samples_wherever_the_batches_end(
     single = collected(mlp_calibration())
     calibration = mlp_calibration(mini_batch=mini_batch)
     found = collected(calibration)
-    assert calibration.engine == "vmap"
+    assert calibration.engine == "layers"
     assert len(found) == calibration.num_gradients == 12 // mini_batch
     assert_same(found, single.unflatten(0, (-1, mini_batch)).mean(1))
 
@@ -169,7 +169,7 @@ def test_half_precision_models_are_differentiated_in_float32(
 def test_rows_come_in_chunks_that_fit_the_memory_budget(memory_mb: float) -> None:
     calibration = mlp_calibration(data=mlp_data((200, 100)), memory_mb=memory_mb)
     rows = [len(part) for part in calibration.gradients()]
-    assert calibration.engine == "vmap"
+    assert calibration.engine == "layers"
     assert sum(rows) == 300
     assert max(rows) == 1 or max(rows) * calibration.space.numel * 8 <= memory_mb * 2**20 / 4
     if memory_mb > 1:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.calibration.cases import CLASSES, collected, mlp_calibration, mlp_data
 from tests.contracts.state import unchanged
 from torchprune_bayes import Calibration
+from torchprune_bayes.calibration import _engines
 from torchprune_bayes.errors import CalibrationError
 
 
@@ -53,11 +54,17 @@ class ChangedByVmap(nn.Module):
         return _WrongUnderVmap.apply(self.layer(inputs))
 
 
+@pytest.fixture
+def no_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with layers that have no rule."""
+    monkeypatch.setattr(_engines, "_rules_are_right", lambda *_: False)
+
+
 def test_the_engine_is_known_after_the_first_pass() -> None:
     calibration = mlp_calibration()
     assert calibration.engine is None
     collected(calibration)
-    assert calibration.engine == "vmap"
+    assert calibration.engine == "layers"
 
 
 def test_forbidding_vmap_is_said() -> None:
@@ -66,6 +73,7 @@ def test_forbidding_vmap_is_said() -> None:
     assert calibration.engine == "sequential (vectorize=False)"
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_a_model_that_cannot_be_vmapped_falls_back_and_says_why() -> None:
     calibration = mlp_calibration(Branching().double())
     found = collected(calibration)
@@ -74,6 +82,7 @@ def test_a_model_that_cannot_be_vmapped_falls_back_and_says_why() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_mini_batches_through_convolutions_go_one_by_one_unless_vmap_is_forced() -> None:
     model = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Flatten(), nn.Linear(8, CLASSES)).double()
     data = [(inputs.unsqueeze(1), targets) for inputs, targets in mlp_data((4, 5, 3))]
@@ -90,6 +99,7 @@ def test_forced_vmap_does_not_fall_back() -> None:
         collected(mlp_calibration(Branching().double(), vectorize=True))
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_a_model_that_vmap_changes_falls_back_and_says_by_how_much() -> None:
     calibration = mlp_calibration(ChangedByVmap().double())
     found = collected(calibration)
@@ -98,6 +108,7 @@ def test_a_model_that_vmap_changes_falls_back_and_says_by_how_much() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_a_first_sample_without_gradients_does_not_prevent_vmap() -> None:
     data = mlp_data((4,))
     data[0][0][0] = 0.0
@@ -246,6 +257,7 @@ def ctc(output: Tensor, target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return ctc_loss(output.transpose(0, 1), *target)
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_losses_whose_rows_differ_go_one_by_one() -> None:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(8, 5), nn.LogSoftmax(-1)).double()
@@ -277,6 +289,7 @@ class Late(nn.Module):
         return self.layer(inputs)
 
 
+@pytest.mark.usefixtures("no_rules")
 def test_vmap_that_fails_later_on_gives_way_to_the_loop() -> None:
     model = Late().double()
     options: dict[str, Any] = {"check_deterministic": False, "memory_mb": 0.005}
@@ -301,6 +314,7 @@ class Unlike(nn.Module):
         return self.layer(inputs)
 
 
+@pytest.mark.usefixtures("no_rules")
 @pytest.mark.parametrize(
     "error",
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from torchprune_bayes import Calibration, EmpiricalFisher
 from torchprune_bayes.curvature.gradient_store import GradientStore, Placement
@@ -26,10 +28,24 @@ def placements(folder):
     }
 
 
+def _written(chunks: Sequence[Tensor]) -> Callable[[Tensor | None], Iterator[Tensor]]:
+    """Chunks as a calibration streams them."""
+
+    def stream(out: Tensor | None) -> Iterator[Tensor]:
+        done = 0
+        for chunk in chunks:
+            if out is not None:
+                out[done : done + len(chunk)] = chunk
+            done += len(chunk)
+            yield chunk
+
+    return stream
+
+
 @pytest.mark.parametrize("name", ["device", "host", "auto, too little memory", "folder"])
 def test_what_is_read_is_what_was_taken(name, tmp_path):
     rows = torch.randn(7, 40)
-    store = GradientStore.filled(rows.split(3), (7, 40), placements(tmp_path)[name], CPU)
+    store = GradientStore.filled(_written(rows.split(3)), (7, 40), placements(tmp_path)[name], CPU)
     assert torch.equal(store.read(3, 31), rows[:, 3:31])
     assert torch.equal(store.whole(), rows)
 
@@ -37,7 +53,7 @@ def test_what_is_read_is_what_was_taken(name, tmp_path):
 def test_the_scratch_file_is_gone_at_once_and_its_room_with_the_store(tmp_path):
     rows = torch.randn(4, 100)
     placement = placements(tmp_path)["folder"]
-    store = GradientStore.filled([rows], (4, 100), placement, CPU)
+    store = GradientStore.filled(_written([rows]), (4, 100), placement, CPU)
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(store.whole(), rows)
     del store
@@ -48,7 +64,7 @@ def test_the_scratch_file_is_gone_at_once_and_its_room_with_the_store(tmp_path):
 def test_half_precision_rounds_to_eight_bits(tmp_path):
     rows = torch.randn(4, 100)
     placement = Placement(tmp_path, torch.bfloat16, 0)
-    store = GradientStore.filled([rows], (4, 100), placement, CPU)
+    store = GradientStore.filled(_written([rows]), (4, 100), placement, CPU)
     assert store.whole().dtype == torch.float32
     torch.testing.assert_close(store.whole(), rows, rtol=2**-8, atol=0)
 

@@ -100,12 +100,12 @@ def test_the_cheaper_form_is_taken():
 
 def test_many_dampings_share_one_spectrum_where_samples_are_few():
     few, many = torch.randn(1, 5, 40), torch.randn(1, 6, 40)
-    space = SampleSpace(few)
+    space = SampleSpace.of(few)
     first, second = space.inverse(few, 1.0), space.inverse(few, 2.0)
     assert isinstance(first, SpectralInverse)
     assert isinstance(second, SpectralInverse)
     assert first.space is second.space
-    assert isinstance(SampleSpace(many).inverse(many, 1.0), SampleSpaceInverse)
+    assert isinstance(SampleSpace.of(many).inverse(many, 1.0), SampleSpaceInverse)
 
 
 @given(case=blocks())
@@ -113,7 +113,7 @@ def test_many_dampings_share_one_spectrum_where_samples_are_few():
 def test_diagonals_for_several_dampings_are_those_of_each(case):
     gradients, damping = case
     dampings = [damping, 3.0 * damping]
-    found = inverse_diagonals(gradients, SampleSpace(gradients), dampings)
+    found = inverse_diagonals(gradients, SampleSpace.of(gradients), dampings)
     for one, diagonal in zip(dampings, found, strict=True):
         dense = torch.linalg.inv(torch.stack([damped_fisher(g, one) for g in gradients]))
         expected = dense.diagonal(dim1=-2, dim2=-1)

@@ -95,8 +95,7 @@ def times(gradients: Gradients, columns: Tensor) -> Tensor:
     Returns:
         ``[..., N, k]`` float64.
     """
-    columns = wide(columns)
-    parts = [wide(tile) @ columns[..., where, :] for where, tile in tiles(gradients)]
+    parts = [wide(tile) @ wide(columns[..., where, :]) for where, tile in tiles(gradients)]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
@@ -110,14 +109,18 @@ def transposed_times(gradients: Gradients, rows: Tensor) -> Tensor:
     Returns:
         ``[..., B, k]`` float64.
     """
-    across = wide(rows).mT.contiguous()
-    return torch.cat([across @ wide(tile) for _, tile in tiles(gradients)], dim=-1).mT
+    across = wide(rows).mT.contiguous()  # [..., k, N]
+    shape = (*across.shape[:-1], gradients.shape[-1])
+    found = torch.empty(shape, dtype=across.dtype, device=across.device)
+    for where, tile in tiles(gradients):
+        found[..., where] = across @ wide(tile)
+    return found.mT
 
 
 def mean_squares(gradients: Gradients) -> Tensor:
     """``(1/N) Σ_n g_n²`` of every column, float64 ``[..., B]``."""
-    norms = [torch.linalg.vector_norm(tile, dim=-2) for _, tile in tiles(gradients)]
-    return wide(torch.cat(norms, dim=-1)).square() / gradients.shape[-2]
+    sums = [wide(tile).square().sum(-2) for _, tile in tiles(gradients)]
+    return torch.cat(sums, dim=-1) / gradients.shape[-2]
 
 
 def mean(gradients: Gradients) -> Tensor:
@@ -148,7 +151,8 @@ def chosen_columns(gradients: Gradients, indices: Tensor) -> Tensor:
 
 
 def _kept(tile: Tensor, keep: Tensor) -> Tensor:
-    if tile[..., 0, 0].numel() > 1:  # several blocks keep different columns
+    if tile[..., 0, 0].numel() > 1 or tile.shape[-2] <= _ROWS:
+        # Several blocks keep different columns; and few rows are multiplied sooner than copied.
         return tile * keep.unsqueeze(-2)
     chosen = keep.reshape(-1).nonzero().squeeze(-1)
     return tile if len(chosen) == tile.shape[-1] else tile.index_select(-1, chosen)

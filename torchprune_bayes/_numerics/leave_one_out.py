@@ -46,7 +46,13 @@ class HeldOutErrors(NamedTuple):
     """That share, in [0, 1], ``[k]``."""
 
 
-def kept_block(gradients: Gradients, weights: Tensor, keep: Tensor, count: int) -> KeptBlock:
+def kept_block(
+    gradients: Gradients,
+    weights: Tensor,
+    keep: Tensor,
+    count: int,
+    inner: Tensor | None = None,
+) -> KeptBlock:
     """Spectrum and targets of one block, in the smaller of the two forms of the spectrum.
 
     Args:
@@ -54,6 +60,7 @@ def kept_block(gradients: Gradients, weights: Tensor, keep: Tensor, count: int) 
         weights: ``[1, B]``.
         keep: Boolean ``[1, B]``.
         count: ``n``: the first so many gradients stand for all.
+        inner: ``G_K G_Kᵀ``, ``[1, N, N]``, if it is known.
 
     Cost: ``NB min(N, B) + 9r³`` operations, ``r = min(n, B)``.
     """
@@ -62,7 +69,8 @@ def kept_block(gradients: Gradients, weights: Tensor, keep: Tensor, count: int) 
         kept = wide(gradients[0, :count] * keep[0])
         values, right = _spectrum(kept.mT @ kept)
         return KeptBlock(values, (kept @ right) / values.sqrt(), change)
-    values, vectors = _spectrum(gram(gradients, keep)[0, :count, :count])
+    inner = gram(gradients, keep) if inner is None else inner
+    values, vectors = _spectrum(inner[0, :count, :count])
     return KeptBlock(values, vectors, change)
 
 

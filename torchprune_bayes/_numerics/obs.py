@@ -21,7 +21,6 @@ from torch import Tensor
 
 from torchprune_bayes._numerics.fisher_blocks import (
     InverseFisher,
-    SampleSpace,
     damped_factor,
 )
 from torchprune_bayes._numerics.gradient_tiles import (
@@ -60,7 +59,8 @@ def single_directions(inverse: InverseFisher, weights: Tensor, keep: Tensor) -> 
     kept = keep.to(pair.device)
     rest = torch.where(kept, 0.0, 1.0 / inverse.inverse_diagonal()).unsqueeze(-1) * pair
     solved = -inverse.solve(rest)
-    return _on_support(solved[..., 0], solved[..., 1] - descent, weights, keep)
+    solved[..., 1] -= descent
+    return _on_support(solved, weights, keep)
 
 
 def joint_directions(
@@ -70,7 +70,8 @@ def joint_directions(
     keep: Tensor,
     *,
     kept: int | None = None,
-    space: SampleSpace | None = None,
+    inner: Tensor | None = None,
+    descent: bool = True,
 ) -> Directions:
     """Exact joint update in the cheaper of its two forms.
 
@@ -80,18 +81,34 @@ def joint_directions(
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         kept: Most entries that a block keeps, if it is known; asking the device takes time.
-        space: ``GGᵀ`` of all entries, if it is known.
+        inner: ``G_K G_Kᵀ``, if it is known.
+        descent: Whether the first-order part is wanted; else it is zero.
 
     Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``.
     """
     kept = int(keep.sum(-1).max()) if kept is None else kept
     if kept <= gradients.shape[-2]:
-        return joint_directions_in_primal(gradients, damping, weights, keep, kept)
-    if space is None or len(keep) > 1 or 2 * kept <= keep.numel():
-        inner = gram(*_kept_columns(gradients, keep, kept))
-    else:
-        inner = space.inner - gram(gradients, ~keep)  # P is the smaller part
-    return joint_directions_in_sample_space(gradients, damping, weights, keep, inner)
+        return joint_directions_in_primal(gradients, damping, weights, keep, kept, descent=descent)
+    inner = kept_inner(gradients, keep, kept) if inner is None else inner
+    return joint_directions_in_sample_space(
+        gradients, damping, weights, keep, inner, descent=descent
+    )
+
+
+def kept_inner(
+    gradients: Gradients, keep: Tensor, kept: int, inner: Tensor | None = None
+) -> Tensor:
+    """``G_K G_Kᵀ``, float64 ``[blocks, N, N]``.
+
+    Args:
+        gradients: ``[blocks, N, B]``.
+        keep: Boolean ``[blocks, B]``.
+        kept: Most entries that a block keeps.
+        inner: ``GGᵀ`` of all entries; if it is known, a single block costs the smaller part.
+    """
+    if inner is None or len(keep) > 1 or 2 * kept <= keep.numel():
+        return gram(*_kept_columns(gradients, keep, kept))
+    return inner - gram(gradients, ~keep)
 
 
 def removed_change(gradients: Gradients, weights: Tensor, keep: Tensor) -> Tensor:
@@ -106,6 +123,8 @@ def joint_directions_in_sample_space(
     weights: Tensor,
     keep: Tensor,
     inner: Tensor | None = None,
+    *,
+    descent: bool = True,
 ) -> Directions:
     """``δ_K = G_Kᵀ(NλI + G_K G_Kᵀ)⁻¹R``: ridge regression with one unknown per sample.
 
@@ -115,16 +134,22 @@ def joint_directions_in_sample_space(
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         inner: ``G_K G_Kᵀ``, if it is known.
+        descent: Whether the first-order part is wanted.
     """
-    right = _right_hand_side(gradients, weights, keep)
+    right = _right_hand_side(gradients, weights, keep, descent)
     inner = gram(gradients, keep) if inner is None else inner
     dual = torch.cholesky_solve(right, damped_factor(inner, gradients.shape[-2] * damping))
-    moved = transposed_times(gradients, dual)
-    return _on_support(moved[..., 0], moved[..., 1], weights, keep)
+    return _on_support(transposed_times(gradients, dual), weights, keep)
 
 
 def joint_directions_in_primal(
-    gradients: Gradients, damping: float, weights: Tensor, keep: Tensor, kept: int
+    gradients: Gradients,
+    damping: float,
+    weights: Tensor,
+    keep: Tensor,
+    kept: int,
+    *,
+    descent: bool = True,
 ) -> Directions:
     """``δ_K = (λI + G_KᵀG_K/N)⁻¹G_KᵀR/N``: least squares over the kept weights.
 
@@ -134,15 +159,16 @@ def joint_directions_in_primal(
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         kept: Most entries that a block keeps.
+        descent: Whether the first-order part is wanted.
     """
-    right, count = _right_hand_side(gradients, weights, keep), gradients.shape[-2]
+    right, count = _right_hand_side(gradients, weights, keep, descent), gradients.shape[-2]
     indices, valid = _positions(keep, kept)
     columns = chosen_columns(gradients, indices) * valid.unsqueeze(1)  # padding solves to zero
     factor = damped_factor(gram(columns.mT) / count, damping)
     solved = torch.cholesky_solve(transposed_times(columns, right) / count, factor)
-    moved = torch.zeros((*keep.shape, 2), dtype=solved.dtype, device=solved.device)
-    moved.scatter_(1, indices.to(solved.device).unsqueeze(-1).expand(-1, -1, 2), solved)
-    return _on_support(moved[..., 0], moved[..., 1], weights, keep)
+    moved = solved.new_zeros((*keep.shape, solved.shape[-1]))
+    moved.scatter_(1, indices.to(solved.device).unsqueeze(-1).expand_as(solved), solved)
+    return _on_support(moved, weights, keep)
 
 
 def _kept_columns(gradients: Gradients, keep: Tensor, kept: int) -> tuple[Gradients, Tensor | None]:
@@ -159,11 +185,16 @@ def _positions(keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return order, keep.gather(-1, order)
 
 
-def _right_hand_side(gradients: Gradients, weights: Tensor, keep: Tensor) -> Tensor:
+def _right_hand_side(gradients: Gradients, weights: Tensor, keep: Tensor, descent: bool) -> Tensor:
     residual = removed_change(gradients, weights, keep)
-    return torch.stack([residual, -torch.ones_like(residual)], dim=-1)  # [blocks, N, 2]
+    columns = [residual, -torch.ones_like(residual)]
+    return torch.stack(columns if descent else columns[:1], dim=-1)  # [blocks, N, 2 or 1]
 
 
-def _on_support(compensation: Tensor, newton: Tensor, weights: Tensor, keep: Tensor) -> Directions:
-    weights, keep = wide(weights).to(newton.device), keep.to(newton.device)
-    return Directions(torch.where(keep, compensation, -weights), torch.where(keep, newton, 0.0))
+def _on_support(moved: Tensor, weights: Tensor, keep: Tensor) -> Directions:
+    # In place on ``moved``, [blocks, B, 2 or 1]: fresh memory costs more than the arithmetic.
+    removed = torch.where(keep, 0.0, weights).to(moved.device)
+    moved.masked_fill_(~keep.to(moved.device).unsqueeze(-1), 0.0)
+    moved[..., 0] -= removed
+    newton = moved[..., 1] if moved.shape[-1] > 1 else moved.new_zeros(()).expand(keep.shape)
+    return Directions(moved[..., 0], newton)

@@ -164,10 +164,12 @@ class _Pool:
     def has_nan(self) -> Tensor:
         """Whether a live score is NaN, still on the device."""
         found = [
-            (part.isnan() if mask is None else part.isnan() & mask).any()
+            (part if mask is None else part.masked_fill(~mask, 0)).amax()  # NaN is largest
             for part, mask in self.pieces()
+            if len(part)
         ]
-        return torch.stack(found).any()
+        none = torch.zeros((), dtype=torch.bool, device=self.score.device)
+        return torch.stack(found).isnan().any() if found else none
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Cut scores and live mask into flat pieces, in the order of the index."""

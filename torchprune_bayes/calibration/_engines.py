@@ -22,6 +22,8 @@ from torchprune_bayes.calibration._batches import (
     map_tensors,
 )
 from torchprune_bayes.calibration._functional import FunctionalModel
+from torchprune_bayes.calibration._layer_rules import layer_gradients
+from torchprune_bayes.calibration._room import GradientRoom
 from torchprune_bayes.errors import CalibrationError, TorchPruneBayesError
 
 logger = logging.getLogger("torchprune_bayes")
@@ -38,11 +40,13 @@ class Engine:
     Attributes:
         description: Its name and, for a fallback, the reason.
         vectorized: Whether each sample of a group gives a row of its own, all in one pass.
+        by_layers: Whether it does so by the rules of the layers, and not by vmap.
         activation_bytes: What a backward pass of one sample holds beside weights and gradients.
     """
 
     description: str
     vectorized: bool = False
+    by_layers: bool = False
     activation_bytes: int = 0
 
     def rows_at_once(
@@ -62,6 +66,7 @@ class Engine:
         constants: Mapping[str, Tensor],
         pieces: list[Batch],
         mini_batch: int = 1,
+        room: GradientRoom | None = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Yield gradients ``{name: [rows, *shape]}``, one row for every mini-batch of the pieces.
 
@@ -69,6 +74,11 @@ class Engine:
         """
         whole = _of_whole_mini_batches(pieces, mini_batch) if self.vectorized else []
         for batch in whole:
+            if self.by_layers:
+                count, like = batch_size(batch) // mini_batch, next(iter(leaves.values()))
+                into = None if room is None else room.views(count, like)
+                yield layer_gradients(functional, leaves, constants, batch, mini_batch, into)
+                continue
             rows = map_tensors(batch, lambda tensor: tensor.unflatten(0, (-1, mini_batch)))
             yield functional.row_gradients(leaves, constants, rows)
         if whole:
@@ -90,10 +100,9 @@ def choose_engine(
 ) -> Engine:
     """Choose how to compute one gradient per sample or mini-batch.
 
-    vmap is taken where it runs and gives, on two real samples, the gradients that plain autograd
-    gives. From about eight samples at a time on it is up to ten times as fast as a loop for small
-    layers, and about as fast for wide ones, convolutions on a CPU included. A whole mini-batch
-    keeps a convolution busy by itself, and faster than vmap does.
+    The rules of the layers come first: one pass over all samples together, and a product for every
+    layer. vmap is next, and then a loop. Either of the two is taken where it runs and gives, on two
+    real samples, the gradients that plain autograd gives.
 
     Args:
         functional: The model.
@@ -110,8 +119,6 @@ def choose_engine(
     _refuse_unreached(functional.unreached(leaves, constants, samples[0]))
     if wanted is False:
         return Engine("sequential (vectorize=False)")
-    if mini_batch > 1 and wanted == "auto" and _has_convolutions(functional.model):
-        return Engine("sequential (mini-batches through convolutions)")
     # Plain autograd first: what is wrong with the model itself is raised as it is.
     measured = [
         _with_saved_bytes(
@@ -119,6 +126,13 @@ def choose_engine(
         )
         for sample in samples
     ]
+    activation_bytes = max(size for _, size in measured)
+    exact = [found for found, _ in measured]
+    if wanted == "auto" and _rules_are_right(functional, leaves, constants, samples, exact):
+        # What comes out of the layers is held beside what goes in.
+        return Engine("layers", True, by_layers=True, activation_bytes=2 * activation_bytes)
+    if mini_batch > 1 and wanted == "auto" and _has_convolutions(functional.model):
+        return Engine("sequential (mini-batches through convolutions)")
     rows = map_tensors(joined(samples), lambda tensor: tensor.unsqueeze(1))
     try:
         batched = functional.row_gradients(leaves, constants, rows)
@@ -128,16 +142,40 @@ def choose_engine(
                 f"Expected a model that vmap can run for vectorize=True, got: {reason_of(error)}"
             ) from error
         return sequential_because(error)
-    differences = [
-        _relative_difference({name: found[row] for name, found in batched.items()}, exact)
-        for row, (exact, _) in enumerate(measured)
-    ]
-    difference = max(d for d in (*differences, 0.0) if not math.isnan(d))
+    difference = _largest_difference(batched, exact)
     if difference > _AGREEMENT[functional.dtype]:
         logger.info("Per-sample gradients one by one: vmap differs by %.1e.", difference)
         return Engine(f"sequential (vmap differs by {difference:.1e})")
-    activation_bytes = max(size for _, size in measured)
     return Engine("vmap", vectorized=True, activation_bytes=activation_bytes)
+
+
+def _rules_are_right(
+    functional: FunctionalModel,
+    leaves: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    samples: list[Batch],
+    exact: list[dict[str, Tensor]],
+) -> bool:
+    try:
+        found = layer_gradients(functional, leaves, constants, joined(samples))
+    except RuntimeError as error:
+        _raise_unless_of_engine(error)
+        logger.info("No gradients by the rules of the layers: %s", reason_of(error))
+        return False
+    difference = _largest_difference(found, exact)
+    if difference > _AGREEMENT[functional.dtype]:
+        logger.info("No gradients by the rules of the layers: they differ by %.1e.", difference)
+        return False
+    return True
+
+
+def _largest_difference(found: Mapping[str, Tensor], exact: list[dict[str, Tensor]]) -> float:
+    """Of single samples, relative to the size of their gradients; NaN counts as none."""
+    differences = [
+        _relative_difference({name: rows[at] for name, rows in found.items()}, one)
+        for at, one in enumerate(exact)
+    ]
+    return max(d for d in (*differences, 0.0) if not math.isnan(d))
 
 
 def sequential_because(error: RuntimeError) -> Engine:
@@ -146,11 +184,15 @@ def sequential_because(error: RuntimeError) -> Engine:
     Raises:
         RuntimeError: The error, if it does not come of vmap: memory that ran out, for one.
     """
+    _raise_unless_of_engine(error)
+    logger.info("Gradients one by one, because vmap fails here: %s", reason_of(error))
+    return Engine(f"sequential (vmap fails: {reason_of(error)})")
+
+
+def _raise_unless_of_engine(error: RuntimeError) -> None:
     out_of_memory = "memory" in str(error) and "allocate" in str(error)
     if out_of_memory or isinstance(error, (torch.OutOfMemoryError, TorchPruneBayesError)):
         raise error
-    logger.info("Gradients one by one, because vmap fails here: %s", reason_of(error))
-    return Engine(f"sequential (vmap fails: {reason_of(error)})")
 
 
 def reason_of(error: Exception) -> str:

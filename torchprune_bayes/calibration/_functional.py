@@ -107,7 +107,7 @@ class FunctionalModel:
         self, weights: Mapping[str, Tensor] | None, trainable: Collection[str] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Split the model's state, with ``weights`` put in, into trainable leaves and constants."""
-        constants, leaf_names = self.constants(), self._leaf_names()
+        constants, leaf_names = self.constants(), self.leaf_names()
         for name, value in (weights or {}).items():
             if name not in leaf_names:
                 raise AlignmentError(
@@ -141,7 +141,7 @@ class FunctionalModel:
         self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
     ) -> tuple[Any, Any]:
         """Run the model on a batch; returns its output and the target (``None``: its own loss)."""
-        leaf_names = self._leaf_names()
+        leaf_names = self.leaf_names()
         state = {**constants, **{leaf_names[name]: leaf for name, leaf in leaves.items()}}
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -218,7 +218,8 @@ class FunctionalModel:
         depends = bool(again == loss) and bool((other - loss).abs() > 1e-5 * loss.abs())
         return missing if depends else []
 
-    def _leaf_names(self) -> dict[str, str]:
+    def leaf_names(self) -> dict[str, str]:
+        """Names that the tensors have in the model now, by their qualified names."""
         return {tensor.name: tensor.leaf_name for tensor in self.space}
 
 

@@ -10,6 +10,7 @@ from torchprune_bayes.calibration._batches import Batch, cut
 from torchprune_bayes.calibration._engines import Engine, choose_engine, sequential_because
 from torchprune_bayes.calibration._functional import FunctionalModel
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
+from torchprune_bayes.calibration._room import GradientRoom
 
 
 class GradientRows:
@@ -64,18 +65,21 @@ class GradientRows:
         leaves: Mapping[str, Tensor],
         constants: Mapping[str, Tensor],
         pieces: list[Batch],
-    ) -> list[dict[str, Tensor]]:
-        """Gradients ``{name: [rows, *shape]}``, one row for every mini-batch of the pieces.
+        room: GradientRoom,
+    ) -> list[Tensor]:
+        """Gradients ``[rows, D]`` in ``room``, one row for every mini-batch of the pieces.
 
         vmap was tried on two samples; on others it may still fail, where a loss or a layer looks
         at values. The loop takes over from there on.
         """
         assert self.engine is not None
         inputs = functional, leaves, constants, pieces, self._mini_batch
+        start = room.done
         try:
-            return list(self.engine.gradient_rows(*inputs))
+            return [room.filled(found) for found in self.engine.gradient_rows(*inputs, room)]
         except RuntimeError as error:
             if not self.engine.vectorized or self._wanted is True:
                 raise
             self.engine = sequential_because(error)
-        return list(self.engine.gradient_rows(*inputs))
+        room.go_back_to(start)
+        return [room.filled(found) for found in self.engine.gradient_rows(*inputs)]

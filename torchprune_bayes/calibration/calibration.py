@@ -27,6 +27,7 @@ from torchprune_bayes.calibration._functional import FunctionalModel, LossFuncti
 from torchprune_bayes.calibration._held_out import HeldOutSamples, MeanLoss
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES, warn_unless_mean
 from torchprune_bayes.calibration._randomness import IsolatedRandomness
+from torchprune_bayes.calibration._room import GradientRoom
 from torchprune_bayes.calibration._rows import GradientRows
 from torchprune_bayes.calibration._stream import SampleStream
 from torchprune_bayes.calibration._targets import FisherTargets
@@ -79,7 +80,9 @@ class Calibration:
             own predictive distribution (a mean cross-entropy of labels, dense or binary ones too).
         ignore_index: Label without a term in the loss, for all that counts or draws labels: the
             true Fisher, :class:`~torchprune_bayes.LayerCurvature` and what is made of it.
-        vectorize: ``"auto"``, or force (``True``) or forbid (``False``) ``torch.func.vmap``.
+        vectorize: ``"auto"``: all samples at one time, by the rules of the layers or
+            ``torch.func.vmap``, where that is right; ``True`` forces vmap, ``False`` takes samples
+            one by one.
         device: Where to compute; by default where the model is at the time. The model itself stays.
         memory_mb: Budget in MiB for what is held beside the model at one time; ``"auto"`` takes
             half of what is free. It bears on speed alone, not on results.
@@ -112,7 +115,7 @@ class Calibration:
         >>> sum(rows.shape[0] for rows in calibration.gradients())
         20
         >>> calibration.engine
-        'vmap'
+        'layers'
     """
 
     def __init__(
@@ -196,7 +199,7 @@ class Calibration:
     def engine(self) -> str | None:
         """How gradients are computed and why, known after the first pass.
 
-        ``"vmap"`` or ``"sequential (...)"``, over samples or mini-batches.
+        ``"layers"``, by the rules of the layers, ``"vmap"``, or ``"sequential (...)"``.
         """
         return None if self._rows.engine is None else self._rows.engine.description
 
@@ -290,6 +293,7 @@ class Calibration:
         weights: Mapping[str, Tensor] | None = None,
         live: LiveVector | None = None,
         span: tuple[int, int] | None = None,
+        out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Stream the gradients of the mini-batch losses, a few rows at a time.
 
@@ -298,6 +302,8 @@ class Calibration:
             live: Which entries take part, and in which order; by default all.
             span: Range ``(start, stop)`` of the live vector. Only tensors in it are
                 differentiated, so that several passes can share one memory budget.
+            out: ``[num_gradients, stop - start]`` of the calibration's dtype and device, where all
+                rows are written; what is yielded are then views of it.
 
         Yields:
             ``[rows, stop - start]``, in all ``num_gradients`` rows, in the order of the data; on
@@ -312,7 +318,7 @@ class Calibration:
         live = LiveVector(self.space.masks()) if live is None else live
         whole = 0, live.numel
         information = InformationCheck(self.mini_batch, self.ignore_index)
-        for rows in self._flat_rows(weights, live, whole if span is None else span):
+        for rows in self._flat_rows(weights, live, whole if span is None else span, out):
             information.add(rows)
             yield rows.to(place)
         if span in (None, whole):  # a part may well be zero
@@ -431,26 +437,26 @@ class Calibration:
             )
 
     def _flat_rows(
-        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int]
+        self,
+        weights: Mapping[str, Tensor] | None,
+        live: LiveVector,
+        span: tuple[int, int],
+        out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         touched = live.overlap(*span)
         if not touched:
             raise ArgumentError(
                 f"Expected live entries in the range {span[0]}:{span[1]}, got none."
             )
-        for found in self._gradient_rows(weights, [name for name, _, _ in touched]):
-            columns = {
-                name: live.entries(name, found[name])[:, low:high] for name, low, high in touched
-            }
-            parts = list(columns.values())
-            rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        room = GradientRoom(live, touched, out)
+        for rows in self._gradient_rows(weights, [name for name, _, _ in touched], room):
             if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
-                check_finite_gradients(columns)
+                check_finite_gradients(room.columns(rows))
             yield rows
 
     def _gradient_rows(
-        self, weights: Mapping[str, Tensor] | None, names: list[str]
-    ) -> Iterator[dict[str, Tensor]]:
+        self, weights: Mapping[str, Tensor] | None, names: list[str], room: GradientRoom
+    ) -> Iterator[Tensor]:
         self._look_at_first_samples()
         leaves, constants = self._functional.bind(weights, names)
         randomness, targets = self._randomness(), self._targets()
@@ -461,7 +467,7 @@ class Calibration:
                 # Nothing of the model's may be swapped while the caller has the rows.
                 with preserved(self.model), randomness:
                     pieces = [targets.put_into(piece, leaves, constants) for piece in pieces]
-                    ready = self._rows.compute(self._functional, leaves, constants, pieces)
+                    ready = self._rows.compute(self._functional, leaves, constants, pieces, room)
                 yield from ready
                 bar.update(samples_in(pieces))
 

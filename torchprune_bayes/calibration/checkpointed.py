@@ -63,7 +63,11 @@ class CheckpointedCalibration(Calibration):
         self._data_digests: dict[tuple[int, int], str] = {}
 
     def _flat_rows(
-        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int]
+        self,
+        weights: Mapping[str, Tensor] | None,
+        live: LiveVector,
+        span: tuple[int, int],
+        out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Stream the gradients, those that are kept first."""
         folder = self.folder / self._key(weights, live, span)
@@ -72,13 +76,17 @@ class CheckpointedCalibration(Calibration):
         index = done = 0
         while (path := folder / f"{index:06d}.safetensors").is_file():
             rows = _read(path, self.num_gradients - done, span[1] - span[0])
+            rows = rows.to(self.device, self.dtype)
+            if out is not None:
+                out[done : done + len(rows)] = rows
             index, done = index + 1, done + len(rows)
-            yield rows.to(self.device, self.dtype)
+            yield rows
         if done == self.num_gradients:
             return
         rest = copy.copy(self)
         rest._done = done * self.mini_batch
-        new = super(CheckpointedCalibration, rest)._flat_rows(weights, live, span)
+        left = None if out is None else out[done:]
+        new = super(CheckpointedCalibration, rest)._flat_rows(weights, live, span, left)
         for number, rows in enumerate(new, start=index):
             stored = {"rows": rows.cpu()}
             marks = {"sha256": _digest(stored)}

@@ -102,3 +102,23 @@ def normaliser_of(
     if abs(by_samples - loss) <= room:
         right.append("samples")
     return known if known in right else next(iter(right), None)
+
+
+def common_normaliser(
+    groups: Sequence[tuple[float, Sequence[float], Sequence[float]]], known: Normaliser
+) -> Normaliser | None:
+    """The rule by which every group's loss is a mean, see :func:`normaliser_of`.
+
+    Args:
+        groups: The loss, those of single samples, and the labels of these that count, of each.
+        known: The rule that is taken where both are right.
+
+    Example:
+        >>> common_normaliser([(2.5, [1.0, 3.0], [1, 3]), (2.0, [1.0, 3.0], [1, 1])], "samples")
+        'terms'
+    """
+    rules: list[Normaliser] = ["terms", "samples"]
+    for rule in sorted(rules, key=lambda rule: rule != known):
+        if all(normaliser_of(*group, rule) == rule for group in groups):
+            return rule
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,7 +30,12 @@ from torchprune_bayes._numerics.gradient_tiles import (
 from torchprune_bayes._numerics.grouped_vector import GroupedVector
 from torchprune_bayes._numerics.leave_one_out import HeldOutErrors, kept_block, leave_one_out
 from torchprune_bayes._numerics.live_vector import LiveVector
-from torchprune_bayes._numerics.obs import Directions, joint_directions, single_directions
+from torchprune_bayes._numerics.obs import (
+    Directions,
+    joint_directions,
+    kept_inner,
+    single_directions,
+)
 from torchprune_bayes._numerics.partition import partition, runs_of_equal_size
 from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Calibration
@@ -40,6 +45,7 @@ from torchprune_bayes.memory import MemoryBudget
 from torchprune_bayes.types import Masks
 
 _SAMPLED_BLOCKS = 16
+_CACHED_BYTES = 1 << 23  # of blocks whose float64 copies stay in a processor's cache
 _FEWEST_SAMPLES = 64
 
 
@@ -54,6 +60,25 @@ class GroupLayout:
 
     dims: Mapping[str, int]
     size: int
+
+
+@dataclass
+class _Products:
+    """Products of the gradients that several dampings share.
+
+    Attributes:
+        spaces: ``GGᵀ`` of batches of blocks, by their start.
+        kept: What was kept of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
+    """
+
+    spaces: dict[int, SampleSpace] = field(default_factory=dict)
+    kept: tuple[Tensor, Tensor] | None = None
+
+    def inner_of(self, keep: Tensor) -> Tensor | None:
+        """``G_K G_Kᵀ``, if it is known."""
+        if self.kept is None or not torch.equal(self.kept[0], keep):
+            return None
+        return self.kept[1]
 
 
 class EmpiricalFisher:
@@ -110,7 +135,7 @@ class EmpiricalFisher:
         self.damping = damping
         self.layout = layout
         self.calibration: Calibration | None = None
-        self._spaces: dict[int, SampleSpace] = {}
+        self._products = _Products()
 
     def fit(
         self,
@@ -138,12 +163,14 @@ class EmpiricalFisher:
         if not self.live.numel:
             raise ArgumentError("Expected remaining weights, got none: everything is pruned.")
         self.count = calibration.num_gradients
-        self.calibration, self.budget, self._spaces = calibration, calibration.memory, {}
+        self.calibration, self.budget = calibration, calibration.memory
+        self._products = _Products()
         self.store = GradientStore.filled(
-            calibration.gradients(weights, self.live),
+            lambda out: calibration.gradients(weights, self.live, out=out),
             (self.count, self.live.numel),
             _placement(calibration),
             float64_device(calibration.device),
+            calibration.dtype,
         )
         if self.centred:
             self.store.subtract_mean()
@@ -155,7 +182,7 @@ class EmpiricalFisher:
         return self
 
     def restricted(self, masks: Masks, damping: float) -> EmpiricalFisher:
-        """The same Fisher of fewer entries, with another damping; a view, nothing is copied.
+        """The same Fisher of fewer entries, with another damping.
 
         Args:
             masks: Entries to keep, among those that remain here.
@@ -165,14 +192,17 @@ class EmpiricalFisher:
         other.damping = damping
         if not self.active_only:
             other.store = self.store.with_active(self._active(masks))
-            other._spaces = {}
+            other._products = _Products()
             return other
         keep = self.live.gather(masks)
         other.live = LiveVector(masks)
         if other.live.numel == self.live.numel:
             return other
-        other.store, other._spaces = self.store.restricted(keep), {}
+        other.store = self.store.restricted(keep, self.budget.copy_bytes)
         other.blocks = other._cut()
+        other._products = _Products()
+        if len(other.blocks) == 1 and (inner := self._products.inner_of(keep)) is not None:
+            other._products.spaces[0] = SampleSpace(inner)
         return other
 
     def damped(self, damping: float) -> EmpiricalFisher:
@@ -187,14 +217,14 @@ class EmpiricalFisher:
         if device == self.store.device:
             return self
         other = copy.copy(self)
-        other.store, other._spaces = self.store.to(device), {}
+        other.store, other._products = self.store.to(device), _Products()
         return other
 
     def with_blocks(self, block_size: int | str) -> EmpiricalFisher:
         """The same gradients cut into other blocks."""
         _check_block_size(block_size)
         other = copy.copy(self)
-        other.block_size, other._spaces = block_size, {}
+        other.block_size, other._products = block_size, _Products()
         other.blocks = other._cut()
         return other
 
@@ -248,17 +278,21 @@ class EmpiricalFisher:
         ``None`` where it would not be used, or where all would take more than their share of the
         budget; that of a single block is always kept.
         """
-        if where.start in self._spaces:
-            return self._spaces[where.start]
-        held = sum(space.inner.nbytes for space in self._spaces.values())
+        spaces = self._products.spaces
+        if where.start in spaces:
+            return spaces[where.start]
+        held = sum(space.inner.nbytes for space in spaces.values())
         needed = 8 * gradients.shape[0] * self.count**2
         fits = len(self.blocks) == 1 or held + needed <= self.budget.factor_bytes
         if not fits or not in_sample_space(gradients):
             return None
-        room = self.budget.factor_bytes // len(self.blocks) * gradients.shape[0]
-        return self._spaces.setdefault(where.start, SampleSpace(gradients, room))
+        squares = self.count * self.live.numel * gradients.dtype.itemsize
+        space = SampleSpace.of(gradients, keep_squares=squares <= self.budget.factor_bytes)
+        return spaces.setdefault(where.start, space)
 
-    def directions(self, weights: Tensor, keep: Tensor, *, single: bool = False) -> Directions:
+    def directions(
+        self, weights: Tensor, keep: Tensor, *, single: bool = False, descent: bool = True
+    ) -> Directions:
         """What the kept weights do when the others are set to zero, float64 ``[D]``.
 
         Args:
@@ -266,19 +300,23 @@ class EmpiricalFisher:
             keep: Boolean ``[D]``.
             single: Whether the updates for removing each weight alone are added up, as the
                 WoodFisher paper does, instead of solving for all together.
+            descent: Whether the first-order part is wanted; else it is zero.
         """
         parts, kept = [], self._kept_counts(keep)
         for where, gradients in self.sweep():
             shape = gradients.shape[::2]
             w, k = weights[where].unflatten(0, shape), keep[where].unflatten(0, shape)
-            space = self._spaces.get(where.start)
             if single:
+                space = self._products.spaces.get(where.start)
                 found = single_directions(invert(gradients, self.damping, space), w, k)
             else:
                 most = max(kept[start] for start in range(where.start, where.stop, shape[1]))
-                found = joint_directions(gradients, self.damping, w, k, kept=most, space=space)
+                inner = self._kept_inner(gradients, k, most)
+                found = joint_directions(
+                    gradients, self.damping, w, k, kept=most, inner=inner, descent=descent
+                )
             parts.append([part.flatten() for part in found])
-        return Directions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return Directions(*(_joined(part) for part in zip(*parts, strict=True)))
 
     def held_out_errors(
         self, weights: Tensor, keep: Tensor, dampings: Sequence[float]
@@ -298,21 +336,17 @@ class EmpiricalFisher:
         entries = sum(stop - start for start, stop in chosen)
         room = self.count**2 * entries / (9 * len(chosen))
         count = min(self.count, max(int(room ** (1 / 3)), _FEWEST_SAMPLES))
-        parts = [
-            kept_block(
-                self._gradients_of(start, stop - start),
-                weights[None, start:stop],
-                keep[None, start:stop],
-                count,
-            )
-            for start, stop in chosen
-        ]
+        parts, kept = [], self._kept_counts(keep)
+        for start, stop in chosen:
+            gradients, k = self._gradients_of(start, stop - start), keep[None, start:stop]
+            inner = self._kept_inner(gradients, k, kept[start])
+            parts.append(kept_block(gradients, weights[None, start:stop], k, count, inner))
         ridges = self.count * torch.tensor(dampings, dtype=torch.float64)
         return leave_one_out(parts, ridges.to(parts[0].values.device))
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``, float64 ``[D]``. Cost: ``N²D`` (``N < B``) or ``(N + B) B D``."""
-        return torch.cat([inverse.inverse_diagonal().flatten() for _, inverse in self.inverses()])
+        return _joined([inverse.inverse_diagonal().flatten() for _, inverse in self.inverses()])
 
     def solve(self, vector: Tensor) -> Tensor:
         """``F⁻¹ v`` for ``v`` of shape ``[D]``, float64."""
@@ -359,9 +393,11 @@ class EmpiricalFisher:
         sums = []
         for where, gradients in self.sweep():
             space = self.space_of(where, gradients)
-            found = mean_squares(gradients) if space is None else space.mean_squares
-            sums.append(found.sum())
-        return float(torch.stack(sums).sum()) / self.live.numel
+            if space is None:
+                sums.append(mean_squares(gradients).sum() * self.count)
+            else:
+                sums.append(space.inner.diagonal(dim1=-2, dim2=-1).sum())  # the trace of GGᵀ
+        return float(torch.stack(sums).sum()) / (self.count * self.live.numel)
 
     def merge(self, other: EmpiricalFisher) -> EmpiricalFisher:
         """Join the gradients of another fit of the same weights, such as another rank's.
@@ -375,7 +411,7 @@ class EmpiricalFisher:
         ):
             raise AlignmentError("Expected the same remaining entries in both Fishers, got others.")
         rows = torch.cat([self.store.whole(), other.store.whole().to(self.store.device)])
-        self.store, self._spaces = GradientStore(rows, self.store.device), {}
+        self.store, self._products = GradientStore(rows, self.store.device), _Products()
         self.count += other.count
         return self
 
@@ -429,6 +465,18 @@ class EmpiricalFisher:
         fisher.blocks = fisher._cut()
         return fisher
 
+    def _kept_inner(self, gradients: Gradients, keep: Tensor, kept: int) -> Tensor | None:
+        """``G_K G_Kᵀ`` of a single block, kept for the next damping and the next restriction."""
+        if len(self.blocks) > 1 or kept <= self.count:
+            return None
+        inner = self._products.inner_of(keep[0])
+        if inner is None:
+            space = self._products.spaces.get(0)
+            known = None if space is None else space.inner
+            inner = kept_inner(gradients, keep, kept, known)
+            self._products.kept = keep[0].clone(), inner
+        return inner
+
     def _kept_counts(self, keep: Tensor) -> dict[int, int]:
         """Kept entries of every block, by its start; the device is asked once for all."""
         stops = torch.tensor([stop - 1 for _, stop in self.blocks], device=keep.device)
@@ -463,7 +511,10 @@ class EmpiricalFisher:
     @property
     def _entries_at_once(self) -> int:
         # With their products in float64, and for small blocks the factors.
-        return max(int(self.budget.block_bytes / (8 * self.count)), 1)
+        room = self.budget.block_bytes
+        if self.store.device.type == "cpu":
+            room = min(room, _CACHED_BYTES)
+        return max(room // (8 * self.count), 1)
 
     @property
     def _in_place(self) -> bool:
@@ -483,6 +534,10 @@ class EmpiricalFisher:
             store.dtype,
             store.device,
         )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _placement(calibration: Calibration) -> Placement:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +55,7 @@ class Placement:
 class GradientStore:
     """Gradients ``[N, D]``, of which a range of columns is read at a time.
 
-    A store may be a view of another one, with some of its columns in another order; views copy
-    nothing.
+    A store may be a view of another one, with some of its columns in another order.
 
     Args:
         rows: All gradients, ``[N, entries]``.
@@ -84,22 +83,27 @@ class GradientStore:
     @classmethod
     def filled(
         cls,
-        chunks: Iterable[Tensor],
+        chunks: Callable[[Tensor | None], Iterable[Tensor]],
         shape: tuple[int, int],
         placement: Placement,
         device: torch.device,
+        made_in: torch.dtype = torch.float32,
     ) -> GradientStore:
         """Keep the rows of one pass.
 
         Args:
-            chunks: ``[rows, D]``, ``N`` rows in all.
+            chunks: Makes ``[rows, D]``, ``N`` rows in all, and writes them to its argument, unless
+                that is ``None``.
             shape: ``(N, D)``.
             placement: Where they are kept.
-            device: Where columns are wanted later.
+            device: Where they are made, and where columns are wanted later.
+            made_in: Dtype in which they are made.
         """
         rows, done = placement.new(shape, device), 0
-        for chunk in chunks:
-            rows[done : done + len(chunk)] = chunk
+        in_place = rows.device == device and rows.dtype == made_in
+        for chunk in chunks(rows if in_place else None):
+            if not in_place:
+                rows[done : done + len(chunk)] = chunk
             done += len(chunk)
         return cls(rows, device)
 
@@ -134,11 +138,19 @@ class GradientStore:
         active = None if self.active is None else self.active.to(device)
         return GradientStore(self.rows, device, self.columns, active)
 
-    def restricted(self, keep: Tensor) -> GradientStore:
-        """A view of the columns that ``keep`` (boolean ``[D]``) names, in the same order."""
+    def restricted(self, keep: Tensor, copy_bytes: int = 0) -> GradientStore:
+        """The columns that ``keep`` (boolean ``[D]``) names, in the same order.
+
+        Args:
+            keep: Boolean ``[D]``.
+            copy_bytes: How much a copy of them may take; above it the result is a view.
+        """
         chosen = keep.nonzero().squeeze(1).cpu()
         columns = chosen if self.columns is None else self.columns[chosen]
         active = None if self.active is None else self.active[keep.to(self.active.device)]
+        if self.count * len(columns) * self.rows.dtype.itemsize <= copy_bytes:
+            rows = self.rows.index_select(1, columns.to(self.rows.device))
+            return GradientStore(rows, self.device, None, active)
         return GradientStore(self.rows, self.device, columns, active)
 
     def reordered(self, order: Tensor) -> GradientStore:

@@ -114,10 +114,19 @@ class ShardedCalibration(Calibration):
         return sum(everywhere(together(lambda: self.local.num_data)))
 
     def _flat_rows(
-        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int]
+        self,
+        weights: Mapping[str, Tensor] | None,
+        live: LiveVector,
+        span: tuple[int, int],
+        out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Stream the gradients of all processes."""
-        return exchanged_rows(self.local._flat_rows(weights, live, span), self.device)
+        done = 0
+        for rows in exchanged_rows(self.local._flat_rows(weights, live, span), self.device):
+            if out is not None:
+                out[done : done + len(rows)] = rows
+            done += len(rows)
+            yield rows
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over the samples of all processes."""

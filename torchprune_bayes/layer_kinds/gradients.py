@@ -49,6 +49,13 @@ class SampleGradients(ABC):
         """
 
     @abstractmethod
+    def write_to(self, rows: Tensor, *, add: bool) -> None:
+        """Write ``∂ℓ_n/∂W`` of all samples to ``rows``, ``[B, *shape]``, or add it.
+
+        Rows may lie apart; each is contiguous.
+        """
+
+    @abstractmethod
     def multiplied_out(self, sample: int, rows: slice, like: Tensor) -> Tensor:
         """The given rows, along the first dimension, of the gradient of one sample."""
 
@@ -71,6 +78,10 @@ class DenseGradients(SampleGradients):
     def add_squares(self, total: Tensor, *, by_position: bool = False) -> None:
         """Add the sum of the squares of samples; their positions are not known any more."""
         total += self.values.to(total).square().sum(0)
+
+    def write_to(self, rows: Tensor, *, add: bool) -> None:
+        """Write or add them."""
+        rows.copy_(rows + self.values if add else self.values)
 
     def multiplied_out(self, sample: int, rows: slice, like: Tensor) -> Tensor:
         """Some rows of the gradient of one sample."""
@@ -132,6 +143,19 @@ class OuterProducts(SampleGradients):
                 blocks += left.movedim(0, -2).flatten(-2) @ right.movedim(0, -3).flatten(-3, -2)
             else:
                 _add_squared_products(left, right, blocks)
+
+    def write_to(self, rows: Tensor, *, add: bool) -> None:
+        """Write or add the products, patches of a few samples at a time."""
+        groups, height = self.left.shape[1:3]
+        blocks = rows.view(self.samples, groups, height, -1)
+        budget = _budget(self.left, _PATCH_BYTES)
+        for chunk in _parts(self.samples, self.right_entries * rows.element_size(), budget):
+            left, right = self.left[chunk].to(rows), self.right(chunk).to(rows).mT
+            if groups == 1:
+                blocks[chunk, 0].baddbmm_(left[:, 0], right[:, 0], beta=int(add))
+            else:
+                product = left @ right
+                blocks[chunk] = blocks[chunk] + product if add else product
 
     def new_input_gram(self, like: Tensor) -> Gram | PatchGram:
         """A sum of outer products of inputs, of ``like``'s dtype, for :meth:`add_input_gram`."""
@@ -200,6 +224,14 @@ class EmbeddingRows(SampleGradients):
         sums.index_add_(0, places, self.gradients[seen].to(total))
         total.index_add_(0, unique % self.shape[0], sums.square_())
 
+    def write_to(self, rows: Tensor, *, add: bool) -> None:
+        """Write or add them."""
+        if not add:
+            rows.zero_()
+        for sample, row in enumerate(rows):
+            seen = self.indices[sample] >= 0
+            row.index_add_(0, self.indices[sample, seen], self.gradients[sample, seen].to(rows))
+
     def multiplied_out(self, sample: int, rows: slice, like: Tensor) -> Tensor:
         """Some rows of the gradient of one sample."""
         start, stop, _ = rows.indices(self.shape[0])
@@ -246,6 +278,19 @@ def add_squares(
         for sample in range(joint[0].samples):
             parts = [use.multiplied_out(sample, rows, total) for use in joint]
             total[rows] += torch.stack(parts).sum(0).square_()
+
+
+def multiply_out(uses: Sequence[SampleGradients], rows: Tensor) -> None:
+    """Write ``Σ_uses ∂ℓ_n/∂W`` of every sample to ``rows``, ``[B, *shape]``.
+
+    Example:
+        >>> rows = torch.empty(3, 2)
+        >>> multiply_out([DenseGradients(torch.ones(3, 2))] * 2, rows)
+        >>> rows.tolist()
+        [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
+    """
+    for index, use in enumerate(uses):
+        use.write_to(rows, add=index > 0)
 
 
 def samples_at_once(values: Tensor) -> int:

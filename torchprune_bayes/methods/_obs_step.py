@@ -11,7 +11,7 @@ Legend: ``D`` remaining entries where the step begins, in the order of its Fishe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -165,17 +165,19 @@ class Procedure:
         score: Importance score of every remaining entry, ``[D]`` of the stage's Fisher.
         select: Masks at the end of a stage, from the scores.
         update: How the kept weights move.
+        descends: Whether the kept weights may also move down the gradient.
         in_stages: Whether a step has all its stages, or ends with the first choice.
     """
 
     score: Callable[[Stage], Tensor]
     select: Callable[[Stage, Scores], Masks]
     update: Update
+    descends: bool = False
     in_stages: bool = True
 
     def screening(self) -> Procedure:
         """The same in one stage without a search, to compare dampings and blocks by."""
-        return Procedure(self.score, smallest, self.update, in_stages=False)
+        return replace(self, select=smallest, in_stages=False)
 
 
 def smallest(stage: Stage, scores: Scores) -> Masks:
@@ -192,53 +194,73 @@ class Pruned:
         fisher: With the damping and the blocks that were taken.
         masks: What would be kept.
         scores: Those of the last stage.
-        keep: ``masks`` as a vector, boolean ``[D]``.
-        compensation: The move that makes up for what is pruned, ``[D]``.
-        newton: The move down the gradient, ``[D]``.
+        moved: The weights once what is pruned is made up for, by name; zero where pruned.
+        newton: The move down the gradient, by name, if it may be taken.
     """
 
     step: Step
     fisher: EmpiricalFisher
     masks: Masks
     scores: Scores
-    keep: Tensor
-    compensation: Tensor
-    newton: Tensor
+    moved: dict[str, Tensor]
+    newton: dict[str, Tensor] | None
 
     def weights(self, scale: float, gradient_step: float) -> dict[str, Tensor]:
         """The kept weights after a share of both moves, by name; zero where pruned."""
-        moved = self.step.flat + scale * self.compensation
-        if gradient_step:
-            moved = moved + gradient_step * self.newton
-        return self.fisher.live.scatter(torch.where(self.keep, moved, 0.0))
+        found = {}
+        for name, mask in self.masks.items():
+            start = self.step.weights[name]
+            moved = torch.lerp(start, self.moved[name], scale)
+            if gradient_step and self.newton is not None:
+                moved = moved + gradient_step * self.newton[name]
+            found[name] = torch.where(mask, moved, 0.0)
+        return found
+
+    def updated(self, damping: float, procedure: Procedure) -> Pruned:
+        """The same masks in one stage, with the update of another damping."""
+        fisher = self.step.fisher.restricted(self.step.masks, damping)
+        stage = Stage(self.step, fisher, self.step.stages[-1], self.step.masks, self.step.flat)
+        moved, newton = _moved(stage, self.masks, procedure)
+        return replace(self, fisher=fisher, moved=moved, newton=newton)
+
+    def again(self, procedure: Procedure) -> Pruned:
+        """The same step with the same damping and blocks by another procedure."""
+        return prune_step(self.step, self.fisher.damping, procedure)
 
 
 def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
     """Score, choose and compute the update, stage by stage.
+
+    Each stage goes on from the weights that the last one moved, with what remains of the same
+    Fisher. Joint updates add up exactly: after one the kept weights are at a minimum of the
+    quadratic model, so that the next update is that of all that is pruned.
 
     Args:
         step: Where it begins.
         damping: ``λ``.
         procedure: What the method does.
     """
-    fisher = step.fisher.damped(damping)
-    masks, moved = step.masks, step.flat
+    fisher, masks, moved = step.fisher, step.masks, step.weights
     for index in step.stages if procedure.in_stages else step.stages[-1:]:
-        left = fisher.restricted(masks, damping)
-        weights = left.live.gather(fisher.live.scatter(moved))
-        stage = Stage(step, left, index, masks, weights)
-        scores = left.live.scatter(procedure.score(stage).to(moved.device))
+        fisher = fisher.restricted(masks, damping)
+        stage = Stage(step, fisher, index, masks, fisher.live.gather(moved))
+        scores = fisher.live.scatter(procedure.score(stage).to(stage.weights.device))
         masks = procedure.select(stage, scores)
-        keep = fisher.live.gather(masks)
-        compensation, newton = _moves(fisher, step.flat, keep, procedure.update)
-        moved = torch.where(keep, step.flat + compensation, 0.0)
-    return Pruned(step, fisher, masks, scores, keep, compensation, newton)
+        moved, newton = _moved(stage, masks, procedure)
+    return Pruned(step, fisher, masks, scores, moved, newton)
 
 
-def _moves(
-    fisher: EmpiricalFisher, flat: Tensor, keep: Tensor, update: Update
-) -> tuple[Tensor, Tensor]:
-    if update == "none":
-        return torch.zeros_like(flat), torch.zeros_like(flat)
-    found = fisher.directions(flat, keep, single=update == "single")
-    return found.compensation.to(flat), found.newton.to(flat)
+def _moved(
+    stage: Stage, masks: Masks, procedure: Procedure
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """The weights after making up for what is pruned, and the move down the gradient."""
+    live, weights = stage.fisher.live, stage.weights
+    keep = live.gather(masks)
+    if procedure.update == "none":
+        return live.scatter(torch.where(keep, weights, 0.0)), None
+    found = stage.fisher.directions(
+        weights, keep, single=procedure.update == "single", descent=procedure.descends
+    )
+    moved = found.compensation.to(weights.device, weights.dtype, copy=True).add_(weights)
+    newton = live.scatter(found.newton.to(weights)) if procedure.descends else None
+    return live.scatter(moved), newton

@@ -33,6 +33,7 @@ RELATIVE_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the update that ``"auto"`` chooses from."""
 _WALK_FACTOR = 3.0
+_SMALLEST_BLOCKS = 256
 _MOST_FOR_TRIALS = 2_000_000  # entries; beyond, a trial of a damping costs more than the gradients
 
 
@@ -123,45 +124,42 @@ class Tuning:
         if len(cuts) == len(dampings) == 1:
             return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
         quick = procedure.screening()
-        starts = [self._promising(cut, dampings, quick) for cut in cuts]
-        if step.fisher.live.numel <= _MOST_FOR_TRIALS:
-            starts = [
-                self._best_near(cut, start, dampings, quick)
-                for cut, start in zip(cuts, starts, strict=True)
-            ]
-        found = [
-            self._best_lengths(prune_step(cut, start, procedure))
-            for cut, start in zip(cuts, starts, strict=True)
-        ]
-        return found[0] if len(found) == 1 else min(found, key=_loss)
+        found = [self._screened(cut, dampings, quick) for cut in cuts]
+        best = found[0] if len(found) == 1 else min(found, key=_loss)
+        return self._best_lengths(best.pruned.again(procedure))
 
-    def _promising(self, step: Step, dampings: list[float], quick: Procedure) -> float:
-        """The damping whose update does best on gradients that were left out of it."""
-        if len(dampings) == 1:
-            return dampings[0]
-        middle = dampings[len(dampings) // 2]
-        masks = prune_step(step, middle, replace(quick, update="none")).masks
-        keep = step.fisher.live.gather(masks)
-        rises = step.fisher.held_out_errors(step.flat, keep, dampings).rise.tolist()
-        return dampings[min(range(len(dampings)), key=rises.__getitem__)]
+    def _screened(self, step: Step, dampings: list[float], quick: Procedure) -> Move:
+        """The best of several dampings in one stage: left-out gradients first, then trials.
 
-    def _best_near(
-        self, step: Step, start: float, dampings: list[float], quick: Procedure
-    ) -> float:
-        """The damping of smallest held-out loss, on from ``start`` as long as the loss falls."""
-        at, losses = dampings.index(start), {}
+        The update that does best on gradients that were left out of it says where to begin; from
+        there dampings are tried as long as the held-out loss falls, unless there are so many
+        entries that a trial costs more than their gradients did.
+        """
+        pruned = prune_step(step, dampings[len(dampings) // 2], replace(quick, update="none"))
+        at, scale = self._promising(pruned, dampings)
+        if step.fisher.live.numel > _MOST_FOR_TRIALS:
+            nearest = min(self.scales, key=lambda one: abs(one - scale))
+            return Move(pruned.updated(dampings[at], quick), nearest, 0.0)
+        moves: dict[int, Move] = {}
 
         def loss_at(index: int) -> float:
-            if index not in losses:
-                pruned = prune_step(step, dampings[index], quick)
-                start = (self.scales[-1], self.gradient_steps[0])
-                losses[index] = _loss(self._climbed(pruned, start))
-            return losses[index]
+            if index not in moves:
+                moves[index] = self._at_full_length(prune_step(step, dampings[index], quick))
+            return _loss(moves[index])
 
-        for way in (1, -1):
-            while 0 <= at + way < len(dampings) and loss_at(at + way) < loss_at(at):
-                at += way
-        return dampings[at]
+        best = falling(loss_at, at, len(dampings))
+        return moves.get(best) or self._at_full_length(prune_step(step, dampings[best], quick))
+
+    def _promising(self, pruned: Pruned, dampings: list[float]) -> tuple[int, float]:
+        """Which damping's update does best on gradients that were left out, and its best share."""
+        step = pruned.step
+        keep = step.fisher.live.gather(pruned.masks)
+        errors = step.fisher.held_out_errors(step.flat, keep, dampings)
+        at = int(errors.rise.argmin())
+        return at, float(errors.scale[at])
+
+    def _at_full_length(self, pruned: Pruned) -> Move:
+        return self._climbed(pruned, (self.scales[-1], self.gradient_steps[0]))
 
     def _from_last(self, step: Step, last: StepReport, procedure: Procedure) -> Move:
         """The best damping near the last one, in units of the mean squared gradient.
@@ -226,10 +224,23 @@ def block_choices(step: Step) -> list[Step]:
     fisher = step.fisher
     if fisher.block_size != "auto" or step.held_out is None:
         return [step]
-    sizes: list[int | str] = ["full", 2 * fisher.count]
-    if 2 * fisher.count >= fisher.live.numel:
-        sizes = ["full"]
+    small = max(2 * fisher.count, _SMALLEST_BLOCKS)
+    sizes: list[int | str] = ["full"] if small >= fisher.live.numel else ["full", small]
     return [replace(step, fisher=fisher.with_blocks(size)) for size in sizes]
+
+
+def falling(loss_at: Callable[[int], float], start: int, count: int) -> int:
+    """The index where a walk from ``start``, up and then down, no longer finds smaller losses.
+
+    Example:
+        >>> falling(lambda index: (index - 3) ** 2, 1, 10)
+        3
+    """
+    at = start
+    for way in (1, -1):
+        while 0 <= at + way < count and loss_at(at + way) < loss_at(at):
+            at += way
+    return at
 
 
 def walk_from(start: float, factor: float, bounds: tuple[float, float]) -> list[float]:

@@ -126,7 +126,7 @@ class CBS(WoodFisher):
         self.initial, self.perturbations, self.objective = initial, perturbations, objective
         steps = GRADIENT_STEPS if isinstance(gradient_step, str) else (float(gradient_step),)
         self.tuning = replace(self.tuning, gradient_steps=steps)
-        self.procedure = replace(self.procedure, select=self.select)
+        self.procedure = replace(self.procedure, select=self.select, descends=steps != (0.0,))
         self._search = partial(
             swap_search,
             epsilon=epsilon,

@@ -212,7 +212,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             diagonal = stage.fisher.inverse_diagonal()
             scores = weights.square() / (diagonal + _PAPER_EPSILON) + _PAPER_EPSILON
         else:
-            scores = weights.square() / (2.0 * stage.fisher.inverse_diagonal())
+            scores = weights.square().div_(2.0 * stage.fisher.inverse_diagonal())
         return self._per_cost(stage, scores).to(stage.weights.dtype)
 
     def _per_cost(self, stage: Stage, scores: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class WoodTaylor(WoodFisher):
         # The line search is over the gradient step; the compensation is taken whole.
         whole = self.tuning.scales[-1:]
         self.tuning = replace(self.tuning, gradient_steps=steps, scales=whole)
+        self.procedure = replace(self.procedure, descends=steps != (0.0,))
 
     def score(self, stage: Stage) -> Tensor:
         """``(w_q − ηu_q)²/(2F⁻¹_qq)``, ``u = F⁻¹ḡ``; with ``η = 0`` where it is to be found."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchprune_bayes.calibration import Batch
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
-from torchprune_bayes.curvature.layers.recording import Layer, layers_of
+from torchprune_bayes.layer_recording import Layer, layers_of
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Masks
 

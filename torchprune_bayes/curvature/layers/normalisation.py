@@ -8,9 +8,9 @@ import torch
 
 from torchprune_bayes.calibration import Batch, batch_size, cut
 from torchprune_bayes.calibration.normalisation import (
+    common_normaliser,
     differences_in,
     differing_samples,
-    normaliser_of,
 )
 from torchprune_bayes.curvature.layers.passes import Passes
 from torchprune_bayes.errors import CalibrationError
@@ -35,7 +35,7 @@ class NormalisationCheck:
         couples: Whether mini-batches have losses that do not make up that of a batch. Their
             gradients are then taken one by one.
 
-    Cost: at most three times a forward pass of twice 8 samples, or mini-batches.
+    Cost: at most three times a forward pass of thrice 8 samples, or mini-batches.
     """
 
     def __init__(self, passes: Passes) -> None:
@@ -74,9 +74,20 @@ class NormalisationCheck:
         parts = [
             cut(examples, start, start + group) for start in range(0, batch_size(examples), group)
         ]
-        found = torch.stack([passes.loss_and_terms(part) for part in (examples, *parts)])
-        (loss, *singles), (_, *terms) = found.mT.tolist()
-        normaliser = normaliser_of(loss, singles, terms, passes.losses.normaliser)
+        half = len(parts) // 2
+        groups = [range(len(parts))]
+        if half > 1:  # all together may agree by chance; both halves hardly do as well
+            groups += [range(half), range(half, len(parts))]
+        wholes = [cut(examples, g.start * group, g.stop * group) for g in groups]
+        found = torch.stack([passes.loss_and_terms(part) for part in (*wholes, *parts)])
+        losses, terms = found.mT.tolist()
+        count = len(groups)
+        compared = [
+            (losses[at], losses[count:][g.start : g.stop], terms[count:][g.start : g.stop])
+            for at, g in enumerate(groups)
+        ]
+        loss, singles, _ = compared[0]
+        normaliser = common_normaliser(compared, passes.losses.normaliser)
         self.found_late = False
         if normaliser is None and group > 1:
             self.found_late, self.couples = not (first or self.couples), True

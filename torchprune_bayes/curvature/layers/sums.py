@@ -12,7 +12,6 @@ from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Batch, batch_size
 from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
-from torchprune_bayes.curvature.layers.recording import Layer, Recording
 from torchprune_bayes.errors import CalibrationError
 from torchprune_bayes.layer_kinds.gradients import (
     OuterProducts,
@@ -21,6 +20,7 @@ from torchprune_bayes.layer_kinds.gradients import (
     new_total,
 )
 from torchprune_bayes.layer_kinds.grams import Gram, PatchGram
+from torchprune_bayes.layer_recording import Layer, Recording
 from torchprune_bayes.params import leaf
 from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import Masks

@@ -1,0 +1,98 @@
+"""Gradients of single samples by the rules of the layers, from one pass over all of them.
+
+A layer with inputs ``a`` and gradients ``g`` by its outputs has the gradients ``Σ_t g_nt a_ntᵀ`` by
+its weight, one for every sample ``n``: the pass over a batch has all of ``a`` and ``g``, and a
+product for every layer is all that is left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes.calibration._batches import Batch, batch_size, cut
+from torchprune_bayes.calibration._functional import FunctionalModel
+from torchprune_bayes.layer_kinds.gradients import multiply_out
+from torchprune_bayes.layer_recording import Layer, layers_of, recorded
+
+
+def layer_gradients(
+    functional: FunctionalModel,
+    leaves: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    batch: Batch,
+    mini_batch: int = 1,
+    into: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of the losses of several mini-batches, each of which has its loss by itself.
+
+    Args:
+        functional: The model.
+        leaves: Values to differentiate by.
+        constants: The other values of the state.
+        batch: All samples.
+        mini_batch: Samples of a gradient.
+        into: Where to write them, ``{name: [rows, *shape]}``; by default new tensors.
+
+    Returns:
+        ``{name: [rows, *shape]}``.
+
+    Raises:
+        RuntimeError: If a layer has no rule, or the outputs are not those of single samples.
+
+    Cost: one forward and backward pass, in which gradients by weights are products of ``rows``
+    times the memory; patches of convolutions are cut out for a few samples at a time.
+    """
+    count = batch_size(batch) // mini_batch
+    trainable = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    with (
+        torch.enable_grad(),
+        recorded(_layers_with(functional, set(leaves)), count, mini_batch) as recording,
+    ):
+        output, target = functional.output(trainable, constants, batch)
+        total = _sum_of_losses(functional, output, target, count, mini_batch)
+    if recording.unbatched & set(leaves):
+        raise RuntimeError("layers whose inputs are not those of single samples")
+    if into is None:
+        into = {name: leaf.new_empty((count, *leaf.shape)) for name, leaf in leaves.items()}
+    unreached = set(leaves)
+    for name, uses in recording.sample_gradients(total, None):
+        if name in leaves:
+            multiply_out(uses, into[name])
+            unreached.discard(name)
+    for name in unreached:
+        into[name].zero_()
+    _mask(into, functional.leaf_names(), constants)
+    return dict(into)
+
+
+def _layers_with(functional: FunctionalModel, names: set[str]) -> Sequence[Layer]:
+    layers = [one for one in layers_of(functional.space) if names & set(one.names.values())]
+    known = {name for layer in layers for name in layer.names.values()}
+    if unknown := names - known:
+        raise RuntimeError(f"no rule for {', '.join(sorted(unknown))}")
+    return layers
+
+
+def _sum_of_losses(
+    functional: FunctionalModel, output: Any, target: Any, count: int, mini_batch: int
+) -> Tensor:
+    if functional.loss_fn is None or not isinstance(output, Tensor):
+        raise RuntimeError("outputs that are no tensor, or a loss within the model")
+    starts = range(0, count * mini_batch, mini_batch)
+    targets = [cut(target, start, start + mini_batch) for start in starts]
+    parts = zip(output.split(mini_batch), targets, strict=True)
+    return torch.stack([functional.loss_of(*part) for part in parts]).sum()
+
+
+def _mask(
+    rows: Mapping[str, Tensor], leaf_names: Mapping[str, str], constants: Mapping[str, Tensor]
+) -> None:
+    # A pruning hook multiplies its tensor by a mask, and so the gradient by the leaf.
+    for name, found in rows.items():
+        mask = constants.get(f"{leaf_names[name].removesuffix('_orig')}_mask")
+        if mask is not None and leaf_names[name].endswith("_orig"):
+            found *= mask

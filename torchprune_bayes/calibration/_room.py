@@ -1,0 +1,81 @@
+"""Where the gradients of a pass are written: into room of the caller's, or chunks of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.live_vector import LiveVector
+
+
+class GradientRoom:
+    """Gradients of single samples side by side, ``[rows, width]``, a chunk of rows at a time.
+
+    Args:
+        live: Which entries take part, and in which order.
+        touched: Tensors of the range, each with its range of live entries, as
+            :meth:`LiveVector.overlap` gives them.
+        out: Room for all rows; ``None`` for a new tensor for every chunk.
+
+    Attributes:
+        done: Rows so far.
+    """
+
+    def __init__(
+        self, live: LiveVector, touched: Sequence[tuple[str, int, int]], out: Tensor | None = None
+    ) -> None:
+        self._live, self._out, self.done = live, out, 0
+        self._touched = touched
+        self._opened: Tensor | None = None
+
+    def views(self, count: int, like: Tensor) -> dict[str, Tensor] | None:
+        """The next rows as ``{name: [count, *shape]}``, to be written to.
+
+        ``None`` where some entries of a tensor are left out, so that it has to be copied.
+        """
+        shapes = {name: mask.shape for name, mask in self._live.masks.items()}
+        if any(high - low < shapes[name].numel() for name, low, high in self._touched):
+            return None
+        self._opened = self._next(count, like)
+        parts = self._opened.split([high - low for _, low, high in self._touched], dim=1)
+        return {
+            name: part.unflatten(1, shapes[name])
+            for (name, _, _), part in zip(self._touched, parts, strict=True)
+        }
+
+    def filled(self, found: Mapping[str, Tensor]) -> Tensor:
+        """Rows of gradients ``{name: [count, *shape]}``, written already or not, ``[count, D]``."""
+        if self._opened is not None:
+            rows, self._opened = self._opened, None
+            return rows
+        first = next(iter(found.values()))
+        rows = self._next(len(first), first)
+        for part, entries in self._columns(rows, found):
+            part.copy_(entries)
+        return rows
+
+    def go_back_to(self, done: int) -> None:
+        """Forget the rows after the first ``done``, which are to be written again."""
+        self.done, self._opened = done, None
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """The parts of rows by the name of their tensor."""
+        sizes = [high - low for _, low, high in self._touched]
+        names = [name for name, _, _ in self._touched]
+        return dict(zip(names, rows.split(sizes, dim=1), strict=True))
+
+    def _columns(self, rows: Tensor, found: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        ours = self.columns(rows)
+        return [
+            (ours[name], self._live.entries(name, found[name])[:, low:high])
+            for name, low, high in self._touched
+        ]
+
+    def _next(self, count: int, like: Tensor) -> Tensor:
+        start, self.done = self.done, self.done + count
+        if self._out is not None:
+            return self._out[start : self.done]
+        width = sum(high - low for _, low, high in self._touched)
+        return torch.empty((count, width), dtype=like.dtype, device=like.device)
