@@ -122,6 +122,15 @@ def test_calibration_on_another_device(name: str, device: str, where: str) -> No
     assert_same(pruned(name, device, where), pruned(name, "cpu"))
 
 
+@pytest.mark.parametrize("damping", ["auto", 1e-3])
+@pytest.mark.parametrize("name", ["woodfisher", "woodtaylor", "cbs", "greedy-obs"])
+def test_the_device_is_asked_for_few_numbers(name: str, damping: str | float) -> None:
+    of = model("ghost")
+    with ghost_device.counted() as crossed:
+        prune_global(None, name, amount=0.5, calibration=calibration(of), damping=damping)
+    assert crossed["aten::_local_scalar_dense"] <= 50
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns(name: str) -> None:
     assert_same(pruned(name, DEVICE, pattern="2:4"), pruned(name, "cpu", pattern="2:4"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TypeVar
 from warnings import warn
 
 import torch
@@ -9,7 +12,51 @@ from torch import Tensor
 
 from torchprune_bayes.errors import NumericalError, NumericalWarning
 
+T = TypeVar("T")
+
 _ATTEMPTS = 6
+
+
+class LaterChecks:
+    """Whether factorisations failed, which the device is asked once for all of them."""
+
+    def __init__(self) -> None:
+        self.flags: list[Tensor] = []
+
+    def failed(self) -> bool:
+        """Whether one did."""
+        return bool(self.flags) and bool(torch.stack(self.flags).any())
+
+
+_LATER: ContextVar[LaterChecks | None] = ContextVar("later", default=None)
+
+
+def checked_once(run: Callable[[], T]) -> T:
+    """Run a calculation whose factorisations are checked at its end, and not one by one.
+
+    Where one has failed, what came of it is thrown away, and everything is run again with a check
+    and, if need be, a larger diagonal for each.
+
+    Args:
+        run: Has no effects but its result.
+
+    Example:
+        >>> checked_once(lambda: safe_cholesky(torch.tensor([[4.0]])))
+        tensor([[2.]])
+    """
+    checks = LaterChecks()
+    token = _LATER.set(checks)
+    try:
+        found = run()
+    except Exception:
+        if not checks.failed():
+            raise
+    else:
+        if not checks.failed():
+            return found
+    finally:
+        _LATER.reset(token)
+    return run()
 
 
 def safe_cholesky(matrix: Tensor) -> Tensor:
@@ -34,6 +81,10 @@ def safe_cholesky(matrix: Tensor) -> Tensor:
         tensor([[2.]], dtype=torch.float64)
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
+    later = _LATER.get()
+    if later is not None:
+        later.flags.append(failed.any())
+        return factor
     if not failed.any():
         return factor
     if not torch.isfinite(matrix).all():

@@ -34,7 +34,8 @@ class LiveVector:
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
-        self.sizes = [int(mask.sum()) for mask in masks.values()]
+        counts = [mask.sum() for mask in masks.values()]  # fetched from the device together
+        self.sizes: list[int] = torch.stack(counts).tolist() if counts else []
         self._full = {
             name: size == mask.numel()
             for (name, mask), size in zip(masks.items(), self.sizes, strict=True)

@@ -24,12 +24,11 @@ def apportion(total: int, sizes: Tensor) -> Tensor:
         >>> apportion(5, torch.tensor([4, 4, 2]))
         tensor([2, 2, 1])
     """
-    whole = int(sizes.sum())
+    whole = sizes.sum()
     shares = total * sizes // whole
     remainders = total * sizes % whole
-    order = remainders.argsort(descending=True, stable=True)
-    shares[order[: total - int(shares.sum())]] += 1
-    return shares
+    ranks = remainders.argsort(descending=True, stable=True).argsort()
+    return shares + (ranks < total - shares.sum())
 
 
 def perturbed_keep(scores: Tensor, kept: int, generator: torch.Generator) -> Tensor:

@@ -277,8 +277,9 @@ def _tile_of_groups(
 
 def _ranked(gains: Tensor, side: Tensor, size: int, lot: Tensor) -> tuple[Tensor, Tensor]:
     # A lot of at most `size` entries of one side, in the order of their gains.
-    size = min(size, int(side.sum(-1).max()))
+    entries, last = torch.stack([side.sum(-1).max(), lot.max()]).tolist()
+    size = min(size, entries)
     ranks = size * lot + torch.arange(size, device=side.device)
-    reach = min(int(ranks.max()) + 1, side.shape[-1]) if size else 0
+    reach = min(size * (last + 1), side.shape[-1])
     order = gains.masked_fill(~side, -torch.inf).topk(reach).indices
     return order.gather(-1, ranks.clamp_max(reach - 1)), ranks < side.sum(-1, keepdim=True)

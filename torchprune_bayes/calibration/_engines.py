@@ -244,6 +244,7 @@ def _with_saved_bytes(
 
 
 def _relative_difference(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    difference = sum(float((found[name] - exact[name]).square().sum()) for name in exact)
-    size = sum(float(gradient.square().sum()) for gradient in exact.values())
+    differences = [(found[name] - gradient).square().sum() for name, gradient in exact.items()]
+    sizes = [gradient.square().sum() for gradient in exact.values()]
+    difference, size = (sum(torch.stack(part).tolist()) for part in (differences, sizes))
     return (difference / max(size, torch.finfo(torch.float64).tiny)) ** 0.5 if difference else 0.0

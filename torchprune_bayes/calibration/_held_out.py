@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import TypeAlias
 from warnings import warn
 
+import torch
 from torch import Tensor
 
 from torchprune_bayes.calibration._batches import Batch, batch_size, cut, samples_in
 from torchprune_bayes.errors import CalibrationError, CalibrationWarning
 
-LossesAt: TypeAlias = Callable[[Mapping[str, Tensor] | None], Callable[[Batch], float]]
-"""From weights, where ``None`` stands for the model's own, to the mean loss of a batch."""
+LossesAt: TypeAlias = Callable[[Mapping[str, Tensor] | None], Callable[[Batch], Tensor]]
+"""From weights, where ``None`` stands for the model's own, to the mean loss of a batch, a scalar
+on the device."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,16 @@ class HeldOutSamples:
             value, samples = self._mean(losses_at(weights))
         return MeanLoss(value if math.isfinite(value) else math.inf, samples, self._in_sample)
 
-    def _mean(self, loss_of: Callable[[Batch], float]) -> tuple[float, int]:
-        total, samples = 0.0, 0
+    def _mean(self, loss_of: Callable[[Batch], Tensor]) -> tuple[float, int]:
+        losses, counts = [], []
         for batch in self._batches():
-            total += loss_of(batch) * batch_size(batch)
-            samples += batch_size(batch)
-        return total / samples, samples
+            losses.append(loss_of(batch))
+            counts.append(batch_size(batch))
+        found: list[float] = torch.stack(losses).tolist()  # fetched from the device together
+        total = sum(loss * count for loss, count in zip(found, counts, strict=True))
+        return total / sum(counts), sum(counts)
 
-    def _sift(self, loss_of: Callable[[Batch], float]) -> None:
+    def _sift(self, loss_of: Callable[[Batch], Tensor]) -> None:
         kept: list[Batch] = []
         samples = 0
         for batch in self._batches():
@@ -90,9 +94,9 @@ class HeldOutSamples:
             )
 
 
-def _finite_parts(batch: Batch, loss_of: Callable[[Batch], float]) -> Iterator[Batch]:
+def _finite_parts(batch: Batch, loss_of: Callable[[Batch], Tensor]) -> Iterator[Batch]:
     """The largest parts of a batch, found by halving it, whose loss is finite."""
-    if math.isfinite(loss_of(batch)):
+    if math.isfinite(float(loss_of(batch))):
         yield batch
         return
     half = batch_size(batch) // 2

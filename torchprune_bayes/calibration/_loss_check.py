@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 from warnings import warn
 
+import torch
+from torch import Tensor
+
 from torchprune_bayes.calibration._batches import Batch, batch_size, cut, joined
 from torchprune_bayes.errors import CalibrationWarning
 
@@ -25,7 +28,7 @@ _SUMMED = (
 )
 
 
-def warn_unless_mean(loss_of: Callable[[Batch], float], pieces: list[Batch]) -> None:
+def warn_unless_mean(loss_of: Callable[[Batch], Tensor], pieces: list[Batch]) -> None:
     """Warn if single samples have gradients that are no parts of the gradient of a batch.
 
     The loss of a pair lies between those of its two samples, ``(a l₁ + b l₂)/(a + b)``, where
@@ -33,34 +36,37 @@ def warn_unless_mean(loss_of: Callable[[Batch], float], pieces: list[Batch]) -> 
     compared with one another. A ratio below two is not warned of.
 
     Args:
-        loss_of: The mean loss of a batch.
+        loss_of: The mean loss of a batch, a scalar on the device.
         pieces: Samples to pair.
 
     Cost: two forward passes over up to eight samples.
     """
     batch = joined(pieces) or max(pieces, key=batch_size)
     count = min(batch_size(batch), CHECKED_SAMPLES)
-    singles = [loss_of(cut(batch, index, index + 1)) for index in range(count)]
-    if loss_of(cut(batch, 0, 1)) != singles[0]:
+    each = [loss_of(cut(batch, index, index + 1)) for index in (*range(count), 0)]
+    *singles, again = torch.stack(each).tolist()
+    if again != singles[0]:
         return  # a model that draws random numbers has no loss to compare
     order = sorted((i for i in range(count) if math.isfinite(singles[i])), key=lambda i: singles[i])
-    pairs = zip(order[: count // 2], reversed(order), strict=False)
-    found = {_kind(loss_of, batch, singles, i, j) for i, j in pairs if i != j}
+    pairs = [(i, j) for i, j in zip(order[: count // 2], reversed(order), strict=False) if i != j]
+    if not pairs:
+        return
+    joint = [joined([cut(batch, i, i + 1), cut(batch, j, j + 1)]) for i, j in pairs]
+    losses = torch.stack([loss_of(pair) for pair in joint]).tolist()
+    found = {
+        _kind(both, singles[i], singles[j]) for both, (i, j) in zip(losses, pairs, strict=True)
+    }
     if "no mean" in found or "sum" in found:
         message = _NO_MEAN if "no mean" in found else _SUMMED
         warn(message, CalibrationWarning, stacklevel=2)
 
 
-def _kind(
-    loss_of: Callable[[Batch], float], batch: Batch, singles: list[float], i: int, j: int
-) -> str:
-    """What the loss of samples ``i`` and ``j`` is beside theirs: ``"mean"``, ``"sum"``, neither."""
-    pair = joined([cut(batch, i, i + 1), cut(batch, j, j + 1)])
-    both, low, high = loss_of(pair), singles[i], singles[j]
+def _kind(both: float, low: float, high: float) -> str:
+    """What the loss of two samples is beside their own: ``"mean"``, ``"sum"`` or ``"no mean"``."""
     scale = _DISTINCT * max(abs(low), abs(high), abs(both))
     if not math.isfinite(both) or abs(both - (low + high) / 2) <= scale:
         return "mean"
     if abs(both - (low + high)) <= scale:
         return "sum"
-    share = (both - low) / (high - low) if high > low else math.inf  # of the weight of j
+    share = (both - low) / (high - low) if high > low else math.inf  # of the weight of the second
     return "mean" if 1 / (1 + _UNEQUAL) < share < _UNEQUAL / (1 + _UNEQUAL) else "no mean"

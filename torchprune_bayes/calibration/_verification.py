@@ -161,10 +161,8 @@ class RepeatCheck:
         _, constants = self._functional.bind(None)
         randomness = IsolatedRandomness(self._seed, self._functional.device)
         with preserved(self._functional.model), randomness, torch.no_grad():
-            first, again = (
-                float(self._functional.loss({}, constants, batch))
-                for batch in (self._first, sample)
-            )
+            both = [self._functional.loss({}, constants, one) for one in (self._first, sample)]
+            first, again = torch.stack(both).tolist()
         if what == "data" or abs(again - first) > 0:
             warn(
                 f"The {what} is not deterministic: the loss of the first calibration sample "

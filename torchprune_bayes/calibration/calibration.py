@@ -406,15 +406,15 @@ class Calibration:
     def _default_samples(self) -> int:
         return _DEFAULT_GRADIENTS * self.mini_batch
 
-    def _losses_at(self, weights: Mapping[str, Tensor] | None) -> Callable[[Batch], float]:
+    def _losses_at(self, weights: Mapping[str, Tensor] | None) -> Callable[[Batch], Tensor]:
         """The mean loss of batches, with the same random numbers at all weights."""
         _, constants = self._functional.bind(weights)
         randomness = self._randomness()
 
-        def loss_of(batch: Batch) -> float:
+        def loss_of(batch: Batch) -> Tensor:
             batch = map_tensors(batch, self._functional.move_input)
             with preserved(self.model), randomness, torch.no_grad():
-                return float(self._functional.loss({}, constants, batch))
+                return self._functional.loss({}, constants, batch)
 
         return loss_of
 

@@ -130,7 +130,7 @@ class CheckpointedCalibration(Calibration):
             found = self._functional.mean_gradients(leaves, constants, [part])
         norm = sum(float(gradient.double().square().sum()) for gradient in found.values()) ** 0.5
         # Few digits: how many threads add up must not count.
-        return f"{self._losses_at(weights)(part):.4e} {norm:.3e}"
+        return f"{float(self._losses_at(weights)(part)):.4e} {norm:.3e}"
 
 
 def _read(path: Path, most_rows: int, columns: int) -> Tensor:

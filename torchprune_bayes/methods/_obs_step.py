@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from torchprune_bayes._numerics.cholesky import checked_once
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.methods._target import Target
@@ -240,6 +241,10 @@ def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
         damping: ``λ``.
         procedure: What the method does.
     """
+    return checked_once(lambda: _in_stages(step, damping, procedure))
+
+
+def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
     fisher, masks, moved = step.fisher, step.masks, step.weights
     for index in step.stages if procedure.in_stages else step.stages[-1:]:
         fisher = fisher.restricted(masks, damping)

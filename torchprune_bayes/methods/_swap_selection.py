@@ -59,7 +59,8 @@ class SwapSelection:
         live = self._fisher.live
         best = self._judged(live.gather(start))
         if generator is not None:
-            others = (self._perturbed(best.keep, generator) for _ in range(starts - 1))
+            members = self._members(best.keep)
+            others = (self._perturbed(best.keep, members, generator) for _ in range(starts - 1))
             best = min([best, *map(self._judged, others)], key=_loss)
         for where, gradients in self._fisher.with_blocks_in_memory().whole_blocks():
             best = self._searched(best, where, gradients)
@@ -93,20 +94,32 @@ class SwapSelection:
         for found in self.search(objective, groups=own):
             yield found.repeat_interleave(size, dim=-1)
 
-    def _perturbed(self, keep: Tensor, generator: torch.Generator) -> Tensor:
+    def _perturbed(
+        self, keep: Tensor, members: list[_Members], generator: torch.Generator
+    ) -> Tensor:
         """A random magnitude perturbation that keeps as many entries of each class as ``keep``."""
-        scores, classes = self._weights().abs(), self._classes()
+        scores = self._weights().abs()
         if self.pattern is None:
-            return _perturbed_classes(scores, keep, classes, generator)
-        parts = (v.unflatten(-1, (-1, self.pattern.size)) for v in (scores, keep, classes))
-        scores, keep, classes = parts
+            return _perturbed_classes(scores, members, generator)
+        size = self.pattern.size
+        scores, keep = scores.unflatten(-1, (-1, size)), keep.unflatten(-1, (-1, size))
         if self.pattern.takes_whole_groups:
-            found = _perturbed_classes(
-                scores.norm(dim=-1), keep.any(-1), classes.amax(-1), generator
-            )
-            return found.repeat_interleave(self.pattern.size) & self._alive()
-        scores = scores.masked_fill(classes < 0, -1.0)
+            found = _perturbed_classes(scores.norm(dim=-1), members, generator)
+            return found.repeat_interleave(size) & self._alive()
+        scores = scores.masked_fill(self._classes().view_as(scores) < 0, -1.0)
         return perturbed_in_groups(scores, keep.sum(-1), generator).flatten()
+
+    def _members(self, keep: Tensor) -> list[_Members]:
+        """The classes of entries, or of whole groups; the device is asked once for all."""
+        classes = self._classes()
+        if self.pattern is not None:
+            if not self.pattern.takes_whole_groups:
+                return []
+            size = self.pattern.size
+            keep, classes = (v.unflatten(-1, (-1, size)).amax(-1) for v in (keep, classes))
+        where = [classes == number for number in classes.unique().tolist()]
+        counts = torch.stack([(keep & chosen).sum() for chosen in where]).tolist()
+        return [_Members(*pair) for pair in zip(where, counts, strict=True)]
 
     def _judged(self, keep: Tensor) -> _Judged:
         loss = self._loss(keep)
@@ -157,11 +170,18 @@ def _loss(judged: _Judged) -> float:
     return judged.loss
 
 
+@dataclass(frozen=True)
+class _Members:
+    """Entries that may trade places: which they are, and how many of them are kept."""
+
+    where: Tensor
+    kept: int
+
+
 def _perturbed_classes(
-    scores: Tensor, keep: Tensor, classes: Tensor, generator: torch.Generator
+    scores: Tensor, members: list[_Members], generator: torch.Generator
 ) -> Tensor:
-    other = torch.zeros_like(keep)
-    for number in classes.unique().tolist():
-        chosen = classes == number
-        other[chosen] = perturbed_keep(scores[chosen], int(keep[chosen].sum()), generator)
+    other = torch.zeros_like(scores, dtype=torch.bool)
+    for one in members:
+        other[one.where] = perturbed_keep(scores[one.where], one.kept, generator)
     return other
