@@ -20,13 +20,13 @@ def test_sizes_are_those_of_the_gradients():
     assert (plan.samples, plan.gradients, plan.weights) == (64, 64, 576)
     assert plan.gradient_mb == 64 * 576 * 4 / MIB
     assert plan.disk_mb == 0
-    assert plan.engine == "vmap"
+    assert plan.engine == "layers"
     assert plan.gradient_seconds > 0
 
 
 def test_mini_batches_make_fewer_gradients():
     plan = estimate(calibration(mini_batch=4))
-    assert (plan.samples, plan.gradients, plan.engine) == (64, 16, "vmap")
+    assert (plan.samples, plan.gradients, plan.engine) == (64, 16, "layers")
 
 
 def test_float64_gradients_take_twice_the_memory():

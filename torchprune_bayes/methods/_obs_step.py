@@ -176,8 +176,10 @@ class Procedure:
     descends: bool = False
     in_stages: bool = True
 
-    def screening(self) -> Procedure:
+    def screening(self, stages: range) -> Procedure:
         """The same in one stage without a search, to compare dampings and blocks by."""
+        if len(stages) == 1 and self.select is smallest:
+            return self
         return replace(self, select=smallest, in_stages=False)
 
 

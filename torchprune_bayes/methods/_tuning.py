@@ -123,10 +123,15 @@ class Tuning:
         cuts = block_choices(step)
         if len(cuts) == len(dampings) == 1:
             return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
-        quick = procedure.screening()
+        quick = procedure.screening(step.stages)
         found = [self._screened(cut, dampings, quick) for cut in cuts]
-        best = found[0] if len(found) == 1 else min(found, key=_loss)
-        return self._best_lengths(best.pruned.again(procedure))
+        if step.fisher.live.numel > _MOST_FOR_TRIALS:
+            best = found[0] if len(found) == 1 else min(found, key=_loss)
+            return self._best_lengths(best.pruned.again(procedure))
+        if quick is not procedure:
+            found = [replace(move, pruned=move.pruned.again(procedure)) for move in found]
+        moves = [self._best_lengths(move.pruned) for move in found]
+        return moves[0] if len(moves) == 1 else min(moves, key=_loss)
 
     def _screened(self, step: Step, dampings: list[float], quick: Procedure) -> Move:
         """The best of several dampings in one stage: left-out gradients first, then trials.
