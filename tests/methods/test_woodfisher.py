@@ -88,6 +88,26 @@ def test_stages_prune_by_scores_of_what_the_stage_before_left():
     torch.testing.assert_close(flat(decision.updates), moved, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("block_size", [16, "tensor", "full"])
+def test_after_all_stages_the_update_is_that_of_all_that_was_pruned(block_size: int | str) -> None:
+    calibration = make_calibration()
+    options = {**FIXED, "stages": 3, "block_size": block_size}
+    decision = WoodFisher(0.7, calibration=calibration, **options).decide(calibration.space)
+    fisher = EmpiricalFisher(block_size=block_size).fit(calibration)
+    gradients = torch.cat(list(calibration.gradients()))
+    weights, keep = flat(calibration.space.values()), flat(decision.masks)
+    moved = torch.cat(
+        [
+            weights[start:stop]
+            + reference.joint_update(
+                gradients[:, start:stop], 1e-2, weights[start:stop], keep[start:stop], step=0.0
+            )
+            for start, stop in fisher.blocks
+        ]
+    )
+    torch.testing.assert_close(flat(decision.updates), moved, rtol=1e-7, atol=1e-9)
+
+
 def test_steps_take_fresh_gradients_at_the_moved_weights():
     calibration = make_calibration()
     options = {**FIXED, "path": "linear"}

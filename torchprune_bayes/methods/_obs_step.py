@@ -234,9 +234,11 @@ class Pruned:
 def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
     """Score, choose and compute the update, stage by stage.
 
-    Each stage goes on from the weights that the last one moved, with what remains of the same
-    Fisher. Joint updates add up exactly: after one the kept weights are at a minimum of the
-    quadratic model, so that the next update is that of all that is pruned.
+    Each stage scores the weights that the last one moved, with what remains of the same Fisher. The
+    update is always that of everything that the step has pruned so far. With one block it is found
+    from the remaining entries alone: after a joint update the kept weights are at a minimum of the
+    quadratic model, so that updates add up exactly. Blocks are cut anew for every stage, so that
+    theirs do not.
 
     Args:
         step: Where it begins.
@@ -248,13 +250,21 @@ def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
 
 def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
     fisher, masks, moved = step.fisher, step.masks, step.weights
+    adds_up = procedure.update == "joint" and len(fisher.blocks) == 1
     for index in step.stages if procedure.in_stages else step.stages[-1:]:
         fisher = fisher.restricted(masks, damping)
         stage = Stage(step, fisher, index, masks, fisher.live.gather(moved))
         scores = fisher.live.scatter(procedure.score(stage).to(stage.weights.device))
         masks = procedure.select(stage, scores)
-        moved, newton = _moved(stage, masks, procedure)
+        moves = stage if adds_up else _of_the_whole_step(stage)
+        moved, newton = _moved(moves, masks, procedure)
     return Pruned(step, fisher, masks, scores, moved, newton)
+
+
+def _of_the_whole_step(stage: Stage) -> Stage:
+    step = stage.step
+    fisher = step.fisher.restricted(step.masks, stage.fisher.damping)
+    return replace(stage, fisher=fisher, weights=step.flat, masks=step.masks)
 
 
 def _moved(
