@@ -89,7 +89,7 @@ def test_stages_prune_by_scores_of_what_the_stage_before_left():
 
 
 @pytest.mark.parametrize("block_size", [16, "tensor", "full"])
-def test_after_all_stages_the_update_is_that_of_all_that_was_pruned(block_size: int | str) -> None:
+def test_after_all_stages_the_update_is_that_of_all_that_was_pruned(block_size):
     calibration = make_calibration()
     options = {**FIXED, "stages": 3, "block_size": block_size}
     decision = WoodFisher(0.7, calibration=calibration, **options).decide(calibration.space)
