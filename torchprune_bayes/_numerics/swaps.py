@@ -130,10 +130,12 @@ def swap_search(
         signs = objective.accept(tile, epsilon * objective.value())
         swapped = signs.any(-1, keepdim=True)
         misses = torch.where(swapped, 0, misses + 1)
-        if swapped.any():
+        both = torch.stack([swapped.any(), (misses >= max_no_match).all()])
+        any_swapped, done = both.tolist()  # fetched from the device together
+        if any_swapped:
             objective.swap(tile.indices, signs)
             yield objective.keep
-        elif bool((misses >= max_no_match).all()):
+        elif done:
             return
 
 

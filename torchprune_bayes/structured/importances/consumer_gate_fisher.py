@@ -44,6 +44,7 @@ class ConsumerGateFisherImportance(CalibratedImportance):
     Cost: one pass of gradients of the reading layers' weights; ``N d`` for ``d`` such weights.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from torchprune_bayes.structured import find_groups
         >>> _ = torch.manual_seed(0)
