@@ -106,9 +106,10 @@ class Tuning:
         Raises:
             CalibrationError: If no held-out loss is finite.
 
-        Cost: a Gram matrix of the gradients and its spectrum; one step without stages and one
-        held-out loss for either kind of blocks and for two to three dampings; the step itself, and
-        two to eight held-out losses for the lengths of the moves.
+        Cost: a Gram matrix of the gradients and its spectrum. Up to two million entries, one stage
+        and a few held-out losses for either kind of blocks and for two to three dampings, and the
+        step itself for either; beyond, one stage and one loss for either, and the step for one of
+        them. Then two to eight held-out losses for the lengths of the moves.
         """
         if not isinstance(self.damping, str):
             return self._with_blocks(step, procedure, [float(self.damping)])

@@ -67,7 +67,8 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         calibration: Data, model and loss.
         curvature: An :class:`~torchprune_bayes.curvature.EmpiricalFisher` fitted already.
         block_size: Blocks of the Fisher: ``"full"``, ``"tensor"``, an int, or ``"auto"``: one
-            block or blocks of ``2N`` entries, whichever has the smaller loss on held-out samples.
+            block or blocks of ``2N`` entries (256 at least), whichever has the smaller loss on
+            held-out samples.
         damping: ``λ``, or ``"auto"``: the value, in units of the mean squared gradient, whose
             update does best on gradients left out of it, and then on held-out samples
             (:mod:`torchprune_bayes.methods._tuning`).
