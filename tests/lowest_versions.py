@@ -1,50 +1,34 @@
 """Run the tests with the lowest versions of all packages that pyproject.toml allows.
 
     python tests/lowest_versions.py                 a fresh environment, then the whole suite
-    python tests/lowest_versions.py tests/methods   a part of it
+    python tests/lowest_versions.py tests/methods   a part of it; arguments go to pytest
     python tests/lowest_versions.py --list          the versions, and nothing else
 
-Needs Python 3.11 or newer to read pyproject.toml; indirect dependencies are the newest that fit.
+Needs `uv` (`python -m pip install uv`), whose resolver knows `lowest-direct`: direct dependencies
+at their lower bounds, indirect ones the newest that fit. pip would have to be told every pin, and
+searches for half an hour.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import importlib.util
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
-from typing import Any
-
-import tomllib  # type: ignore[import-not-found]  # from 3.11 on
 
 ROOT = Path(__file__).resolve().parents[1]
-_BOUND = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?>=([0-9][0-9A-Za-z.]*)$")
+LOWEST = ["--resolution", "lowest-direct"]
 
 
-def lowest_versions(project: dict[str, Any]) -> list[str]:
-    """Pins of all direct dependencies, those of extras too; the highest bound where there are many.
+def uv(*arguments: str | Path) -> None:
+    """Run uv in the checkout.
 
     Raises:
-        ValueError: If a dependency has no lower bound.
+        subprocess.CalledProcessError: If it fails.
     """
-    wanted = list(project["dependencies"])
-    for extra in project["optional-dependencies"].values():
-        wanted += [one for one in extra if not one.startswith(project["name"])]
-    pins: dict[str, str] = {}
-    for one in wanted:
-        found = _BOUND.match(one.replace(" ", ""))
-        if found is None:
-            raise ValueError(f"Expected `package>=version`, got {one!r}.")
-        name, version = found.groups()
-        pins[name] = max(pins.get(name, version), version, key=_as_numbers)
-    return [f"{name}=={version}" for name, version in sorted(pins.items())]
-
-
-def _as_numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version)))
+    subprocess.run([sys.executable, "-m", "uv", *arguments], cwd=ROOT, check=True)
 
 
 def main() -> int:
@@ -52,23 +36,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the versions and stop")
     parser.add_argument("--environment", type=Path, help="folder to keep; default a temporary one")
-    parser.add_argument("tests", nargs="*", help="arguments of pytest")
-    args = parser.parse_args()
-    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    pins = "\n".join(lowest_versions(content["project"])) + "\n"
-    print(pins, end="", flush=True)
+    args, tests = parser.parse_known_args()
+    if importlib.util.find_spec("uv") is None:
+        parser.error("Expected uv: `python -m pip install uv`.")
     if args.list:
+        uv("pip", "compile", "pyproject.toml", "--extra", "test", "--no-annotate", *LOWEST)
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        place = args.environment or Path(folder) / "environment"
-        constraints = Path(folder) / "constraints.txt"
-        constraints.write_text(pins, encoding="utf-8")
-        venv.create(place, with_pip=True)
+        place = (args.environment or Path(folder) / "environment").absolute()
         python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-        install = [python, "-m", "pip", "install", "-c", constraints, "-e", ".[test]"]
-        subprocess.run(install, cwd=ROOT, check=True)
-        tests = args.tests or ["-n", "auto"]
-        return subprocess.run([python, "-m", "pytest", *tests], cwd=ROOT, check=False).returncode
+        if not python.exists():
+            uv("venv", "--python", sys.executable, place)
+        uv("pip", "install", "--upgrade", "--python", python, *LOWEST, "-e", ".[test]")
+        pytest = [python, "-m", "pytest", *(tests or ["-n", "auto"])]
+        return subprocess.run(pytest, cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

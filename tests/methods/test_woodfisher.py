@@ -88,6 +88,15 @@ def test_stages_prune_by_scores_of_what_the_stage_before_left():
     torch.testing.assert_close(flat(decision.updates), moved, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("weights", [1, 2, 3])
+def test_a_stage_may_leave_nothing_for_the_next(weights):
+    model = nn.Linear(weights, 1, bias=False)
+    data = [(torch.randn(8, weights), torch.randn(8, 1))]
+    calibration = Calibration(model, data, nn.functional.mse_loss)
+    decision = WoodFisher(1.0, calibration=calibration, stages=6).decide(calibration.space)
+    assert not flat(decision.masks).any()
+
+
 @pytest.mark.parametrize("block_size", [16, "tensor", "full"])
 def test_after_all_stages_the_update_is_that_of_all_that_was_pruned(block_size):
     calibration = make_calibration()

@@ -252,7 +252,10 @@ def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
     fisher, masks, moved = step.fisher, step.masks, step.weights
     adds_up = procedure.update == "joint" and len(fisher.blocks) == 1
     for index in step.stages if procedure.in_stages else step.stages[-1:]:
-        fisher = fisher.restricted(masks, damping)
+        left = fisher.restricted(masks, damping)
+        if not left.live.numel:
+            break  # nothing is left for a further stage
+        fisher = left
         stage = Stage(step, fisher, index, masks, fisher.live.gather(moved))
         scores = fisher.live.scatter(procedure.score(stage).to(stage.weights.device))
         masks = procedure.select(stage, scores)
