@@ -1,13 +1,15 @@
 """Which architectures shrink, checked end to end; or why not, in one sentence.
 
-    python -m tests.benchmarks.coverage [--only NAME] [--share 1/3] [--sparsity 0.3]
+    python -m tests.benchmarks.coverage [--only NAME] [--share 1/3] [--sparsity 0.3] [--resume FILE]
 
 For every architecture of ``architectures.py``, with random weights moved off their start: channels,
 hidden units and heads go until the asked share is gone, those with the smallest L1 norm. Then the
 shrunk model in double precision is compared with the whole one in which the same units are zero, a
 backward pass in training mode must reach the cut weights, decoders must generate the same tokens
-with a cache as the masked ones, and the model must come back from a folder bit for bit. Prints a
-Markdown table and a line of totals. ``--share 1/3`` takes a third, another one every day.
+with a cache as the masked ones, and the model must come back from a folder, bit for bit here and
+with the same outputs in a fresh process. Gates are attached, trained, folded and cut out;
+every importance scores all groups. Prints a Markdown table and a line of totals. ``--share 1/3``
+takes a third, another one every day; ``--resume FILE`` prints rows that the file has again.
 """
 
 from __future__ import annotations
@@ -21,13 +23,24 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.architectures import Architecture, Inputs, architectures
+from tests.benchmarks.architectures import Architecture, architectures
+from tests.benchmarks.coverage_depth import (
+    WrongError,
+    examine_gates,
+    examine_importances,
+    in_double,
+    outputs,
+    short,
+)
+from tests.benchmarks.coverage_fresh import FreshProcess
 from torchprune_bayes.errors import TorchPruneBayesError
 from torchprune_bayes.structured import (
     L1FilterImportance,
@@ -44,10 +57,6 @@ TOLERANCES = {"double": 1e-9, "partly single": 1e-5}
 and in models that compute a part in single precision whatever their type."""
 
 
-class WrongError(Exception):
-    """A check that failed."""
-
-
 @dataclass(frozen=True)
 class Row:
     """What was found for an architecture.
@@ -56,6 +65,8 @@ class Row:
         name: The architecture.
         verdict: ``"served"``, ``"refused"``, ``"wrong"`` or ``"raw"``.
         detail: Groups and what was left whole, or the reason.
+        gates: How many gates can be attached, or why none.
+        importances: How many importances score it, and which refuse.
         difference: Largest difference in double precision, relative to the largest output.
         seconds: CPU time of shrinking, its own checks included.
     """
@@ -63,46 +74,75 @@ class Row:
     name: str
     verdict: str
     detail: str
-    difference: float | None
     seconds: float
+    difference: float | None = None
+    gates: str = "–"
+    importances: str = "–"
 
     def __str__(self) -> str:
         difference = "–" if self.difference is None else f"{self.difference:.0e}"
-        return (
-            f"| {self.name} | {self.verdict} | {self.detail} | {difference} | {self.seconds:.1f} |"
+        cells = (self.name, self.verdict, self.detail, self.gates, self.importances, difference)
+        return f"| {' | '.join(cells)} | {self.seconds:.1f} |"
+
+    @classmethod
+    def parsed(cls, line: str) -> Row:
+        """Read what was printed."""
+        name, verdict, detail, gates, scored, difference, seconds = (
+            cell.strip() for cell in line.strip().strip("|").split("|")
         )
+        found = None if difference == "–" else float(difference)
+        return cls(name, verdict, detail, float(seconds), found, gates, scored)
 
 
 HEADER = (
-    "| architecture | verdict | groups, or why not | difference | CPU s |\n|---|---|---|---|---|"
+    "| architecture | verdict | groups, or why not | gates | importances | difference | CPU s |\n"
+    "|---|---|---|---|---|---|---|"
 )
 
 
-def examine(case: Architecture, sparsity: float) -> Row:
-    """Shrink one architecture and check everything."""
-    torch.manual_seed(0)
-    model = case.build().eval()
-    inputs = case.inputs(2)
-    _stir(model)
+def examine(
+    case: Architecture, sparsity: float, fresh: FreshProcess | None = None, *, deep: bool = True
+) -> Row:
+    """Shrink one architecture and check everything.
+
+    Args:
+        case: The architecture.
+        sparsity: Share of the units that is to go.
+        fresh: Reloads the shrunk model; without it that is not checked.
+        deep: Whether gates and importances are tried.
+    """
+    model = _built(case)
     twin = copy.deepcopy(model)
     start = time.process_time()
     try:
-        report = shrink(model, inputs, L1FilterImportance(), sparsity=sparsity, target="channels")
+        report = shrink(
+            model, case.inputs(2), L1FilterImportance(), sparsity=sparsity, target="channels"
+        )
     except TorchPruneBayesError as error:
-        return Row(case.name, "refused", _short(error), None, time.process_time() - start)
+        return Row(case.name, "refused", short(error), time.process_time() - start)
     except Exception as error:
-        return Row(case.name, "raw", f"{type(error).__name__}: {_short(error)}", None, 0.0)
-    seconds = time.process_time() - start
-    difference = None
+        return Row(case.name, "raw", f"{type(error).__name__}: {short(error)}", 0.0)
+    row = Row(case.name, "served", _groups(report), time.process_time() - start)
     try:
         if report.units.sparsity < sparsity:
             raise WrongError(f"{report.units.sparsity:.2f} of the units are gone")
-        difference = _checked(case, model, twin, report)
+        row = replace(row, difference=_checked(case, model, twin, report, fresh))
+        if deep:
+            build = partial(_built, case)
+            row = replace(row, gates=examine_gates(case, build))
+            row = replace(row, importances=examine_importances(case, build))
     except WrongError as error:
-        return Row(case.name, "wrong", str(error), difference, seconds)
+        return replace(row, verdict="wrong", detail=str(error))
     except Exception as error:
-        return Row(case.name, "raw", f"{type(error).__name__}: {_short(error)}", None, seconds)
-    return Row(case.name, "served", _groups(report), difference, seconds)
+        return replace(row, verdict="raw", detail=f"{type(error).__name__}: {short(error)}")
+    return row
+
+
+def _built(case: Architecture) -> nn.Module:
+    torch.manual_seed(0)
+    model = case.build().eval()
+    _stir(model)
+    return model
 
 
 def _stir(model: nn.Module) -> None:
@@ -113,10 +153,6 @@ def _stir(model: nn.Module) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:150].replace("|", "/")
-
-
 def _groups(report: ShrinkReport) -> str:
     kinds = Counter(group.kind for group in report.groups)
     found = ", ".join(f"{count} of {kind}s" for kind, count in kinds.items())
@@ -125,7 +161,11 @@ def _groups(report: ShrinkReport) -> str:
 
 
 def _checked(
-    case: Architecture, model: nn.Module, twin: nn.Module, report: ShrinkReport
+    case: Architecture,
+    model: nn.Module,
+    twin: nn.Module,
+    report: ShrinkReport,
+    fresh: FreshProcess | None,
 ) -> float | None:
     zero_units(twin, report.plan)
     difference = _difference(case, model, twin)
@@ -135,24 +175,28 @@ def _checked(
         _generate(case, model, twin)
     with tempfile.TemporaryDirectory() as folder:
         save_shrunk(model, folder)
-        fresh = load_shrunk(case.build().eval(), folder).state_dict()
+        loaded = load_shrunk(case.build().eval(), folder).state_dict()
+        expected = outputs(model, case.inputs(2))
+        elsewhere = expected if fresh is None else fresh.outputs(case.name, folder)
     state = model.state_dict()
-    if not all(torch.equal(fresh[name], value) for name, value in state.items()):
+    if not all(torch.equal(loaded[name], value) for name, value in state.items()):
         raise WrongError("it comes back from a folder with other weights")
+    if _distance(expected, elsewhere) > TOLERANCES["partly single"]:
+        raise WrongError("it computes something else in a fresh process")
     return difference
 
 
-def _difference(case: Architecture, model: nn.Module, twin: nn.Module) -> float | None:
+def _difference(case: Architecture, model: nn.Module, twin: nn.Module) -> float:
     """Compare in double precision where the model runs in it."""
-    pair = [copy.deepcopy(each).double() for each in (model, twin)]
-    inputs = {key: _double(value) for key, value in case.inputs(2).items()}
-    with torch.no_grad():
-        try:
-            outputs = [_outputs(each, inputs) for each in pair]
-        except RuntimeError:  # a part of it names single precision
-            outputs = [_outputs(each, case.inputs(2)) for each in (model, twin)]
+    found = _distance(*(outputs(*in_double(each, case.inputs(2))) for each in (model, twin)))
+    if found > TOLERANCES["partly single"]:
+        raise WrongError(f"outputs differ by {found:.1g} of the largest")
+    return found
+
+
+def _distance(some: list[Tensor], others: list[Tensor]) -> float:
     found = 0.0
-    for one, other in zip(*outputs, strict=True):
+    for one, other in zip(some, others, strict=True):
         if one.shape != other.shape:
             raise WrongError(
                 f"outputs of shape {tuple(one.shape)} in place of {tuple(other.shape)}"
@@ -160,20 +204,7 @@ def _difference(case: Architecture, model: nn.Module, twin: nn.Module) -> float 
         if one.numel():
             scale = float(other.abs().max()) or 1.0
             found = max(found, float((one - other).abs().max()) / scale)
-    if found > TOLERANCES["partly single"]:
-        raise WrongError(f"outputs differ by {found:.1g} of the largest")
     return found
-
-
-def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    torch.manual_seed(0)  # some draw masks
-    return tensors_in(run(model, inputs))
-
-
-def _double(value: object) -> object:
-    if isinstance(value, list):
-        return [_double(each) for each in value]
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _trains(case: Architecture, twin: nn.Module) -> bool:
@@ -229,21 +260,28 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
+def _is_row(line: str) -> bool:
+    return line.startswith("| t")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="part of an architecture's name")
     parser.add_argument("--share", type=Fraction, default=Fraction(1), help="such as 1/3")
     parser.add_argument("--sparsity", type=float, default=0.3)
+    parser.add_argument("--resume", type=Path, help="an earlier output, whose rows are kept")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    earlier = arguments.resume.read_text().splitlines() if arguments.resume else []
+    known = {row.name: row for row in map(Row.parsed, filter(_is_row, earlier))}
     print(HEADER, flush=True)
     rows = []
-    for case in chosen(arguments.only, arguments.share, datetime.date.today().toordinal()):
-        with contextlib.redirect_stderr(None):
-            rows.append(examine(case, arguments.sparsity))
-        print(rows[-1], flush=True)
+    with FreshProcess() as fresh, contextlib.redirect_stderr(None):
+        for case in chosen(arguments.only, arguments.share, datetime.date.today().toordinal()):
+            rows.append(known.get(case.name) or examine(case, arguments.sparsity, fresh))
+            print(rows[-1], flush=True)
     print(f"\n{summary(rows)}")
 
 

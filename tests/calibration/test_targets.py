@@ -112,7 +112,7 @@ def test_ignored_labels_stay_ignored() -> None:
 @pytest.mark.parametrize(
     ("target", "loss_fn"),
     [
-        (torch.randn(4, CLASSES), nn.functional.mse_loss),
+        (torch.randn(4, CLASSES, dtype=torch.float64), nn.functional.mse_loss),
         (torch.zeros(4, 2, dtype=torch.long), lambda output, target: output.sum()),
     ],
 )

@@ -171,6 +171,7 @@ def test_t20_equal_seeds_give_equal_masks_on_every_rank(method):
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
 def test_t21_sharded_tensors_are_refused(process_group):
     """On a DTensor the host fails somewhere inside, after it has renamed parameters."""
     tensors = pytest.importorskip("torch.distributed.tensor")

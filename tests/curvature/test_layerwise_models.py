@@ -213,3 +213,22 @@ def test_a_calibration_s_weights_alone_are_covered() -> None:
     calibration = Calibration(model, _texts("tokens"))
     found = LayerCurvature().fit(calibration)
     assert list(found.diagonal()) == calibration.space.names
+
+
+class UnusedBeside(nn.Module):
+    """A layer that nothing reads, without a rule, and values in the way of vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.aside = nn.Linear(4, 3), nn.Bilinear(3, 3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if float(x.sum()) > 1e9 else self.a(x)
+
+
+def test_what_the_outputs_do_not_depend_on_has_no_curvature() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    found = LayerCurvature().fit_model(UnusedBeside(), data, cross_entropy).diagonal()
+    assert not found["aside.weight"].any()
+    assert found["a.weight"].any()

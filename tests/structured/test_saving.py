@@ -102,6 +102,16 @@ def test_ties_that_were_cut_stay_cut(tmp_path: Path) -> None:
     assert torch.equal(fresh.decoder.weight, 2 * fresh.encoder.weight)
 
 
+def test_numbers_that_a_run_sets_come_back(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.last_length = 7  # type: ignore[assignment]
+    save_shrunk(model, tmp_path)
+    fresh = nn.Sequential(nn.Linear(3, 2))
+    fresh.last_length = None  # type: ignore[assignment]
+    load_shrunk(fresh, tmp_path)
+    assert fresh.last_length == 7
+
+
 def test_views_of_one_memory_are_stored_apart(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
     memory = torch.randn(6, 3)

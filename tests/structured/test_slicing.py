@@ -244,9 +244,12 @@ def test_values_of_another_shape_are_refused():
 
 
 def test_layers_with_several_matrices_in_a_tensor_are_refused():
-    for layer in (nn.Bilinear(2, 3, 4), nn.MultiheadAttention(4, 2)):
-        with pytest.raises(ParameterError, match="one matrix per tensor, got `rnn`"):
-            layer_sizes("rnn", layer, {})
+    with pytest.raises(ParameterError, match="one matrix per tensor, got `rnn`"):
+        layer_sizes("rnn", nn.Bilinear(2, 3, 4), {})
+    with pytest.raises(ParameterError, match="one input projection and no further keys, got `rnn`"):
+        layer_sizes("rnn", nn.MultiheadAttention(4, 2, kdim=3), {})
+    with pytest.raises(ParameterError, match="whole heads to be cut out of `rnn`"):
+        layer_sizes("rnn", nn.MultiheadAttention(4, 2), {"in_proj_weight": torch.zeros(9, 4)})
 
 
 def test_sizes_are_read_off_the_tensors():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from tests.contracts.state import unchanged
 from tests.references.masked_twin import masked_twin, random_kept
@@ -237,13 +239,55 @@ def test_ignored_layers_keep_their_outputs():
             find_groups(model, inputs, ignored=[stranger])
 
 
-def test_weights_that_are_computed_are_refused():
+def test_weights_that_a_hook_computes_are_refused():
     masked = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     prune.random_unstructured(masked[0], "weight", 0.5)
-    normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
-    for model, message in ((masked, r"got `0`, which is masked; call `bake"), (normed, "parametr")):
-        with unchanged(model), pytest.raises(ParameterError, match=message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        hooked = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    for model, message in ((masked, r"masked; call `bake"), (hooked, "computed from others")):
+        with unchanged(model), pytest.raises(ParameterError, match=f"got `0`, .* is {message}"):
             find_groups(model, torch.zeros(1, 3))
+
+
+class Doubled(nn.Module):
+    """A weight that is twice its parameter."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("computed", ["norm", "spectral", "entry by entry"])
+def test_what_a_parametrized_layer_makes_or_reads_is_left_whole(computed):
+    layers = [nn.Conv1d(3, 8, 3), nn.Conv1d(8, 6, 3), nn.Conv1d(6, 5, 3), nn.Conv1d(5, 4, 3),
+              nn.Conv1d(4, 2, 1)]  # fmt: skip
+    wrapped = {
+        "norm": lambda layer: parametrizations.weight_norm(layer, dim=2),
+        "spectral": parametrizations.spectral_norm,
+        "entry by entry": lambda layer: parametrize.register_parametrization(
+            layer, "weight", Doubled()
+        ),
+    }
+    layers[2] = wrapped[computed](layers[2])
+    model, inputs = nn.Sequential(*layers).double().eval(), torch.randn(2, 3, 12).double()
+    with unchanged(model):
+        groups = find_groups(model, inputs)
+    assert list(described(groups)) == ["0", "3"]
+    kept = random_kept(groups)
+    expected = masked_twin(model, groups, kept)(inputs)
+    apply_plan(model, plan_of(model, groups, kept))
+    torch.testing.assert_close(model(inputs), expected)
+
+
+def test_a_family_of_another_make_is_seen_in_a_run():
+    model, inputs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2), images(2, 32)
+    model.blocks[0].mlp.norm = nn.LayerNorm(768)
+    with pytest.raises(ParameterError, match="Expected no"):
+        find_groups(model)
+    kinds = [(group.name, group.kind) for group in find_groups(model, inputs)]
+    assert ("blocks.1.mlp.fc1", "hidden") in kinds
+    assert ("blocks.0.attn.qkv", "head") in kinds
+    assert not any(name == "blocks.0.mlp.fc1" for name, _ in kinds)
 
 
 def test_part_of_a_host_group_in_any_order():

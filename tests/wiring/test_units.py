@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.contracts.state import unchanged
 from tests.references.components import components_by_search
@@ -60,6 +60,23 @@ def test_a_branch_that_no_run_reaches_is_named() -> None:
     assert units.left_out == {
         "a": "`aside`, which the example inputs do not reach, may read its 8 entries"
     }
+
+
+def test_a_layer_with_a_tied_weight_is_reached_where_the_weight_is() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+            self.head.weight = self.table.weight
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.table(tokens)
+            return (hidden + self.b(self.a(hidden).relu())) @ self.table.weight.t()
+
+    units = find_units(Tied().eval(), torch.tensor([[1, 2, 3]]))
+    assert [group.name for group in units.groups] == ["table", "a"]
+    assert units.left_out == {}
 
 
 @settings(max_examples=50, deadline=None)

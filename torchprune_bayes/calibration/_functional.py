@@ -145,6 +145,8 @@ class FunctionalModel:
         state = {**constants, **{leaf_names[name]: leaf for name, leaf in leaves.items()}}
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            # Weights that autocast has cast without gradients would stay without.
+            torch.clear_autocast_cache()
             with _uncompiled(), without_checkpoints():
                 return functional_call(self.model, state, args, kwargs)
 

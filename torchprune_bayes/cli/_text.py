@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -168,19 +169,20 @@ def _classified(
     rows: Rows, label: str, tokenizer: Any, model: nn.Module, options: TextOptions
 ) -> list[dict[str, Any]]:
     numbers = _label_numbers([row[label] for row in rows], model)
+    # Some tokenizers make token types that their model does not take.
+    taken = signature(model.forward).parameters
     batches = []
     for begin in range(0, len(rows), options.batch_size):
         part = rows[begin : begin + options.batch_size]
         texts = [[str(row[column]) for row in part] for column in options.columns]
-        batch = dict(
-            tokenizer(
-                *texts,
-                truncation=True,
-                max_length=options.max_length,
-                padding=True,
-                return_tensors="pt",
-            )
+        found = tokenizer(
+            *texts,
+            truncation=True,
+            max_length=options.max_length,
+            padding=True,
+            return_tensors="pt",
         )
+        batch = {key: value for key, value in found.items() if key in taken}
         batch["labels"] = torch.tensor([numbers[str(row[label])] for row in part])
         batches.append(batch)
     return batches

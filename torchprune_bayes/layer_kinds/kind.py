@@ -30,6 +30,8 @@ class LayerKind(ABC):
     """Whether it normalises."""
     packs_matrices: ClassVar[bool] = False
     """Whether a tensor holds several matrices, so that no unit can be cut out."""
+    counts_units: ClassVar[bool] = False
+    """Whether :meth:`sizes` says how many heads there are, so that no rule of a group need."""
     units_dim: ClassVar[int] = 1
     """Dimension of the activations that holds the units."""
     input_dim: ClassVar[int] = 1
@@ -94,6 +96,15 @@ class LayerKind(ABC):
             ParameterError: If the tensors do not fit each other.
         """
         return {}
+
+    def class_for(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> type[nn.Module]:
+        """The class that computes with tensors after a cut; default the one that it has.
+
+        Args:
+            module: The layer.
+            tensors: Its own parameters and buffers after the cut.
+        """
+        return type(module)
 
     def has_gradients(self, module: nn.Module) -> bool:
         """Whether :meth:`gradients` is right about this layer."""

@@ -12,11 +12,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.structured._layer_sizes import layer_sizes
 from torchprune_bayes.wiring._tensors import all_tensors
 
-Write: TypeAlias = tuple[dict[str, Any], str, Any, Any]
-"""A table of a module (parameters, buffers or attributes), a key, its new and its old value."""
+
+class _ClassOf:
+    """The class of a module as a table of one entry."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __setitem__(self, key: str, value: type[nn.Module]) -> None:
+        self._module.__class__ = value
+
+
+Write: TypeAlias = tuple["dict[str, Any] | _ClassOf", str, Any, Any]
+"""A table of a module (parameters, buffers, attributes or class), a key, its new and old value."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ def as_it_was_on_error(
         tables.append(optimizer.state)
         lists += [group["params"] for group in optimizer.param_groups]
     held = [(table, dict(table)) for table in tables]
+    classes = [(module, type(module)) for module in modules]
     listed = [(one, list(one)) for one in lists]
     try:
         yield
@@ -75,6 +88,9 @@ def as_it_was_on_error(
             table.update(before)
         for one, members in listed:
             one[:] = members
+        for module, kind in classes:
+            if type(module) is not kind:
+                module.__class__ = kind
         raise
 
 
@@ -119,11 +135,12 @@ def replacement(
             )
             writes.append((table, key, new, old))
         if changed:
-            sizes = layer_sizes(
-                path, module, {k: built.get(names[id(t)], t) for k, t in own.items()}
-            )
-            writes += _numbers(path, module, sizes)
-            writes += _flat_weights(module, {k: built.get(names[id(t)], t) for k, t in own.items()})
+            present = {k: built.get(names[id(t)], t) for k, t in own.items()}
+            writes += _numbers(path, module, layer_sizes(path, module, present))
+            writes += _flat_weights(module, present)
+            kind = kind_of(module).class_for(module, present)
+            if kind is not type(module):
+                writes.append((_ClassOf(module), "__class__", kind, type(module)))
     for path, numbers in attributes.items():
         writes += _numbers(path, model.get_submodule(path), numbers)
     change = Change(pairs, frozenset(built), tuple(writes))

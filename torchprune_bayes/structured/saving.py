@@ -27,6 +27,7 @@ from torchprune_bayes._files import (
     writing,
 )
 from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._manifest import (
     Manifest,
@@ -125,6 +126,11 @@ def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
             for attribute, value in values.items():
                 if getattr(module, attribute) != value:
                     setattr(module, attribute, value)
+        for module in inner.modules():
+            own = dict(module.named_parameters(recurse=False))
+            kind = kind_of(module).class_for(module, own)
+            if kind is not type(module):
+                module.__class__ = kind
         return model
 
 
@@ -246,6 +252,8 @@ def _check_attributes(model: nn.Module, manifest: Manifest) -> None:
             raise ArgumentError(f"Expected a module `{name}` as in the saved model, got none.")
         present = numbers_of(modules[name])
         for attribute, value in values.items():
+            if vars(modules[name]).get(attribute, value) is None:
+                continue  # set by a run
             if not _same_kind(present.get(attribute), value):
                 place = f"{name}.{attribute}".lstrip(".")
                 raise ArgumentError(

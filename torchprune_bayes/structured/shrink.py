@@ -113,8 +113,7 @@ def shrink(
             allow the sparsity.
         ArgumentTypeError: If an argument has the wrong type.
         AlignmentError: If the calibration is of another model.
-        ParameterError: If the model is masked, parametrized, sharded or distributed, or cannot be
-            served.
+        ParameterError: If the model is masked, sharded or distributed, or cannot be served.
         NumericalError: If the shrunk model does not compute what the masked one computes.
 
     Cost: scoring, and about ten forward passes; measured curves take an evaluation of the loss for

@@ -52,10 +52,10 @@ def find_groups(
     channels that an addition meets, the entries of an attention head that a product sums over, the
     halves of a gated layer. Left alone are units that are outputs of the model, units whose
     statistics a norm takes together (``LayerNorm`` and the like; in front of a ``GroupNorm`` a unit
-    is all that one of its groups takes statistics over), and whatever goes through an operation
-    that is not known. Branches that the example does not run are run as in training, if that
-    works; what they may read otherwise stays whole. Each group is tried once on a copy; see
-    :func:`find_units` for what that leaves out and why.
+    is all that one of its groups takes statistics over), what a parametrized layer makes or reads,
+    and whatever goes through an operation that is not known. Branches that the example does not run
+    are run as in training, if that works; what they may read otherwise stays whole. Each group is
+    tried once on a copy; see :func:`find_units` for what that leaves out and why.
 
     Args:
         model: The model; wrappers are looked through. It comes out as it went in.
@@ -71,7 +71,7 @@ def find_groups(
 
     Raises:
         ArgumentError: If a name in ``ignored`` is none of the model's.
-        ParameterError: If the model is masked or parametrized, or cannot be copied.
+        ParameterError: If the model is masked, or cannot be copied.
 
     Cost: three forward passes and a copy of the model. No time limit: it is linear in the size of
     the model.
@@ -106,7 +106,11 @@ def find_units(
     check_plain(inner)
     family = family_of(inner)
     if family is not None:
-        return Units(without_ignored(inner, family.groups(inner), ignored))
+        try:
+            return Units(without_ignored(inner, family.groups(inner), ignored))
+        except ParameterError:  # another version of its blocks, or a variant
+            if example_inputs is None:
+                raise
     wiring = observe(inner, example_inputs, forward_fn)
     found = groups_of(inner, wiring)
     chosen = without_ignored(inner, found, ignored)
@@ -150,20 +154,23 @@ def without_ignored(
 
 
 def check_plain(model: nn.Module) -> None:
-    """Refuse masked and parametrized modules, whose weights are computed from others.
+    """Refuse masked modules, and weights that a hook computes from others.
+
+    Weights of ``torch.nn.utils.parametrize`` are followed, and left whole.
 
     Raises:
         ParameterError: With the first such module.
     """
     for name, module in model.named_modules():
         masked = any(f"{key[:-5]}_orig" in module._parameters for key in module._buffers)
-        computed = masked or hasattr(module, "parametrizations")
-        if computed or any(f"{key[:-2]}_v" in module._parameters for key in _weight_norms(module)):
+        if masked or any(f"{key[:-2]}_v" in module._parameters for key in _weight_norms(module)):
             what = (
-                "masked; call `bake(model)` first" if masked else "parametrized; remove that first"
+                "masked; call `bake(model)` first"
+                if masked
+                else "computed from others by a hook; use `torch.nn.utils.parametrizations`"
             )
             raise ParameterError(
-                f"Expected plain parameters, got `{name or 'the model'}`, which is {what}."
+                f"Expected plain parameters, got `{name or 'the model'}`, whose weight is {what}."
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 from typing import TypeAlias
 
 import torch
@@ -223,10 +224,10 @@ def _even(cuts: Sequence[Cut], classes: Tensor) -> list[tuple[Tensor, Tensor]]:
         size = rows.shape[-1]
         if bool((rows == rows[..., :1]).all()):
             continue
-        widths = {cut.stop - cut.start for cut in group}
-        width = max(widths)
+        # Parts of which some are several others shrink as these do.
+        width = gcd(size, *(cut.stop - cut.start for cut in group))
         regular = all(cut.step == 1 and cut.start % width == 0 for cut in group)
-        if len(widths) == 1 and regular and size % width == 0:
+        if regular and width in {cut.stop - cut.start for cut in group}:
             rows = rows.reshape(*rows.shape[:-1], size // width, width)
             other = rows[..., :1, :]
         else:

@@ -108,6 +108,9 @@ def _note_roles(
 
 def _with_bias(call: Call, state: State, bias: Tensor) -> State:
     layers = [*state.layers, *call.layers(bias, call.output.dim())]
+    if call.state_of(bias).weight:
+        for layer in call.layers(bias):
+            call.ledger.note_role(layer, "producer")
     return State(call.ledger.keep(call.ledger.merge(layers)), state.weight)
 
 

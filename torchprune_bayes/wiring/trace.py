@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from torchprune_bayes.errors import ArgumentError
@@ -103,6 +104,7 @@ def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction |
             _in_training(model, recorder, example_inputs, forward_fn)
     ledger = recorder.ledger
     _tie_recurrent(model, recorder)
+    _keep_parametrized(model, sides, ledger)
     used = frozenset(names[each] for each in recorder.used)
     classes = solve(ledger, atoms)
     for side in sides:
@@ -178,6 +180,16 @@ def _tie_recurrent(model: nn.Module, recorder: Recorder) -> None:
                     recorder.ledger.fix(layer, f"`{name}` projects its state")
         for side in sides[1:]:
             recorder.ledger.unite(sides[0], side)
+
+
+def _keep_parametrized(model: nn.Module, sides: list[Side], ledger: Ledger) -> None:
+    """Fix all tensors of layers with a weight that is computed, as weight norm does."""
+    paths = [name for name, module in model.named_modules() if is_parametrized(module)]
+    for side in sides:
+        owner = side.name.rpartition(".")[0].partition("parametrizations")[0].rstrip(".")
+        if owner in paths:
+            labels = torch.arange(side.start, side.start + side.size)
+            ledger.fix(labels, f"`{owner or 'the model'}` is parametrized")
 
 
 def _in_training(

@@ -141,6 +141,8 @@ def _role(modules: dict[str, nn.Module], wiring: Wiring, side: Side) -> Role:
     if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
         return "norm"
     kind = kind_of(module)
+    if kind.prunable and key.endswith("bias"):
+        return "producer"
     if kind.is_matrix(module) or "weight" in kind.prunable:
         return "producer" if key == "bias" or side.dim == kind.output_dim else "consumer"
     if kind.is_table:
@@ -179,6 +181,8 @@ def _head_rules(
     """
     sizes = {piece.positions.numel() for piece in group.slices}
     for inner, module in model.get_submodule(name).named_modules(prefix=name):
+        if kind_of(module).counts_units:
+            continue
         for key, value in vars(module).items():
             if type(value) is not int or not value or value % group.units:
                 continue
@@ -191,7 +195,8 @@ def _width_rules(
     model: nn.Module, name: str, group: UnitGroup, sizes: set[int]
 ) -> Iterator[AttributeRule]:
     """Yield the numbers by which a module may cut a dimension into parts."""
-    for key, value in vars(model.get_submodule(name)).items():
+    module = model.get_submodule(name)
+    for key, value in () if kind_of(module).counts_units else vars(module).items():
         if type(value) is int and value in sizes and value % group.units == 0:
             yield AttributeRule(name, key, value // group.units)
 

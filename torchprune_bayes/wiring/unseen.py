@@ -44,10 +44,15 @@ def read_unseen(
 
 
 def _branches(model: nn.Module, used: Collection[str]) -> Iterator[str]:
-    """Yield the outermost modules none of whose parameters was read, beside others that were."""
+    """Yield the outermost modules none of whose parameters was read, beside others that were.
+
+    A parameter that is tied to one that was read was read.
+    """
+    first = dict(model.named_parameters())
+    read = {id(first[name]) for name in used if name in first}
     reached = {""}
-    for name in used:
-        while name:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        while name and id(parameter) in read:
             name = name.rpartition(".")[0]
             reached.add(name)
     for name, module in model.named_modules():

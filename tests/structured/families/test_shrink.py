@@ -84,7 +84,7 @@ def test_refused_variant_stays_as_it_was() -> None:
     model = transformers.GPT2LMHeadModel(gpt2_config(add_cross_attention=True))
     before = {name: (id(each), each.clone()) for name, each in model.named_parameters()}
     with pytest.raises(ParameterError, match="crossattention"):
-        shrink(model, inputs_of("gpt2-lm"), ProducerNorm(), sparsity=0.5, target="channels")
+        shrink(model, None, ProducerNorm(), sparsity=0.5, target="channels", verify=False)
     for name, each in model.named_parameters():
         assert id(each) == before[name][0]
         assert torch.equal(each, before[name][1])

@@ -17,6 +17,7 @@ from torchprune_bayes.types import Masks
 # Rounding alone: float32 may mean TensorFloat32 in a GPU's convolutions, with 11 bits, and norms
 # of float64 models may compute in float32.
 _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-6}
+_AUTOCAST_AGREEMENT = 5e-2  # its products have the 8 bits of bfloat16
 # Gradients this much below the largest one are rounding errors of zero (biases of keys are so).
 _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 _MOST_INSERTED = 3
@@ -122,7 +123,9 @@ def _agreeing(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: M
         mask = masks[name].to(square)  # the rules know nothing of masks
         square, expected = square * mask, exact[name] * mask
         zero = _ROUNDING[expected.dtype] ** 2 * largest * expected.numel() ** 0.5
-        room = _AGREEMENT[expected.dtype] * expected.norm() + zero
+        half = torch.is_autocast_enabled(expected.device.type)
+        agreement = _AUTOCAST_AGREEMENT if half else _AGREEMENT[expected.dtype]
+        room = agreement * expected.norm() + zero
         right.append((square - expected).norm() <= room)
     # Fetched from the device together.
     return {name for name, is_so in zip(found, torch.stack(right).tolist(), strict=True) if is_so}

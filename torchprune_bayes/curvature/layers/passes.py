@@ -160,6 +160,8 @@ class Passes:
         trainable = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
         with torch.enable_grad():
             value = self._value(trainable, sample, v)
+            if not value.requires_grad:  # it depends on none of them
+                return {name: torch.zeros_like(leaf)[None] for name, leaf in leaves.items()}
             found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
         return {name: g.unsqueeze(0) for name, g in zip(leaves, found, strict=True)}
 
