@@ -29,8 +29,8 @@ def test_impossible_amounts_are_refused(amount: float) -> None:
 
 
 @given(st.floats(0, 1), st.integers(0, 10**9))
-def test_a_fraction_is_rounded_as_the_host_does(amount: float, live: int) -> None:
-    assert checks.count_to_prune(amount, live) == round(amount * live)
+def test_a_fraction_is_rounded_as_the_host_does(amount: float, remaining: int) -> None:
+    assert checks.count_to_prune(amount, remaining) == round(amount * remaining)
 
 
 def test_a_count_is_taken_as_it_is_up_to_what_is_left() -> None:

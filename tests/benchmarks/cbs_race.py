@@ -42,7 +42,7 @@ def race(calibration: Calibration, *, sparsity: float, iterations: int) -> str:
     """
     fisher = EmpiricalFisher(block_size="full").fit(calibration)
     ((_, gradients),) = fisher.whole_blocks()
-    flat = fisher.live.gather(calibration.space.values())
+    flat = fisher.remaining.gather(calibration.space.values())
     kept = flat.abs().topk(round((1.0 - sparsity) * len(flat))).indices
     start = torch.zeros_like(flat).bool().scatter(0, kept, True)
 

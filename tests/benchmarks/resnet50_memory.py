@@ -63,7 +63,7 @@ def main() -> None:
     print(
         f"{weights / 1e6:.1f} M parameters, N = {arguments.samples}, blocks of "
         f"{arguments.block_size}, update {arguments.update}: peak {peak_mib() - before:.0f} MiB "
-        f"beyond the model (of these {masks_mib:.0f} MiB are the host's masks, and as much the "
+        f"beyond the model (of these {masks_mib:.0f} MiB are PyTorch's masks, and as much the "
         f"masked weights), {time.perf_counter() - start:.0f} s"
     )
 

@@ -137,7 +137,7 @@ class Run:
     ) -> None:
         """Train in place."""
         torch.manual_seed(self.seed)
-        # Faster on a CPU; not earlier, because the host's functions view weights as vectors.
+        # Faster on a CPU; not earlier, because torch-pruning's functions view weights as vectors.
         self.model.to(memory_format=torch.channels_last)
         batches = len(self.x) // 128
         optimizer = torch.optim.SGD(

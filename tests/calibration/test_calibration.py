@@ -25,7 +25,7 @@ from tests.calibration.cases import (
 )
 from tests.references.gradients import per_sample_loop
 from torchprune_bayes import Calibration, prunable_parameters
-from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.errors import (
     AlignmentError,
     ArgumentError,
@@ -105,7 +105,9 @@ def test_weights_of_unknown_tensors_are_refused() -> None:
 
 @given(share=st.floats(0.0, 1.0), numbers=st.data())
 @settings(max_examples=20, deadline=None)
-def test_spans_of_the_live_vector_join_to_the_whole(share: float, numbers: st.DataObject) -> None:
+def test_spans_of_the_remaining_vector_join_to_the_whole(
+    share: float, numbers: st.DataObject
+) -> None:
     calibration = mlp_calibration()
     source = torch.Generator().manual_seed(3)
     masks = {
@@ -113,17 +115,17 @@ def test_spans_of_the_live_vector_join_to_the_whole(share: float, numbers: st.Da
         for name, value in calibration.space.values().items()
     }
     masks["0.weight"][0, 0] = True
-    live = LiveVector(masks)
-    whole = collected(calibration, live=live)
-    cuts = numbers.draw(st.lists(st.integers(0, live.numel), max_size=3))
-    edges = sorted({0, *cuts, live.numel})
-    parts = [collected(calibration, live=live, span=span) for span in pairwise(edges)]
+    remaining = RemainingVector(masks)
+    whole = collected(calibration, remaining=remaining)
+    cuts = numbers.draw(st.lists(st.integers(0, remaining.numel), max_size=3))
+    edges = sorted({0, *cuts, remaining.numel})
+    parts = [collected(calibration, remaining=remaining, span=span) for span in pairwise(edges)]
     assert_same(torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("span", [(3, 3), (10**6, 10**6 + 1)])
 def test_a_range_without_live_entries_is_refused(span: tuple[int, int]) -> None:
-    with pytest.raises(ArgumentError, match="live entries in the range"):
+    with pytest.raises(ArgumentError, match="remaining entries in the range"):
         collected(mlp_calibration(), span=span)
 
 

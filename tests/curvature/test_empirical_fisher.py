@@ -125,7 +125,7 @@ def test_merged_halves_equal_the_whole():
 def test_merging_refuses_other_entries():
     calibration = make_calibration()
     fisher = EmpiricalFisher().fit(calibration)
-    masks = {name: ~torch.eye(*m.shape, dtype=bool) for name, m in fisher.live.masks.items()}
+    masks = {name: ~torch.eye(*m.shape, dtype=bool) for name, m in fisher.remaining.masks.items()}
     with pytest.raises(AlignmentError, match="same remaining entries"):
         fisher.merge(EmpiricalFisher().fit(calibration, masks=masks))
 

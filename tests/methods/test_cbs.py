@@ -39,7 +39,7 @@ def decide(method=CBS, model=None, amount=0.6, **options):
 
 def objective_of(calibration, masks):
     fisher = EmpiricalFisher(block_size="full", damping=0.01).fit(calibration)
-    flat, keep = fisher.live.gather(calibration.space.values()), fisher.live.gather(masks)
+    flat, keep = fisher.remaining.gather(calibration.space.values()), fisher.remaining.gather(masks)
     ((_, gradients),) = fisher.sweep()
     return float(SelectionObjective(gradients, flat[None], keep[None], 0.01).value())
 
@@ -83,10 +83,14 @@ def test_without_data_the_quadratic_model_decides():
 def test_update_is_the_exact_joint_solution_of_the_damped_fisher():
     calibration, decision = decide(update_scale=1.0, block_size="full")
     fisher = EmpiricalFisher(block_size="full", damping=0.01).fit(calibration)
-    flat, keep = (fisher.live.gather(part) for part in (calibration.space.values(), decision.masks))
+    flat, keep = (
+        fisher.remaining.gather(part) for part in (calibration.space.values(), decision.masks)
+    )
     ((_, gradients),) = fisher.sweep()
     step = joint_directions(gradients, 0.01, flat[None], keep[None]).compensation[0]
-    torch.testing.assert_close(fisher.live.gather(decision.updates), (flat + step).float() * keep)
+    torch.testing.assert_close(
+        fisher.remaining.gather(decision.updates), (flat + step).float() * keep
+    )
 
 
 def test_a_selection_moves_nothing():
@@ -101,7 +105,7 @@ def test_small_problem_is_solved_as_well_as_by_trying_all_masks():
     calibration = Calibration(model, [(x, y)], nn.functional.mse_loss, num_samples=64)
     fisher = EmpiricalFisher(block_size="full").fit(calibration)
     ((_, gradients),) = fisher.sweep()
-    flat = fisher.live.gather(calibration.space.values())[None]
+    flat = fisher.remaining.gather(calibration.space.values())[None]
     masks = [
         torch.tensor([[place in kept for place in range(12)]])
         for kept in itertools.combinations(range(12), 6)
@@ -195,7 +199,7 @@ def test_fast_search_goes_at_least_as_low_as_the_literal_one_on_mlpnet(shared_da
     calibration = Calibration(model, [(x[:200], y[:200])], cross_entropy, num_samples=200)
     fisher = EmpiricalFisher(block_size="full").fit(calibration)
     ((_, gradients),) = fisher.sweep()
-    flat = fisher.live.gather(calibration.space.values())
+    flat = fisher.remaining.gather(calibration.space.values())
     kept = flat.abs().topk(1618).indices  # 95 % sparsity
     start = torch.zeros_like(flat).bool().scatter(0, kept, True)
 

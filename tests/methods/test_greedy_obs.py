@@ -19,8 +19,8 @@ def calibration_of(seed=0, **options):
 
 def rise(calibration, decision, block_size):
     fisher = EmpiricalFisher(block_size=block_size, damping=0.01).fit(calibration)
-    flat = fisher.live.gather(calibration.space.values()).double()
-    step = fisher.live.gather(decision.updates).double() - flat
+    flat = fisher.remaining.gather(calibration.space.values()).double()
+    step = fisher.remaining.gather(decision.updates).double() - flat
     return fisher.quadratic(step) + 0.5 * 0.01 * float(step.square().sum())
 
 

@@ -115,15 +115,15 @@ def test_swaps_within_a_pattern_lower_the_quadratic_model(pattern):
         values = calibration.space.values()
 
         def rise(stage, keep, fisher=fisher, values=values):
-            masks = stage.step.fisher.live.scatter(keep)
+            masks = stage.step.fisher.remaining.scatter(keep)
             return fisher.quadratic(
-                fisher.live.gather({n: v * ~masks[n] for n, v in values.items()})
+                fisher.remaining.gather({n: v * ~masks[n] for n, v in values.items()})
             )
 
         method._training_loss = rise
         masks = method.decide(calibration.space).masks
         removed = {name: value * ~masks[name] for name, value in values.items()}
-        found.append(fisher.quadratic(fisher.live.gather(removed)))
+        found.append(fisher.quadratic(fisher.remaining.gather(removed)))
     assert found[1] < found[0]
 
 

@@ -27,8 +27,10 @@ def test_goals_never_fall_and_end_at_the_count(entries, amounts, scope):
         }
         assert sum(group.goals[-1] for group in groups) == expected[scope]
         for group in groups:
-            live = [alive[name] for name in group.names]
-            kept = smallest_k_with_floor([m.double() for m in live], group.goals[-1], live, 0)
+            remaining = [alive[name] for name in group.names]
+            kept = smallest_k_with_floor(
+                [m.double() for m in remaining], group.goals[-1], remaining, 0
+            )
             alive |= dict(zip(group.names, kept, strict=True))
 
 
@@ -42,15 +44,15 @@ def test_goals_never_fall_and_end_at_the_count(entries, amounts, scope):
 def test_the_floor_holds_as_far_as_the_count_allows(sizes, share, floor, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = [torch.randint(5, (n,), generator=generator).double() for n in sizes]
-    live = [torch.rand(n, generator=generator) < 0.8 for n in sizes]
-    alive = sum(int(mask.sum()) for mask in live)
+    remaining = [torch.rand(n, generator=generator) < 0.8 for n in sizes]
+    alive = sum(int(mask.sum()) for mask in remaining)
     k = round(share * alive)
-    kept = smallest_k_with_floor(scores, k, live, floor)
+    kept = smallest_k_with_floor(scores, k, remaining, floor)
     assert sum(int(mask.sum()) for mask in kept) == alive - k
-    assert not any((new & ~old).any() for new, old in zip(kept, live, strict=True))
-    floors = [min(floor, int(mask.sum())) for mask in live]
+    assert not any((new & ~old).any() for new, old in zip(kept, remaining, strict=True))
+    floors = [min(floor, int(mask.sum())) for mask in remaining]
     if sum(floors) <= alive - k:
         assert all(int(mask.sum()) >= least for mask, least in zip(kept, floors, strict=True))
-    for score, new, old in zip(scores, kept, live, strict=True):
+    for score, new, old in zip(scores, kept, remaining, strict=True):
         if new.any() and (old & ~new).any():
             assert score[new].min() >= score[old & ~new].max()

@@ -57,8 +57,8 @@ def test_a_scope_of_layers_takes_the_share_of_each(case, amount):
     scores, masks = case
     kept = Target(masks, amount, scope="layer").keep(0, scores, masks)
     for name, mask in masks.items():
-        live = int(mask.sum())
-        assert int(kept[name].sum()) == live - round(amount * live)
+        remaining = int(mask.sum())
+        assert int(kept[name].sum()) == remaining - round(amount * remaining)
 
 
 def test_counts():
@@ -99,7 +99,7 @@ def test_the_papers_threshold_on_a_pruned_tensor_counts_the_whole():
     scores = {"w": torch.arange(1.0, 11.0)}
     alive = {"w": torch.arange(10) >= 2}
     kept = Target(alive, 0.5, strict=True).keep(0, scores, alive)
-    # Half of the 8 live entries are 4, so 6 of 10 are to go; the strict rule takes one more.
+    # Half of the 8 remaining entries are 4, so 6 of 10 are to go; the strict rule takes one more.
     assert torch.equal(kept["w"], strict_slowly(scores["w"], alive["w"], 0.6))
     assert count(kept) == 3
 

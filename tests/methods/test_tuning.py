@@ -16,7 +16,7 @@ from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods import find_method
 from torchprune_bayes.methods._obs_step import StepReport
-from torchprune_bayes.methods._tuning import Move, Tuning, climbed
+from torchprune_bayes.methods._tuning import Move, Tuning, best_by_coordinates
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ETAS = (0.0, 0.01, 0.02, 0.04, 0.08)
@@ -51,7 +51,7 @@ class Pruned:
 
 def search(losses: Any, start: tuple[float, float], axes: Any = (SCALES, ETAS)) -> Move:
     pruned: Any = Pruned(Step(losses))
-    return climbed(lambda scale, eta: Move(pruned, scale, eta), axes, start)
+    return best_by_coordinates(lambda scale, eta: Move(pruned, scale, eta), axes, start)
 
 
 @given(

@@ -124,12 +124,12 @@ def test_steps_take_fresh_gradients_at_the_moved_weights():
     both = WoodFisher(0.6, calibration=calibration, steps=2, **options).decide(calibration.space)
     again = calibration.fresh(1)
     fisher = EmpiricalFisher(block_size="full", damping=1e-2).fit(again, first.updates, first.masks)
-    moved = fisher.live.gather(first.updates)
+    moved = fisher.remaining.gather(first.updates)
     scores = moved.square() / (2 * fisher.inverse_diagonal())
     total = sum(mask.numel() for mask in first.masks.values())
     pruned = round(0.6 * total) - round(0.3 * total)
     keep = scores > scores.kthvalue(pruned).values
-    assert torch.equal(fisher.live.gather(both.masks), keep)
+    assert torch.equal(fisher.remaining.gather(both.masks), keep)
     assert [round(step["sparsity"], 2) for step in both.info["steps"]] == [0.3, 0.6]
 
 

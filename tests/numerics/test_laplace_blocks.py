@@ -86,7 +86,9 @@ def test_equals_the_dense_matrices(structure: str, kind: str, rank: int | None) 
         ratio = torch.logdet(expected) - delta.log().sum()
         torch.testing.assert_close(block.log_det_ratio(mine, SCALE), ratio, rtol=1e-11, atol=1e-10)
         torch.testing.assert_close(block.variances(mine, SCALE).flatten(), inverse)
-        torch.testing.assert_close(block.determined(mine, SCALE).flatten(), 1 - delta * inverse)
+        torch.testing.assert_close(
+            block.effective_parameters(mine, SCALE).flatten(), 1 - delta * inverse
+        )
 
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -115,7 +117,7 @@ def test_the_bound_is_exact_where_the_prior_is_constant_in_other_words() -> None
     block = KroneckerBlock(*factors)
     constant = Precision((torch.full((1, 1), 2.0).double(),), (ROWS, COLUMNS))
     spelled_out = Precision((torch.full((ROWS, COLUMNS), 2.0).double(),), (ROWS, COLUMNS))
-    for call in ("log_det_ratio", "variances", "determined", "smoothed_precisions"):
+    for call in ("log_det_ratio", "variances", "effective", "smoothed_precisions"):
         torch.testing.assert_close(
             getattr(block, call)(constant, SCALE), getattr(block, call)(spelled_out, SCALE)
         )
@@ -130,7 +132,7 @@ def test_what_is_determined_is_the_slope_of_the_determinant(structure: str, kind
     factors = _factor(ROWS, 2), _factor(COLUMNS, 3)
     block, _ = _blocks(factors)[kind]
     precision = _shaped(block, Precision(PRECISIONS[structure], (ROWS, COLUMNS)))
-    slopes = block.determined(precision, SCALE)
+    slopes = block.effective_parameters(precision, SCALE)
     dense = precision.dense().clone()
     step = 1e-6
     for row, column in ((0, 0), (block.shape[0] - 1, block.shape[1] - 1)):

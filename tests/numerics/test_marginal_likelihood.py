@@ -70,9 +70,9 @@ def test_half_the_difference_of_the_parts_is_the_slope(kind: str, structure: str
         return float(term.occam(matrix_precision([log.exp() for log in moved], SHAPE), 0.8))
 
     precision = matrix_precision([log.exp() for log in logs], SHAPE)
-    determined, scatter = term.parts_of_slope(precision, 0.8)
+    effective, scatter = term.parts_of_slope(precision, 0.8)
     slope = (occam(1e-5) - occam(-1e-5)) / 2e-5
-    assert float((determined - scatter).sum()) / 2 == pytest.approx(slope, rel=1e-6, abs=1e-6)
+    assert float((effective - scatter).sum()) / 2 == pytest.approx(slope, rel=1e-6, abs=1e-6)
 
 
 def test_sums_the_terms() -> None:
@@ -100,8 +100,8 @@ def test_the_noise_is_where_the_evidence_is_stationary() -> None:
     precision = matrix_precision([torch.full((1, 1, 1), 2.0)], SHAPE)
     error, count, noise = 40.0, 60, 1.0
     for _ in range(200):
-        determined = float(term.block.determined(precision, 1 / noise**2).sum())
-        noise = fixed_point_noise(error, count, determined)
+        effective = float(term.block.effective_parameters(precision, 1 / noise**2).sum())
+        noise = fixed_point_noise(error, count, effective)
 
     def evidence(log_noise: float) -> float:
         value = math.exp(log_noise)
@@ -113,4 +113,4 @@ def test_the_noise_is_where_the_evidence_is_stationary() -> None:
 
 
 def test_more_parameters_than_observations_leave_a_noise() -> None:
-    assert 0 < fixed_point_noise(4.0, observations=10, determined=50.0) < 10
+    assert 0 < fixed_point_noise(4.0, observations=10, effective=50.0) < 10

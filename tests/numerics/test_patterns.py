@@ -93,12 +93,12 @@ def test_pruned_entries_fill_the_pattern_before_live_ones(problem, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     alive = torch.rand(weights.shape, generator=generator) < 0.6
     gradients, weights = gradients * alive.unsqueeze(1), weights * alive
-    weights[:, 0] = 0.0  # a live weight may be zero as well
+    weights[:, 0] = 0.0  # a remaining weight may be zero as well
     by_cost = n_of_m_scores(invert(gradients, damping), weights, kept, size, alive)
     for scores in (by_cost, n_of_m_ranks(weights.abs(), kept, size, alive)):
         left = ((scores >= 1) & alive).unflatten(-1, (-1, size)).sum(-1)
-        live = alive.unflatten(-1, (-1, size)).sum(-1)
-        assert torch.equal(left, live.clamp_max(kept))
+        remaining = alive.unflatten(-1, (-1, size)).sum(-1)
+        assert torch.equal(left, remaining.clamp_max(kept))
 
 
 @settings(max_examples=40)

@@ -82,7 +82,7 @@ def test_a_shared_precision_is_stationary_from_any_start(kind: str, start: float
     best = best_constant(terms, 0.6, start)
     factor = torch.full((1, 1, 1), best, dtype=torch.float64)
     parts = [term.parts_of_slope(matrix_precision([factor], SHAPE), 0.6) for term in terms]
-    slope = sum(float((determined - scatter).sum()) for determined, scatter in parts)
+    slope = sum(float((effective - scatter).sum()) for effective, scatter in parts)
     assert abs(slope) < 1e-8
     assert best == pytest.approx(best_constant(terms, 0.6, 0.1), rel=1e-10)
 

@@ -35,9 +35,9 @@ def flat(tensors: list[Tensor]) -> list[float]:
     return list(chain.from_iterable(t.flatten().tolist() for t in tensors))
 
 
-def in_order_of_pruning(scores: list[Tensor], live: list[Tensor] | None) -> list[int]:
+def in_order_of_pruning(scores: list[Tensor], remaining: list[Tensor] | None) -> list[int]:
     values = flat(scores)
-    alive = [True] * len(values) if live is None else flat(live)
+    alive = [True] * len(values) if remaining is None else flat(remaining)
     return sorted((i for i in range(len(values)) if alive[i]), key=lambda i: values[i])
 
 
@@ -48,7 +48,7 @@ def slow_masks(order: list[int], count: int, size: int) -> list[bool]:
 
 @st.composite
 def score_lists(draw: st.DrawFn) -> Case:
-    """Draw score tensors that often tie, in mixed layouts and dtypes, maybe with live masks."""
+    """Draw score tensors that often tie, in mixed layouts and dtypes, maybe masked."""
     dtypes = draw(st.sampled_from([FLOATS, INTS, [torch.float32], FLOATS + INTS]))
     few = [-math.inf, -2.0, -0.5, -0.0, 0.0, 1e-40, 0.5, 1.0, math.inf]
     floats = st.one_of(st.sampled_from(few), st.floats(allow_nan=False))
@@ -65,18 +65,18 @@ def score_lists(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         return scores, None
     bits = draw(st.randoms(use_true_random=False))
-    live = [torch.tensor([bits.random() < 0.7 for _ in range(s.numel())]) for s in scores]
-    return scores, [mask.bool().view(s.shape) for mask, s in zip(live, scores, strict=True)]
+    remaining = [torch.tensor([bits.random() < 0.7 for _ in range(s.numel())]) for s in scores]
+    return scores, [mask.bool().view(s.shape) for mask, s in zip(remaining, scores, strict=True)]
 
 
 @settings(deadline=None)
 @given(score_lists(), st.data())
 def test_smallest_k_prunes_what_a_stable_sort_puts_first(case: Case, data: st.DataObject) -> None:
-    scores, live = case
-    order = in_order_of_pruning(scores, live)
+    scores, remaining = case
+    order = in_order_of_pruning(scores, remaining)
     k = data.draw(st.integers(0, len(order)))
 
-    masks = smallest_k(scores, k, live)
+    masks = smallest_k(scores, k, remaining)
 
     assert flat(masks) == slow_masks(order, k, len(flat(scores)))
     assert [m.shape for m in masks] == [s.shape for s in scores]
@@ -88,8 +88,8 @@ def test_smallest_k_prunes_what_a_stable_sort_puts_first(case: Case, data: st.Da
 def test_within_budget_prunes_the_fewest_that_meet_the_budget(
     case: Case, data: st.DataObject
 ) -> None:
-    scores, live = case
-    order = in_order_of_pruning(scores, live)
+    scores, remaining = case
+    order = in_order_of_pruning(scores, remaining)
     cost = st.one_of(st.sampled_from([0.0, 1.0, 0.1, 3e9]), st.floats(0, 1e12))
     costs = data.draw(st.lists(cost, min_size=len(scores), max_size=len(scores)))
     owner = [Fraction(c) for c, s in zip(costs, scores, strict=True) for _ in range(s.numel())]
@@ -101,21 +101,21 @@ def test_within_budget_prunes_the_fewest_that_meet_the_budget(
         total -= owner[order[count]]
         count += 1
 
-    masks = within_budget(scores, costs, budget, live)
+    masks = within_budget(scores, costs, budget, remaining)
     assert flat(masks) == slow_masks(order, count, len(owner))
 
 
 @settings(deadline=None)
 @given(score_lists(), st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1)))
 def test_keep_strictly_above_follows_the_published_rule(case: Case, sparsity: float) -> None:
-    scores, live = case
+    scores, remaining = case
     values = flat(scores)
-    alive = [True] * len(values) if live is None else flat(live)
+    alive = [True] * len(values) if remaining is None else flat(remaining)
     statistics = [v if a else 0 for v, a in zip(values, alive, strict=True)]
     k = math.ceil(len(values) * (1 - sparsity))
     threshold = math.inf if k == 0 else sorted(statistics, reverse=True)[k - 1]
 
-    masks = keep_strictly_above(scores, sparsity, live)
+    masks = keep_strictly_above(scores, sparsity, remaining)
 
     above = [v > threshold or sparsity == 0 for v in values]
     assert flat(masks) == [a and b for a, b in zip(above, alive, strict=True)]
@@ -185,9 +185,9 @@ def test_scores_stay_as_they_are_and_may_require_grad() -> None:
 
 
 def test_nan_counts_only_where_alive() -> None:
-    scores, live = torch.tensor([math.nan, 1.0, 0.5]), torch.tensor([False, True, True])
-    assert smallest_k([scores], 1, [live])[0].tolist() == [False, True, False]
-    assert keep_strictly_above([scores], 0.5, [live])[0].tolist() == [False, True, False]
+    scores, remaining = torch.tensor([math.nan, 1.0, 0.5]), torch.tensor([False, True, True])
+    assert smallest_k([scores], 1, [remaining])[0].tolist() == [False, True, False]
+    assert keep_strictly_above([scores], 0.5, [remaining])[0].tolist() == [False, True, False]
     with pytest.raises(ArgumentError, match="Expected no NaN"):
         smallest_k([scores], 1)
 
@@ -196,10 +196,10 @@ def test_nan_counts_only_where_alive() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 def test_cuda_equals_cpu(dtype: torch.dtype) -> None:
     scores = (torch.randn(300, 1000) * 100).to(dtype)
-    live = scores.flip(0) > -50
-    cpu = smallest_k([scores, scores.t()], 200_000, [live, live.t()])
+    remaining = scores.flip(0) > -50
+    cpu = smallest_k([scores, scores.t()], 200_000, [remaining, remaining.t()])
     cuda = [scores.cuda(), scores.cuda().t()]
-    masks = smallest_k(cuda, 200_000, [live.cuda(), live.t().cuda()])
+    masks = smallest_k(cuda, 200_000, [remaining.cuda(), remaining.t().cuda()])
     assert all(torch.equal(a, b.cpu()) for a, b in zip(cpu, masks, strict=True))
 
 
@@ -222,7 +222,7 @@ ONE = [torch.tensor([1.0, 2.0])]
         (lambda: smallest_k([torch.tensor([1j])], 1), ArgumentTypeError, "real"),
         (lambda: smallest_k(ONE, 1, [torch.ones(2)]), ArgumentTypeError, "boolean"),
         (lambda: smallest_k(ONE, 1, [torch.ones(1).bool()]), ArgumentError, "shape"),
-        (lambda: smallest_k(ONE, 1, []), ArgumentError, "Expected 1 `live`"),
+        (lambda: smallest_k(ONE, 1, []), ArgumentError, "Expected 1 `remaining`"),
         (lambda: within_budget(ONE, [1.0, 2.0], 1.0), ArgumentError, "Expected 1 `costs`"),
         (lambda: within_budget(ONE, [-1.0], 1.0), ArgumentError, "`costs`"),
         (lambda: within_budget(ONE, [math.inf], 1.0), ArgumentError, "`costs`"),

@@ -65,7 +65,7 @@ def test_equal_schedules_are_one_group_and_pairs_name_tensors() -> None:
 
 
 class Recording(PruningMethod):
-    """Prunes the first live entries; keeps the calibrations it was given; fails on request."""
+    """Prunes the first remaining entries; keeps the calibrations it was given; fails on request."""
 
     seen: ClassVar[list[Calibration]] = []
     fails = False

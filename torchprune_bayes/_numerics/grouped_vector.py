@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.types import Masks
 
 
-class GroupedVector(LiveVector):
+class GroupedVector(RemainingVector):
     """Order of all entries: tensor by tensor, in each along one dimension first.
 
     Args:
@@ -31,7 +31,7 @@ class GroupedVector(LiveVector):
 
     @property
     def is_row_major(self) -> bool:
-        """Whether the order is that of a :class:`LiveVector`."""
+        """Whether the order is that of a :class:`RemainingVector`."""
         return all(self.dims[name] == mask.ndim - 1 for name, mask in self.masks.items())
 
     def entries(self, name: str, values: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class KroneckerBlock(LaplaceBlock):
             return torch.log1p(scale * torch.outer(*self._whitened_values(*separated))).sum()
         return self._projected(precision, scale).log().sum() - precision.log_sum()
 
-    def determined(self, precision: Precision, scale: float) -> Tensor:
+    def effective_parameters(self, precision: Precision, scale: float) -> Tensor:
         """``γ``, minus the slope of ``log_det_ratio`` by ``log δ``; for a bound maybe negative."""
         if not self.is_exact(precision):
             return 1.0 - precision.dense() * self.variances(precision, scale)

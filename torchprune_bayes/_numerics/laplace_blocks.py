@@ -73,7 +73,7 @@ class LaplaceBlock(ABC):
         """``log det(sH + D) − log det D``, a scalar."""
 
     @abstractmethod
-    def determined(self, precision: Precision, scale: float) -> Tensor:
+    def effective_parameters(self, precision: Precision, scale: float) -> Tensor:
         """``γ`` of each entry, ``[rows, columns]``."""
 
     @abstractmethod
@@ -104,7 +104,7 @@ class DiagonalBlock(LaplaceBlock):
     Example:
         >>> block = DiagonalBlock(torch.tensor([[3.0, 0.0]]))
         >>> one = Precision((torch.ones(1, 1, dtype=torch.float64),), (1, 2))
-        >>> block.determined(one, scale=1.0)
+        >>> block.effective_parameters(one, scale=1.0)
         tensor([[0.7500, 0.0000]], dtype=torch.float64)
     """
 
@@ -124,7 +124,7 @@ class DiagonalBlock(LaplaceBlock):
         """``Σ log(1 + s h/δ)``."""
         return torch.log1p(scale * self.diagonal() / precision.dense()).sum()
 
-    def determined(self, precision: Precision, scale: float) -> Tensor:
+    def effective_parameters(self, precision: Precision, scale: float) -> Tensor:
         """``s h/(s h + δ)``."""
         scaled = scale * self.diagonal()
         return scaled / (scaled + precision.dense())
@@ -171,7 +171,7 @@ class JointBlock(LaplaceBlock):
         _, factor = self._whitened(precision, scale)
         return 2 * factor.diagonal().log().sum()
 
-    def determined(self, precision: Precision, scale: float) -> Tensor:
+    def effective_parameters(self, precision: Precision, scale: float) -> Tensor:
         """Diagonal of ``W(I + WᵀW)⁻¹Wᵀ``."""
         whitened, factor = self._whitened(precision, scale)
         solved = torch.linalg.solve_triangular(factor, whitened.mT, upper=False)
@@ -179,7 +179,7 @@ class JointBlock(LaplaceBlock):
 
     def variances(self, precision: Precision, scale: float) -> Tensor:
         """``(1 − γ)/δ``."""
-        return (1.0 - self.determined(precision, scale)).clamp_min(0) / precision.dense()
+        return (1.0 - self.effective_parameters(precision, scale)).clamp_min(0) / precision.dense()
 
     def _whitened(self, precision: Precision, scale: float) -> tuple[Tensor, Tensor]:
         whitened = self._vectors * (scale * self._values).sqrt() / precision.dense().sqrt()

@@ -46,8 +46,8 @@ class EvidenceTerm:
 
     def parts_of_slope(self, precision: Precision, scale: float) -> tuple[Tensor, Tensor]:
         """``γ`` and ``δθ²``; half their difference is the slope of :meth:`occam` by ``log δ``."""
-        determined = self.block.determined(precision, scale)
-        return determined, precision.dense() * self.squares()
+        effective = self.block.effective_parameters(precision, scale)
+        return effective, precision.dense() * self.squares()
 
 
 def log_marginal_likelihood(
@@ -77,15 +77,15 @@ def gaussian_log_likelihood(
 
 
 def fixed_point_noise(
-    squared_error: float, observations: int, determined: float, temperature: float = 1.0
+    squared_error: float, observations: int, effective: float, temperature: float = 1.0
 ) -> float:
     """MacKay's ``σ``, for which the slope of ``log Z`` by ``log σ`` vanishes, ``γ`` being given.
 
     ``σ² = SSE / (T (n − Σγ))``; the sum of ``γ`` is held below ``n``, at 99 % of it.
 
     Example:
-        >>> fixed_point_noise(squared_error=8.0, observations=4, determined=2.0)
+        >>> fixed_point_noise(squared_error=8.0, observations=4, effective=2.0)
         2.0
     """
-    free = observations - min(determined, 0.99 * observations)
+    free = observations - min(effective, 0.99 * observations)
     return math.sqrt(squared_error / (temperature * free))

@@ -1,4 +1,4 @@
-"""How the live vector is cut into blocks."""
+"""How the remaining vector is cut into blocks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from itertools import accumulate, groupby
 def partition(
     sizes: Sequence[int], block_size: int | str, *, across_tensors: bool = False
 ) -> list[tuple[int, int]]:
-    """Cut consecutive tensors of ``sizes`` live entries into contiguous blocks.
+    """Cut consecutive tensors of ``sizes`` remaining entries into contiguous blocks.
 
     Args:
-        sizes: Live entries per tensor.
+        sizes: Remaining entries per tensor.
         block_size: ``"tensor"`` (one block per tensor), ``"full"`` (one block in all), or the
             largest number of entries in a block; the last block of a tensor may be shorter.
         across_tensors: Whether blocks of a given size may span several tensors.
 
     Returns:
-        ``[(start, stop), ...]`` in the live vector; empty blocks are left out.
+        ``[(start, stop), ...]`` in the remaining vector; empty blocks are left out.
 
     Example:
         >>> partition([5, 2], 2)

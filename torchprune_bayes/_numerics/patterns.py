@@ -91,7 +91,7 @@ def group_scores(inverse: InverseFisher, weights: Tensor, size: int) -> Tensor:
 def n_of_m_scores(
     inverse: InverseFisher, weights: Tensor, kept: int, size: int, alive: Tensor | None = None
 ) -> Tensor:
-    """Scores whose smallest leave the ``N`` best live entries of every ``M``.
+    """Scores whose smallest leave the ``N`` best remaining entries of every ``M``.
 
     Of all ways to remove ``M − N`` entries of a group the one of least cost is taken, each with the
     interactions within it. Entries that are pruned already are removed first.

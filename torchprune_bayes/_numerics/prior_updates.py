@@ -66,14 +66,14 @@ def best_constant(terms: Sequence[EvidenceTerm], scale: float, start: float = 1.
     bounds = math.log(SMALLEST), math.log(LARGEST)
     log_precision = math.log(start)
     for _ in range(100):
-        determined, curved = _determined_in_all(terms, scale, math.exp(log_precision))
-        if not determined:
+        effective, curved = _effective_in_all(terms, scale, math.exp(log_precision))
+        if not effective:
             return SMALLEST if squares else start
         if not squares:
             return LARGEST
-        miss = math.log(determined / squares) - log_precision
+        miss = math.log(effective / squares) - log_precision
         before = log_precision
-        log_precision = min(max(before + miss / (1.0 + curved / determined), bounds[0]), bounds[1])
+        log_precision = min(max(before + miss / (1.0 + curved / effective), bounds[0]), bounds[1])
         if abs(log_precision - before) < 1e-14 * max(abs(before), 1.0):
             break
     return math.exp(log_precision)
@@ -145,16 +145,16 @@ def reduced_like(values: Tensor, factor: Tensor, shape: Shape3) -> Tensor:
     return cube.sum(dims, keepdim=True) if dims else cube
 
 
-def _determined_in_all(
+def _effective_in_all(
     terms: Sequence[EvidenceTerm], scale: float, precision: float
 ) -> tuple[float, float]:
     """``Σγ`` and ``Σγ(1 − γ)`` for one precision over all entries."""
     total, curved = 0.0, 0.0
     for term in terms:
         scaled = scale * term.block.spectrum()
-        determined = scaled / (scaled + precision)
-        total += float(determined.sum())
-        curved += float((determined - determined.square()).sum())
+        effective = scaled / (scaled + precision)
+        total += float(effective.sum())
+        curved += float((effective - effective.square()).sum())
     return total, curved
 
 
@@ -165,8 +165,8 @@ def _improved(
     precision = matrix_precision(factors, shape)
     exact = term.block.is_exact(precision)
     parts = term.parts_of_slope(precision, scale)
-    determined, scatter = (reduced_like(part, factor, shape) for part in parts)
-    direction = _direction(determined, scatter, shape)
+    effective, scatter = (reduced_like(part, factor, shape) for part in parts)
+    direction = _direction(effective, scatter, shape)
     if exact:
         stepped = (factor.log() + direction).exp().clamp(SMALLEST, LARGEST)
     else:
@@ -174,17 +174,17 @@ def _improved(
     return stepped, float((stepped / factor).log().abs().max())
 
 
-def _direction(determined: Tensor, scatter: Tensor, shape: Shape3) -> Tensor:
+def _direction(effective: Tensor, scatter: Tensor, shape: Shape3) -> Tensor:
     """The step of the square root, in ``log δ``; where a bound's ``γ < 0``, the step of EM.
 
     EM's ``δ = n/(Σθ² + Σ diag P⁻¹)`` over the ``n`` entries that share ``δ`` is defined always.
     """
     tiny = torch.finfo(torch.float64).tiny
-    half = 0.5 * (determined.clamp_min(tiny).log() - scatter.clamp_min(tiny).log())
-    shared = math.prod(shape) / determined.numel()
-    expected = math.log(shared) - (scatter + shared - determined).clamp_min(tiny).log()
-    still = (determined == 0) & (scatter == 0)
-    return torch.where(determined < 0, expected, half).masked_fill(still, 0.0)
+    half = 0.5 * (effective.clamp_min(tiny).log() - scatter.clamp_min(tiny).log())
+    shared = math.prod(shape) / effective.numel()
+    expected = math.log(shared) - (scatter + shared - effective).clamp_min(tiny).log()
+    still = (effective == 0) & (scatter == 0)
+    return torch.where(effective < 0, expected, half).masked_fill(still, 0.0)
 
 
 def _backtracked(

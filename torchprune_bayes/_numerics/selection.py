@@ -35,9 +35,9 @@ _PIECE_ELSEWHERE = 1 << 22
 
 @torch.no_grad()
 def smallest_k(
-    scores: Sequence[Tensor], k: int, live: Sequence[Tensor] | None = None
+    scores: Sequence[Tensor], k: int, remaining: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Prune the ``k`` live entries with the smallest scores, over all tensors together.
+    """Prune the ``k`` remaining entries with the smallest scores, over all tensors together.
 
     Ties go by index: the entry that comes first, in list order and then row by row, is pruned
     first. ``-0.0`` equals ``0.0``, infinite scores are ordered like numbers, and scores of
@@ -48,24 +48,24 @@ def smallest_k(
 
     Args:
         scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
-        k: How many of the live entries to prune.
-        live: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
+        k: How many of the remaining entries to prune.
+        remaining: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
             already; ``None`` if all are alive. Scores of entries not alive have no effect.
 
     Returns:
         Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
 
     Raises:
-        ArgumentError: If ``k`` is negative or larger than the number of live entries, a live
-            score is NaN, or the tensors do not go together.
-        ArgumentTypeError: If ``k`` is no int, a score complex or a live mask not boolean.
+        ArgumentError: If ``k`` is negative or larger than the number of remaining entries, a
+            score of one is NaN, or the tensors do not go together.
+        ArgumentTypeError: If ``k`` is no int, a score complex or a remaining mask not boolean.
 
     Example:
         >>> smallest_k([torch.tensor([0.3, 0.1]), torch.tensor([0.1, 0.2])], k=2)
         [tensor([ True, False]), tensor([False,  True])]
     """
     check_count("k", k, minimum=0)
-    pools = _pools(scores, live)
+    pools = _pools(scores, remaining)
     left = sum(_counts(pools))
     if k > left:
         raise ArgumentError(f"Expected `k` of at most {left}, the number of entries left, got {k}.")
@@ -77,7 +77,7 @@ def within_budget(
     scores: Sequence[Tensor],
     costs: Sequence[float],
     budget: float,
-    live: Sequence[Tensor] | None = None,
+    remaining: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Prune the smallest scores first until what is kept costs at most ``budget``.
 
@@ -89,16 +89,16 @@ def within_budget(
         scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
         costs: What one entry of each tensor costs, e.g. its FLOPs; finite and not negative.
         budget: What all kept entries may cost together, in the unit of ``costs``.
-        live: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
+        remaining: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
             already; ``None`` if all are alive. Entries not alive cost nothing.
 
     Returns:
         Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
 
     Raises:
-        ArgumentError: If the budget or a cost is negative or not finite, a live score is NaN,
+        ArgumentError: If the budget or a cost is negative or not finite, a remaining score is NaN,
             or the tensors do not go together.
-        ArgumentTypeError: If a score is complex or a live mask not boolean.
+        ArgumentTypeError: If a score is complex or a remaining mask not boolean.
 
     Example:
         >>> within_budget([torch.tensor([1.0, 4.0]), torch.tensor([2.0, 3.0])], [10, 1], 11)
@@ -107,47 +107,49 @@ def within_budget(
     for name, value in [("budget", budget), *(("costs", cost) for cost in costs)]:
         if not 0.0 <= value < math.inf:
             raise ArgumentError(f"Expected `{name}` to be finite and at least 0, got {value!r}.")
-    pools = _pools(scores, live, costs)
+    pools = _pools(scores, remaining, costs)
     spent = sum(pool.cost * count for pool, count in zip(pools, _counts(pools), strict=True))
     return _free(pools, spent - Fraction(budget))
 
 
 @torch.no_grad()
 def keep_strictly_above(
-    scores: Sequence[Tensor], sparsity: float, live: Sequence[Tensor] | None = None
+    scores: Sequence[Tensor], sparsity: float, remaining: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """Keep what is strictly above the ``ceil(n * (1 - sparsity))``-th largest of ``n`` scores.
 
     The rule of the published WoodFisher and CBS code, for masks equal to theirs: it prunes one
     entry more than asked and all that tie with it, where :func:`smallest_k` is exact. Where the
-    rule has no threshold, ``sparsity`` 0 keeps every live entry and 1 prunes all. Time as
-    :func:`smallest_k`; with ``live`` the scores are copied once.
+    rule has no threshold, ``sparsity`` 0 keeps every remaining entry and 1 prunes all. Time as
+    :func:`smallest_k`; with ``remaining`` the scores are copied once.
 
     Args:
         scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
         sparsity: Fraction of all ``n`` entries to prune, those pruned already included.
-        live: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
+        remaining: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
             already, which then takes part with score 0; ``None`` if all are alive.
 
     Returns:
         Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
 
     Raises:
-        ArgumentError: If ``sparsity`` is outside [0, 1], a live score is NaN, or the tensors do
-            not go together.
-        ArgumentTypeError: If a score is complex or a live mask not boolean.
+        ArgumentError: If ``sparsity`` is outside [0, 1], a remaining score is NaN, or the
+            tensors do not go together.
+        ArgumentTypeError: If a score is complex or a remaining mask not boolean.
 
     Example:
         >>> keep_strictly_above([torch.tensor([1.0, 2.0, 3.0, 4.0])], sparsity=0.5)
         [tensor([False, False, False,  True])]
     """
     check_fraction("sparsity", sparsity)
-    pools = _pools(scores, live)
+    pools = _pools(scores, remaining)
     n = sum(score.numel() for score in scores)
     rank = math.ceil(n * (1 - sparsity))
     if sparsity == 0 or rank == 0:
         return _free(pools, Fraction(n if sparsity else 0))
-    filled = [p.score if p.live is None else p.score.masked_fill(~p.live, 0) for p in pools]
+    filled = [
+        p.score if p.remaining is None else p.score.masked_fill(~p.remaining, 0) for p in pools
+    ]
     threshold, _ = _threshold(_pools(filled, None), Fraction(n - rank + 1))
     return _masks(pools, threshold, rest=Fraction(n))
 
@@ -157,12 +159,12 @@ class _Pool:
     """The entries of one tensor, and what pruning one of them frees."""
 
     score: Tensor
-    live: Tensor | None
+    remaining: Tensor | None
     cost: Fraction
     dtype: torch.dtype  # in which all pools are compared
 
     def has_nan(self) -> Tensor:
-        """Whether a live score is NaN, still on the device."""
+        """Whether a remaining score is NaN, still on the device."""
         found = [
             (part if mask is None else part.masked_fill(~mask, 0)).amax()  # NaN is largest
             for part, mask in self.pieces()
@@ -172,19 +174,19 @@ class _Pool:
         return torch.stack(found).isnan().any() if found else none
 
     def pieces(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Cut scores and live mask into flat pieces, in the order of the index."""
-        masks = repeat(None) if self.live is None else _split(self.live)
+        """Cut scores and remaining mask into flat pieces, in the order of the index."""
+        masks = repeat(None) if self.remaining is None else _split(self.remaining)
         return zip(_split(self.score), masks)  # noqa: B905  # `repeat` has no end
 
 
 def _free(pools: Sequence[_Pool], target: Fraction) -> list[Tensor]:
-    """Prune the smallest live scores until their costs sum to ``target``, or all are pruned."""
+    """Prune the smallest scores until their costs sum to ``target``, or all are pruned."""
     threshold, freed = _threshold(pools, target)
     return _masks(pools, threshold, rest=target - freed)
 
 
 def _threshold(pools: Sequence[_Pool], target: Fraction) -> tuple[int, Fraction]:
-    """Find the smallest key up to which live entries cost ``target``, and what those below do."""
+    """Find the smallest key up to which entries cost ``target``, and what those below do."""
     bits = 8 * pools[0].dtype.itemsize
     low, freed = -(1 << bits >> 1), Fraction(0)
     for shift in range(bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
@@ -196,12 +198,12 @@ def _threshold(pools: Sequence[_Pool], target: Fraction) -> tuple[int, Fraction]
 
 
 def _cost_through(counts: dict[Fraction, list[int]], bin_: int) -> Fraction:
-    """Sum the costs of all live keys up to the end of a bin."""
+    """Sum the costs of all remaining keys up to the end of a bin."""
     return sum((cost * count[bin_] for cost, count in counts.items()), Fraction(0))
 
 
 def _cumulative_counts(pools: Sequence[_Pool], low: int, shift: int) -> dict[Fraction, list[int]]:
-    """Count, per distinct cost, the live keys up to the end of each bin.
+    """Count, per distinct cost, the remaining keys up to the end of each bin.
 
     The bins start at ``low`` and are ``2**shift`` wide. Keys below them count in the first, as
     they do in all cumulative counts. Keys above count in the last, together with entries not
@@ -211,27 +213,27 @@ def _cumulative_counts(pools: Sequence[_Pool], low: int, shift: int) -> dict[Fra
     device = pools[0].score.device
     counts = {pool.cost: torch.zeros(_BINS, dtype=torch.int64, device=device) for pool in pools}
     for pool in pools:
-        for part, live in pool.pieces():
+        for part, remaining in pool.pieces():
             keys = _keys(part, pool.dtype)
-            if live is not None:
-                keys = keys.masked_fill(~live, high)
+            if remaining is not None:
+                keys = keys.masked_fill(~remaining, high)
             digits = (keys.clamp(low, high) >> shift) - (low >> shift)
             counts[pool.cost] += torch.bincount(digits, minlength=_BINS)
     return {cost: count.cpu().cumsum(0).tolist() for cost, count in counts.items()}
 
 
 def _masks(pools: Sequence[_Pool], threshold: int, rest: Fraction) -> list[Tensor]:
-    """Prune live keys below ``threshold``, then those equal to it until ``rest`` is freed."""
+    """Prune remaining keys below ``threshold``, then those equal to it until ``rest`` is freed."""
     masks = []
     tied = iter(_ties(pools, threshold) if rest > 0 else [])
     for pool in pools:
         out = torch.empty(pool.score.shape, dtype=torch.bool, device=pool.score.device)
-        for (part, live), keep in zip(pool.pieces(), _split(out), strict=True):
+        for (part, remaining), keep in zip(pool.pieces(), _split(out), strict=True):
             count = next(tied, 0)
             keys = _keys(part, pool.dtype)
             torch.ge(keys, threshold, out=keep)
-            if live is not None:
-                keep &= live
+            if remaining is not None:
+                keep &= remaining
             if rest > 0 and count:
                 ties = keep & (keys == threshold)
                 wanted = min(math.ceil(rest / pool.cost), len(ties)) if pool.cost else len(ties)
@@ -242,10 +244,10 @@ def _masks(pools: Sequence[_Pool], threshold: int, rest: Fraction) -> list[Tenso
 
 
 def _counts(pools: Sequence[_Pool]) -> list[int]:
-    """Live entries of each, fetched from the device together."""
-    if pools[0].live is None:
+    """Remaining entries of each, fetched from the device together."""
+    if pools[0].remaining is None:
         return [pool.score.numel() for pool in pools]
-    found: list[int] = torch.stack([cast(Tensor, pool.live).sum() for pool in pools]).tolist()
+    found: list[int] = torch.stack([cast(Tensor, pool.remaining).sum() for pool in pools]).tolist()
     return found
 
 
@@ -253,9 +255,9 @@ def _ties(pools: Sequence[_Pool], threshold: int) -> list[int]:
     """Live keys equal to the threshold in every piece, likewise."""
     found = []
     for pool in pools:
-        for part, live in pool.pieces():
+        for part, remaining in pool.pieces():
             ties = _keys(part, pool.dtype) == threshold
-            found.append((ties if live is None else ties & live).sum())
+            found.append((ties if remaining is None else ties & remaining).sum())
     counts: list[int] = torch.stack(found).tolist()
     return counts
 
@@ -287,13 +289,15 @@ def _common_dtype(scores: Sequence[Tensor]) -> torch.dtype:
 
 
 def _pools(
-    scores: Sequence[Tensor], live: Sequence[Tensor] | None, costs: Sequence[float] | None = None
+    scores: Sequence[Tensor],
+    remaining: Sequence[Tensor] | None,
+    costs: Sequence[float] | None = None,
 ) -> list[_Pool]:
-    """Check that the tensors go together and hold no live NaN, and pair them up."""
-    _check_tensors(scores, live or [])
-    masks = [None] * len(scores) if live is None else live
+    """Check that the tensors go together and hold no remaining NaN, and pair them up."""
+    _check_tensors(scores, remaining or [])
+    masks = [None] * len(scores) if remaining is None else remaining
     values = [1] * len(scores) if costs is None else costs
-    for name, given in [("live", masks), ("costs", values)]:
+    for name, given in [("remaining", masks), ("costs", values)]:
         if len(given) != len(scores):
             raise ArgumentError(f"Expected {len(scores)} `{name}` like `scores`, got {len(given)}.")
     dtype = _common_dtype(scores)
@@ -303,8 +307,10 @@ def _pools(
     ]
     for pool in pools:
         shape = tuple(pool.score.shape)
-        if pool.live is not None and pool.live.shape != shape:
-            raise ArgumentError(f"Expected `live` of shape {shape}, got {tuple(pool.live.shape)}.")
+        if pool.remaining is not None and pool.remaining.shape != shape:
+            raise ArgumentError(
+                f"Expected `remaining` of shape {shape}, got {tuple(pool.remaining.shape)}."
+            )
     nan = torch.stack([pool.has_nan() for pool in pools]).tolist()
     for pool in [pool for pool, has_nan in zip(pools, nan, strict=True) if has_nan]:
         shape = tuple(pool.score.shape)
@@ -312,15 +318,15 @@ def _pools(
     return pools
 
 
-def _check_tensors(scores: Sequence[Tensor], live: Sequence[Tensor]) -> None:
+def _check_tensors(scores: Sequence[Tensor], remaining: Sequence[Tensor]) -> None:
     """Refuse tensors on different devices and of dtypes that have no order."""
-    devices = sorted({str(tensor.device) for tensor in [*scores, *live]})
+    devices = sorted({str(tensor.device) for tensor in [*scores, *remaining]})
     if len(devices) != 1:
         found = ", ".join(devices) or "no tensors"
-        raise ArgumentError(f"Expected `scores` and `live` on one device, got {found}.")
+        raise ArgumentError(f"Expected `scores` and `remaining` on one device, got {found}.")
     for score in scores:
         if score.is_complex():
             raise ArgumentTypeError(f"Expected real `scores`, got {score.dtype}.")
-    for mask in live:
+    for mask in remaining:
         if mask.dtype != torch.bool:
-            raise ArgumentTypeError(f"Expected boolean tensors in `live`, got {mask.dtype}.")
+            raise ArgumentTypeError(f"Expected boolean tensors in `remaining`, got {mask.dtype}.")

@@ -24,7 +24,7 @@ LossFunction = Callable[[Any, Any], Tensor]
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode; afterwards all its plain attributes are as they were.
 
-    These are the modes; the tensors that the host's pruning hooks and the like assign at every
+    These are the modes; the tensors that PyTorch's pruning hooks and the like assign at every
     forward pass (``module.weight = weight_orig * weight_mask``), which would leave a graph of this
     pass behind; and what a model notes down about its inputs.
     """

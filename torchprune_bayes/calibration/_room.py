@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 
 
 class GradientRoom:
     """Gradients of single samples side by side, ``[rows, width]``, a chunk of rows at a time.
 
     Args:
-        live: Which entries take part, and in which order.
-        touched: Tensors of the range, each with its range of live entries, as
-            :meth:`LiveVector.overlap` gives them.
+        remaining: Which entries take part, and in which order.
+        touched: Tensors of the range, each with its range of remaining entries, as
+            :meth:`RemainingVector.overlap` gives them.
         out: Room for all rows; ``None`` for a new tensor for every chunk.
 
     Attributes:
@@ -24,9 +24,12 @@ class GradientRoom:
     """
 
     def __init__(
-        self, live: LiveVector, touched: Sequence[tuple[str, int, int]], out: Tensor | None = None
+        self,
+        remaining: RemainingVector,
+        touched: Sequence[tuple[str, int, int]],
+        out: Tensor | None = None,
     ) -> None:
-        self._live, self._out, self.done = live, out, 0
+        self._remaining, self._out, self.done = remaining, out, 0
         self._touched = touched
         self._opened: Tensor | None = None
 
@@ -35,7 +38,7 @@ class GradientRoom:
 
         ``None`` where some entries of a tensor are left out, so that it has to be copied.
         """
-        shapes = {name: mask.shape for name, mask in self._live.masks.items()}
+        shapes = {name: mask.shape for name, mask in self._remaining.masks.items()}
         if any(high - low < shapes[name].numel() for name, low, high in self._touched):
             return None
         self._opened = self._next(count, like)
@@ -69,7 +72,7 @@ class GradientRoom:
     def _columns(self, rows: Tensor, found: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         ours = self.columns(rows)
         return [
-            (ours[name], self._live.entries(name, found[name])[:, low:high])
+            (ours[name], self._remaining.entries(name, found[name])[:, low:high])
             for name, low, high in self._touched
         ]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_choice, check_count
-from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._numerics.precision import float64_device
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration._batches import (
     Batch,
     batch_size,
@@ -291,7 +291,7 @@ class Calibration:
     def gradients(
         self,
         weights: Mapping[str, Tensor] | None = None,
-        live: LiveVector | None = None,
+        remaining: RemainingVector | None = None,
         span: tuple[int, int] | None = None,
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
@@ -299,8 +299,8 @@ class Calibration:
 
         Args:
             weights: Values to take the gradients at, by qualified name; default the model's own.
-            live: Which entries take part, and in which order; by default all.
-            span: Range ``(start, stop)`` of the live vector. Only tensors in it are
+            remaining: Which entries take part, and in which order; by default all.
+            span: Range ``(start, stop)`` of the remaining vector. Only tensors in it are
                 differentiated, so that several passes can share one memory budget.
             out: ``[num_gradients, stop - start]`` of the calibration's dtype and device, where all
                 rows are written; what is yielded are then views of it.
@@ -315,10 +315,10 @@ class Calibration:
                 all of them are zero.
         """
         place = float64_device(self.device)
-        live = LiveVector(self.space.masks()) if live is None else live
-        whole = 0, live.numel
+        remaining = RemainingVector(self.space.masks()) if remaining is None else remaining
+        whole = 0, remaining.numel
         information = InformationCheck(self.mini_batch, self.ignore_index)
-        for rows in self._flat_rows(weights, live, whole if span is None else span, out):
+        for rows in self._flat_rows(weights, remaining, whole if span is None else span, out):
             information.add(rows)
             yield rows.to(place)
         if span in (None, whole):  # a part may well be zero
@@ -439,16 +439,16 @@ class Calibration:
     def _flat_rows(
         self,
         weights: Mapping[str, Tensor] | None,
-        live: LiveVector,
+        remaining: RemainingVector,
         span: tuple[int, int],
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        touched = live.overlap(*span)
+        touched = remaining.overlap(*span)
         if not touched:
             raise ArgumentError(
-                f"Expected live entries in the range {span[0]}:{span[1]}, got none."
+                f"Expected remaining entries in the range {span[0]}:{span[1]}, got none."
             )
-        room = GradientRoom(live, touched, out)
+        room = GradientRoom(remaining, touched, out)
         for rows in self._gradient_rows(weights, [name for name, _, _ in touched], room):
             if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
                 check_finite_gradients(room.columns(rows))

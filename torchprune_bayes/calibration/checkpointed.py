@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._files import read_tensors, save_tensors, writing
-from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration._batches import Batch, batch_size, cut, samples_in, tensors_in
 from torchprune_bayes.calibration._functional import preserved
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
@@ -65,12 +65,12 @@ class CheckpointedCalibration(Calibration):
     def _flat_rows(
         self,
         weights: Mapping[str, Tensor] | None,
-        live: LiveVector,
+        remaining: RemainingVector,
         span: tuple[int, int],
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Stream the gradients, those that are kept first."""
-        folder = self.folder / self._key(weights, live, span)
+        folder = self.folder / self._key(weights, remaining, span)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         index = done = 0
@@ -86,7 +86,7 @@ class CheckpointedCalibration(Calibration):
         rest = copy.copy(self)
         rest._done = done * self.mini_batch
         left = None if out is None else out[done:]
-        new = super(CheckpointedCalibration, rest)._flat_rows(weights, live, span, left)
+        new = super(CheckpointedCalibration, rest)._flat_rows(weights, remaining, span, left)
         for number, rows in enumerate(new, start=index):
             stored = {"rows": rows.cpu()}
             marks = {"sha256": _digest(stored)}
@@ -102,12 +102,20 @@ class CheckpointedCalibration(Calibration):
                 yield left
 
     def _key(
-        self, weights: Mapping[str, Tensor] | None, live: LiveVector, span: tuple[int, int]
+        self,
+        weights: Mapping[str, Tensor] | None,
+        remaining: RemainingVector,
+        span: tuple[int, int],
     ) -> str:
         """A digest of all that the gradients depend on."""
         _, state = self._functional.bind(weights)
         options = span, self.seed, self._draw, self.num_samples, self.mini_batch
-        parts = _digest(state), _digest(live.masks), self._data_digest(), self._loss_mark(weights)
+        parts = (
+            _digest(state),
+            _digest(remaining.masks),
+            self._data_digest(),
+            self._loss_mark(weights),
+        )
         return hashlib.sha256(repr((options, parts)).encode()).hexdigest()[:24]
 
     def _data_digest(self) -> str:

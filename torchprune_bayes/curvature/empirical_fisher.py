@@ -29,7 +29,6 @@ from torchprune_bayes._numerics.gradient_tiles import (
 )
 from torchprune_bayes._numerics.grouped_vector import GroupedVector
 from torchprune_bayes._numerics.leave_one_out import HeldOutErrors, kept_block, leave_one_out
-from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._numerics.obs import (
     Directions,
     joint_directions,
@@ -38,6 +37,7 @@ from torchprune_bayes._numerics.obs import (
 )
 from torchprune_bayes._numerics.partition import partition, runs_of_equal_size
 from torchprune_bayes._numerics.precision import float64_device, wide
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature.gradient_store import GradientStore, Placement
 from torchprune_bayes.errors import AlignmentError, ArgumentError
@@ -102,7 +102,7 @@ class EmpiricalFisher:
 
     Attributes:
         calibration: Where the gradients came from; ``None`` after :meth:`load`.
-        live: Order of the entries, a ``LiveVector``; vectors below are ``[D]`` in this order.
+        remaining: Order of the entries, a ``RemainingVector``, and of the vectors ``[D]`` below.
         count: ``N``.
         blocks: Ranges ``(start, stop)`` of the blocks in this order.
 
@@ -159,15 +159,15 @@ class EmpiricalFisher:
         """
         masks = calibration.space.masks() if masks is None else masks
         everything = {name: torch.ones_like(mask) for name, mask in masks.items()}
-        self.live = LiveVector(masks if self.active_only else everything)
-        if not self.live.numel:
+        self.remaining = RemainingVector(masks if self.active_only else everything)
+        if not self.remaining.numel:
             raise ArgumentError("Expected remaining weights, got none: everything is pruned.")
         self.count = calibration.num_gradients
         self.calibration, self.budget = calibration, calibration.memory
         self._products = _Products()
         self.store = GradientStore.filled(
-            lambda out: calibration.gradients(weights, self.live, out=out),
-            (self.count, self.live.numel),
+            lambda out: calibration.gradients(weights, self.remaining, out=out),
+            (self.count, self.remaining.numel),
             _placement(calibration),
             float64_device(calibration.device),
             calibration.dtype,
@@ -194,9 +194,9 @@ class EmpiricalFisher:
             other.store = self.store.with_active(self._active(masks))
             other._products = _Products()
             return other
-        keep = self.live.gather(masks)
-        other.live = LiveVector(masks)
-        if other.live.numel == self.live.numel:
+        keep = self.remaining.gather(masks)
+        other.remaining = RemainingVector(masks)
+        if other.remaining.numel == self.remaining.numel:
             return other
         other.store = self.store.restricted(keep, self.budget.copy_bytes)
         other.blocks = other._cut()
@@ -286,7 +286,7 @@ class EmpiricalFisher:
         fits = len(self.blocks) == 1 or held + needed <= self.budget.factor_bytes
         if not fits or not in_sample_space(gradients):
             return None
-        squares = self.count * self.live.numel * gradients.dtype.itemsize
+        squares = self.count * self.remaining.numel * gradients.dtype.itemsize
         space = SampleSpace.of(gradients, keep_squares=squares <= self.budget.factor_bytes)
         return spaces.setdefault(where.start, space)
 
@@ -359,7 +359,7 @@ class EmpiricalFisher:
 
     def columns(self, indices: Tensor) -> Tensor:
         """Columns ``F⁻¹[:, i]`` for indices ``[k]`` into the vector, float64 ``[D, k]``."""
-        units = torch.zeros(self.live.numel, len(indices), dtype=torch.float64)
+        units = torch.zeros(self.remaining.numel, len(indices), dtype=torch.float64)
         units = wide(units.to(indices.device)).scatter_(0, indices.unsqueeze(0), 1.0)
         parts = [
             inverse.solve(units[where].unflatten(0, inverse.shape)).flatten(0, 1)
@@ -397,7 +397,7 @@ class EmpiricalFisher:
                 sums.append(mean_squares(gradients).sum() * self.count)
             else:
                 sums.append(space.inner.diagonal(dim1=-2, dim2=-1).sum())  # the trace of GGᵀ
-        return float(torch.stack(sums).sum()) / (self.count * self.live.numel)
+        return float(torch.stack(sums).sum()) / (self.count * self.remaining.numel)
 
     def merge(self, other: EmpiricalFisher) -> EmpiricalFisher:
         """Join the gradients of another fit of the same weights, such as another rank's.
@@ -405,9 +405,9 @@ class EmpiricalFisher:
         Raises:
             AlignmentError: If the two do not have the same remaining entries.
         """
-        if list(self.live.masks) != list(other.live.masks) or any(
-            not torch.equal(mask, other.live.masks[name].to(mask.device))
-            for name, mask in self.live.masks.items()
+        if list(self.remaining.masks) != list(other.remaining.masks) or any(
+            not torch.equal(mask, other.remaining.masks[name].to(mask.device))
+            for name, mask in self.remaining.masks.items()
         ):
             raise AlignmentError("Expected the same remaining entries in both Fishers, got others.")
         rows = torch.cat([self.store.whole(), other.store.whole().to(self.store.device)])
@@ -426,7 +426,7 @@ class EmpiricalFisher:
                 "Expected a Fisher in the order of its tensors to save, got one "
                 "in the order of a pattern: fit one without `layout`."
             )
-        tensors = {f"mask:{name}": mask for name, mask in self.live.masks.items()}
+        tensors = {f"mask:{name}": mask for name, mask in self.remaining.masks.items()}
         tensors["gradients"] = self.store.whole()
         settings = {
             "block_size": self.block_size,
@@ -435,7 +435,7 @@ class EmpiricalFisher:
             "centred": self.centred,
             "damping": self.damping,
         }
-        order = json.dumps(list(self.live.masks))
+        order = json.dumps(list(self.remaining.masks))
         save_tensors(path, tensors, {"settings": json.dumps(settings), "order": order})
 
     @classmethod
@@ -454,9 +454,9 @@ class EmpiricalFisher:
             fisher = cls(**stored.json("settings", dict))
             masks = stored.prefixed("mask:")
             order = stored.json("order", list)
-            fisher.live = LiveVector({name: masks[name].bool() for name in order})
+            fisher.remaining = RemainingVector({name: masks[name].bool() for name in order})
             rows = stored.tensors["gradients"]
-            if rows.ndim != 2 or rows.shape[1] != fisher.live.numel or not len(rows):
+            if rows.ndim != 2 or rows.shape[1] != fisher.remaining.numel or not len(rows):
                 raise ValueError(f"gradients of shape {tuple(rows.shape)}")
             if not torch.isfinite(rows).all():
                 raise ValueError("gradients that are not finite")
@@ -485,28 +485,28 @@ class EmpiricalFisher:
         return {start: upto[at + 1] - upto[at] for at, start in enumerate(starts)}
 
     def _reorder(self, layout: GroupLayout) -> None:
-        row_major = self.live
-        self.live = GroupedVector(row_major.masks, layout.dims)
-        if not self.live.is_row_major:
+        row_major = self.remaining
+        self.remaining = GroupedVector(row_major.masks, layout.dims)
+        if not self.remaining.is_row_major:
             places = torch.arange(row_major.numel)
             masks = {name: mask.cpu() for name, mask in row_major.masks.items()}
-            order = GroupedVector(masks, layout.dims).gather(LiveVector(masks).scatter(places))
+            order = GroupedVector(masks, layout.dims).gather(RemainingVector(masks).scatter(places))
             self.store = self.store.reordered(order)
 
     def _active(self, masks: Masks) -> Tensor | None:
-        active = self.live.gather(masks).to(self.store.device)
+        active = self.remaining.gather(masks).to(self.store.device)
         return None if bool(active.all()) else active
 
     def _cut(self) -> list[tuple[int, int]]:
         size = "full" if self.block_size == "auto" else self.block_size
-        blocks = partition(self.live.sizes, size, across_tensors=self.across_tensors)
+        blocks = partition(self.remaining.sizes, size, across_tensors=self.across_tensors)
         if self.layout is None:
             return blocks
         largest, group = max(stop - start for start, stop in blocks), self.layout.size
         if largest % group == 0:
             return blocks
         whole = max(largest // group, 1) * group
-        return partition(self.live.sizes, whole, across_tensors=self.across_tensors)
+        return partition(self.remaining.sizes, whole, across_tensors=self.across_tensors)
 
     @property
     def _entries_at_once(self) -> int:

@@ -37,7 +37,7 @@ from torchprune_bayes.integrations._hf_resume import (
 )
 from torchprune_bayes.integrations._ranks import refuse_sharded
 from torchprune_bayes.integrations._together import step_together
-from torchprune_bayes.methods.host import unstructured_method
+from torchprune_bayes.methods.global_pruning import unstructured_method
 from torchprune_bayes.params import prunable_parameters, unwrap
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.training import GradualPruner, bare_optimizer

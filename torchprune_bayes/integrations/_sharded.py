@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes._processes import everywhere, rank, together, world_size
 from torchprune_bayes.calibration import Calibration, MeanLoss
 from torchprune_bayes.calibration._batches import Batch, map_tensors
@@ -116,13 +116,13 @@ class ShardedCalibration(Calibration):
     def _flat_rows(
         self,
         weights: Mapping[str, Tensor] | None,
-        live: LiveVector,
+        remaining: RemainingVector,
         span: tuple[int, int],
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Stream the gradients of all processes."""
         done = 0
-        for rows in exchanged_rows(self.local._flat_rows(weights, live, span), self.device):
+        for rows in exchanged_rows(self.local._flat_rows(weights, remaining, span), self.device):
             if out is not None:
                 out[done : done + len(rows)] = rows
             done += len(rows)

@@ -28,7 +28,7 @@ from torchprune_bayes.integrations._restoring import (
     tables_kept_on_error,
 )
 from torchprune_bayes.methods._module_state import all_or_nothing
-from torchprune_bayes.methods.host import apply_decision
+from torchprune_bayes.methods.global_pruning import apply_decision
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.training import GradualPruner
 from torchprune_bayes.types import Decision, ParameterPairs

@@ -45,7 +45,7 @@ from torchprune_bayes.integrations._together import (
     step_together,
     uncut_on_error,
 )
-from torchprune_bayes.methods.host import decide_globally
+from torchprune_bayes.methods.global_pruning import decide_globally
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured import ShrinkReport, shrink
 from torchprune_bayes.training import GradualPruner, bare_optimizer

@@ -144,7 +144,7 @@ def _add_slopes(
 ) -> None:
     """Add ``−d log Z / d log δ`` to the gradients, in closed form."""
     factors = [log.exp().clamp(SMALLEST, LARGEST) for log in logs]
-    determined, scatter = term.parts_of_slope(matrix_precision(factors, shape), scale)
+    effective, scatter = term.parts_of_slope(matrix_precision(factors, shape), scale)
     for log, factor in zip(logs, factors, strict=True):
-        slope = reduced_like(scatter - determined, factor, shape) / 2
+        slope = reduced_like(scatter - effective, factor, shape) / 2
         log.grad = slope if log.grad is None else log.grad + slope

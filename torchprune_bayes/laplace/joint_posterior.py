@@ -86,7 +86,7 @@ class JointPosterior(Posterior):
 
     def effective_parameters(self) -> float:
         """``Σγ``, how many parameters the data determine."""
-        return float(self._joint.determined(self._prior_vector(), self.scale).sum())
+        return float(self._joint.effective_parameters(self._prior_vector(), self.scale).sum())
 
     def with_best_prior(
         self, structure: str | PriorStructure | None = None, **options: Any

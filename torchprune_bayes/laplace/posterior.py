@@ -171,7 +171,7 @@ class Posterior:
     def effective_parameters(self) -> float:
         """``Σγ``, how many parameters the data determine."""
         return sum(
-            float(block.determined(self.prior.matrix(name), self.scale).sum())
+            float(block.effective_parameters(self.prior.matrix(name), self.scale).sum())
             for name, block in self._blocks.items()
         )
 

@@ -5,10 +5,7 @@ from torchprune_bayes.methods.bmrs import BMRS, prune_gated
 from torchprune_bayes.methods.cbs import CBS, PostUpdateCBS
 from torchprune_bayes.methods.diagonal_fisher import DiagonalFisher
 from torchprune_bayes.methods.force import FORCE
-from torchprune_bayes.methods.grasp import GraSP
-from torchprune_bayes.methods.greedy_obs import GreedyOBS
-from torchprune_bayes.methods.hessian_diagonal import HessianDiagonal
-from torchprune_bayes.methods.host import (
+from torchprune_bayes.methods.global_pruning import (
     apply_decision,
     bake,
     detach_views,
@@ -17,6 +14,9 @@ from torchprune_bayes.methods.host import (
     masks_of,
     prune_global,
 )
+from torchprune_bayes.methods.grasp import GraSP
+from torchprune_bayes.methods.greedy_obs import GreedyOBS
+from torchprune_bayes.methods.hessian_diagonal import HessianDiagonal
 from torchprune_bayes.methods.kfac import KFAC
 from torchprune_bayes.methods.laplace_evidence import LaplaceEvidence
 from torchprune_bayes.methods.layerwise import Layerwise

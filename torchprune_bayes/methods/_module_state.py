@@ -1,4 +1,4 @@
-"""What the host keeps on a pruned module: finding it, ordering it, putting it back.
+"""What PyTorch keeps on a pruned module: finding it, ordering it, putting it back.
 
 For a tensor ``weight`` these are the parameter ``weight_orig``, the buffer ``weight_mask``, the
 plain attribute ``weight`` (their product) and one forward pre-hook.
@@ -18,16 +18,16 @@ from torchprune_bayes.params import leaf, mask_of
 
 
 def pruning_hooks(module: nn.Module) -> dict[str, BasePruningMethod]:
-    """The host's hooks on a module, by the name of the tensor they mask."""
+    """PyTorch's hooks on a module, by the name of the tensor they mask."""
     hooks = module._forward_pre_hooks.values()
     return {hook._tensor_name: hook for hook in hooks if isinstance(hook, BasePruningMethod)}
 
 
 @contextmanager
 def same_order(module: nn.Module) -> Iterator[None]:
-    """Keep the order of a module's parameters while the host renames some.
+    """Keep the order of a module's parameters while PyTorch renames some.
 
-    The host moves what it renames to the end, but optimizer states are matched by position.
+    PyTorch moves what it renames to the end, but optimizer states are matched by position.
     """
     places = {_plain(key): place for place, key in enumerate(module._parameters)}
     yield
@@ -37,7 +37,7 @@ def same_order(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def all_or_nothing(pairs: Iterable[tuple[nn.Module, str]], *, values: bool) -> Iterator[None]:
-    """Put everything the host keeps for ``pairs`` back if the body fails.
+    """Put everything PyTorch keeps for ``pairs`` back if the body fails.
 
     Args:
         pairs: ``(module, tensor name)`` pairs.
@@ -62,7 +62,7 @@ def _restorer(module: nn.Module, name: str, *, values: bool) -> Callable[[], Non
     ]
     copies = [dict(table) for table in tables]
     view = module.__dict__.get(name)
-    # The host adds a second method to its container before it tries the method.
+    # PyTorch adds a second method to its container before it tries the method.
     containers = [
         (hook, hook._pruning_methods)
         for hook in pruning_hooks(module).values()

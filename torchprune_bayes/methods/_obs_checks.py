@@ -45,10 +45,10 @@ def check_goes_with_pattern(
 
 
 def check_fitted_to(curvature: EmpiricalFisher, masks: Masks) -> None:
-    """Refuse a curvature of other entries than those that are live."""
-    live = curvature.live.masks
-    fits = list(live) == list(masks) and all(
-        not curvature.active_only or torch.equal(live[name].to(mask.device), mask)
+    """Refuse a curvature of other entries than those that are remaining."""
+    remaining = curvature.remaining.masks
+    fits = list(remaining) == list(masks) and all(
+        not curvature.active_only or torch.equal(remaining[name].to(mask.device), mask)
         for name, mask in masks.items()
     )
     if not fits:

@@ -112,7 +112,7 @@ class Step:
     @cached_property
     def flat(self) -> Tensor:
         """The weights ``[D]``."""
-        return self.fisher.live.gather(self.weights)
+        return self.fisher.remaining.gather(self.weights)
 
     @cached_property
     def damping_unit(self) -> float:
@@ -139,7 +139,7 @@ class Stage:
         fisher: Of what remains before the stage, with the damping that is tried.
         index: Counted over all stages of all steps.
         masks: What remains before it.
-        weights: Values of that, moved as far as they have been, ``[fisher.live.numel]``.
+        weights: Values of that, moved as far as they have been, ``[fisher.remaining.numel]``.
     """
 
     step: Step
@@ -151,7 +151,7 @@ class Stage:
     @property
     def remaining(self) -> Tensor:
         """Which entries of the Fisher remain; it may hold pruned ones with gradients of zero."""
-        return self.fisher.live.gather(self.masks)
+        return self.fisher.remaining.gather(self.masks)
 
     def smallest(self, scores: Scores) -> Masks:
         """Masks that prune the smallest scores."""
@@ -253,11 +253,11 @@ def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
     adds_up = procedure.update == "joint" and len(fisher.blocks) == 1
     for index in step.stages if procedure.in_stages else step.stages[-1:]:
         left = fisher.restricted(masks, damping)
-        if not left.live.numel:
+        if not left.remaining.numel:
             break  # nothing is left for a further stage
         fisher = left
-        stage = Stage(step, fisher, index, masks, fisher.live.gather(moved))
-        scores = fisher.live.scatter(procedure.score(stage).to(stage.weights.device))
+        stage = Stage(step, fisher, index, masks, fisher.remaining.gather(moved))
+        scores = fisher.remaining.scatter(procedure.score(stage).to(stage.weights.device))
         masks = procedure.select(stage, scores)
         moves = stage if adds_up else _of_the_whole_step(stage)
         moved, newton = _moved(moves, masks, procedure)
@@ -274,13 +274,13 @@ def _moved(
     stage: Stage, masks: Masks, procedure: Procedure
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """The weights after making up for what is pruned, and the move down the gradient."""
-    live, weights = stage.fisher.live, stage.weights
-    keep = live.gather(masks)
+    remaining, weights = stage.fisher.remaining, stage.weights
+    keep = remaining.gather(masks)
     if procedure.update == "none":
-        return live.scatter(torch.where(keep, weights, 0.0)), None
+        return remaining.scatter(torch.where(keep, weights, 0.0)), None
     found = stage.fisher.directions(
         weights, keep, single=procedure.update == "single", descent=procedure.descends
     )
     moved = found.compensation.to(weights.device, weights.dtype, copy=True).add_(weights)
-    newton = live.scatter(found.newton.to(weights)) if procedure.descends else None
-    return live.scatter(moved), newton
+    newton = remaining.scatter(found.newton.to(weights)) if procedure.descends else None
+    return remaining.scatter(moved), newton

@@ -174,7 +174,7 @@ def kept_by(
 class GroupTarget(Target):
     """A target counted in groups of ``size`` entries along ``dims``, pruned or kept whole.
 
-    A group is live as long as one of its entries is; a fraction is one of the live groups.
+    A group remains as long as one of its entries does; a fraction is one of the remaining groups.
     """
 
     dims: Mapping[str, int] = field(kw_only=True)
@@ -182,15 +182,17 @@ class GroupTarget(Target):
 
     def keep(self, step: int, scores: Scores, masks: Masks) -> Masks:
         """Masks after ``step``, pruning the groups with the smallest scores."""
-        groups = Target(self._live(self.initial), self._amount(), self.scope, self.steps, self.path)
+        groups = Target(
+            self._remaining(self.initial), self._amount(), self.scope, self.steps, self.path
+        )
         first = {name: self._grouped(name, score)[..., 0] for name, score in scores.items()}
-        kept = groups.keep(step, first, self._live(masks))
+        kept = groups.keep(step, first, self._remaining(masks))
         return {
             name: mask & ungrouped(kept[name], self.dims[name], self.size)
             for name, mask in masks.items()
         }
 
-    def _live(self, masks: Masks) -> Masks:
+    def _remaining(self, masks: Masks) -> Masks:
         return {name: self._grouped(name, mask).any(-1) for name, mask in masks.items()}
 
     def _grouped(self, name: str, tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class SensitivityPruning(StepwisePruning):
     """Base class of the stepwise methods that take gradients of the loss.
 
     Args:
-        amount: Fraction or number of the live entries to prune.
+        amount: Fraction or number of the remaining entries to prune.
         batch_norm: What batch norms normalise by, see :func:`normalising_by`.
         options: Arguments of :class:`StepwisePruning`.
     """

@@ -49,13 +49,13 @@ class StepwisePruning(PruningMethod):
     """Base class of the methods that score, prune a part and score again what is left.
 
     Args:
-        amount: Fraction or number of the live entries to prune.
+        amount: Fraction or number of the remaining entries to prune.
         calibration: Data, model and loss.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` each on its own.
         steps: Number of steps; for the path ``"halving"`` how often what is missing is halved.
         path: How the sparsity grows over the steps.
         start: First sparsity of the path ``"halving"``.
-        min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        min_keep_per_tensor: Remaining entries that each tensor keeps as far as the count allows.
     """
 
     regrows = False
@@ -121,9 +121,9 @@ class StepwisePruning(PruningMethod):
     ) -> list[Tensor]:
         """Masks of a group after ``step``, chosen from ``pool``, which lacks ``done`` entries."""
         ranked = [scores[name] for name in group.names]
-        live = [pool[name] for name in group.names]
+        remaining = [pool[name] for name in group.names]
         k = max(group.goals[step] - done, 0)
-        return smallest_k_with_floor(ranked, k, live, self.min_keep_per_tensor)
+        return smallest_k_with_floor(ranked, k, remaining, self.min_keep_per_tensor)
 
     def _sparsities(self, final: float, initial: float) -> list[float]:
         if self.path == "halving":
@@ -143,7 +143,7 @@ def ranked_groups(
     """Plan the counts of all steps.
 
     Args:
-        alive: Live entries before the first step.
+        alive: Remaining entries before the first step.
         amount: Fraction or number of them to prune in all, or the number for each tensor.
         scope: ``"global"`` or ``"layer"``.
         path: Gives the sparsities after each step from the last one and the one at the start,
@@ -157,11 +157,11 @@ def ranked_groups(
     groups = []
     for names in [[name] for name in alive] if scope == "layer" else [list(alive)]:
         entries = sum(alive[name].numel() for name in names)
-        live = sum(int(alive[name].sum()) for name in names)
+        remaining = sum(int(alive[name].sum()) for name in names)
         wanted = amount[names[0]] if isinstance(amount, Mapping) else amount
-        total, gone = count_to_prune(wanted, live), entries - live
+        total, gone = count_to_prune(wanted, remaining), entries - remaining
         # A fraction is taken as it is, not as the count makes it: the path is that of the papers.
-        share = total / max(live, 1) if isinstance(wanted, numbers.Integral) else float(wanted)
+        share = total / max(remaining, 1) if isinstance(wanted, numbers.Integral) else float(wanted)
         initial = gone / entries
         sparsities = path(min(initial + share * (1.0 - initial), 1.0), initial)
         before = [min(max(round(s * entries) - gone, 0), total) for s in sparsities[:-1]]
@@ -171,7 +171,7 @@ def ranked_groups(
 
 
 def smallest_k_with_floor(
-    scores: Sequence[Tensor], k: int, live: Sequence[Tensor], floor: int
+    scores: Sequence[Tensor], k: int, remaining: Sequence[Tensor], floor: int
 ) -> list[Tensor]:
     """As ``smallest_k``, but each tensor keeps its ``floor`` largest scores to the last.
 
@@ -179,13 +179,13 @@ def smallest_k_with_floor(
     smallest scores below the floors go too.
     """
     if not floor:
-        return smallest_k(scores, k, live)
-    counts = [int(mask.sum()) for mask in live]
+        return smallest_k(scores, k, remaining)
+    counts = [int(mask.sum()) for mask in remaining]
     safe = [
         smallest_k([score], max(count - floor, 0), [mask])[0]
-        for score, mask, count in zip(scores, live, counts, strict=True)
+        for score, mask, count in zip(scores, remaining, counts, strict=True)
     ]
-    free = [mask & ~held for mask, held in zip(live, safe, strict=True)]
+    free = [mask & ~held for mask, held in zip(remaining, safe, strict=True)]
     room = sum(int(mask.sum()) for mask in free)
     above = smallest_k(scores, min(k, room), free)
     held = smallest_k(scores, max(k - room, 0), safe)

@@ -56,15 +56,15 @@ class SwapSelection:
             starts: How many starts to compare, this one included.
             generator: For the random ones, on the CPU.
         """
-        live = self._fisher.live
-        best = self._judged(live.gather(start))
+        remaining = self._fisher.remaining
+        best = self._judged(remaining.gather(start))
         if generator is not None:
             members = self._members(best.keep)
             others = (self._perturbed(best.keep, members, generator) for _ in range(starts - 1))
             best = min([best, *map(self._judged, others)], key=_loss)
         for where, gradients in self._fisher.with_blocks_in_memory().whole_blocks():
             best = self._searched(best, where, gradients)
-        return live.scatter(best.keep)
+        return remaining.scatter(best.keep)
 
     def _searched(self, best: _Judged, where: slice, gradients: Tensor) -> _Judged:
         """The best mask on the way of a search through some blocks."""
@@ -135,7 +135,7 @@ class SwapSelection:
         held_out = self.stage.step.calibration
         if held_out is None:
             return self._fisher.quadratic(moved - flat)
-        return held_out.held_out_loss(self._fisher.live.scatter(moved)).value
+        return held_out.held_out_loss(self._fisher.remaining.scatter(moved)).value
 
     @cached_property
     def _fisher(self) -> EmpiricalFisher:
@@ -146,16 +146,16 @@ class SwapSelection:
         return self.stage.step.flat
 
     def _alive(self) -> Tensor:
-        return self._fisher.live.gather(self.stage.masks)
+        return self._fisher.remaining.gather(self.stage.masks)
 
     def _classes(self) -> Tensor:
         # Entries trade places within a class: all, or a tensor where each has its own share.
-        live = self._fisher.live
+        remaining = self._fisher.remaining
         numbers = {
             name: torch.full(mask.shape, 0 if self.shared else index, device=mask.device)
-            for index, (name, mask) in enumerate(live.masks.items())
+            for index, (name, mask) in enumerate(remaining.masks.items())
         }
-        return live.gather(numbers).masked_fill(~self._alive(), -1)
+        return remaining.gather(numbers).masked_fill(~self._alive(), -1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Target:
     """A pruning target, reached in ``steps`` steps.
 
     Args:
-        initial: Live entries before the first step.
+        initial: Remaining entries before the first step.
         amount: Fraction or number of them to prune in all, or the number for each tensor.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` each on its own.
         steps: Number of steps.
@@ -42,7 +42,7 @@ class Target:
     strict: bool = False
 
     def keep(self, step: int, scores: Scores, masks: Masks) -> Masks:
-        """Masks after ``step`` (from 0), pruning the smallest scores among the live entries."""
+        """Masks after ``step`` (from 0), pruning the smallest scores of the remaining entries."""
         if self.flops_target is not None:
             return self._within_flops(step, scores, masks)
         groups = [[name] for name in masks] if self.scope == "layer" else [list(masks)]
@@ -55,18 +55,18 @@ class Target:
     def _keep_in_group(
         self, step: int, names: list[str], scores: Scores, masks: Masks
     ) -> list[Tensor]:
-        ranked, live = [scores[name] for name in names], [masks[name] for name in names]
-        start, left = _count([[self.initial[name] for name in names], live])
+        ranked, remaining = [scores[name] for name in names], [masks[name] for name in names]
+        start, left = _count([[self.initial[name] for name in names], remaining])
         amount = self._amount_of(names)
         total = count_to_prune(amount, start)
         is_count = isinstance(amount, numbers.Integral)
         final = total / max(start, 1) if is_count else float(amount)
         share = sparsity_path(self.path, final, self.steps)[step]
         if self.strict:
-            dead = 1.0 - start / sum(mask.numel() for mask in live)
-            return keep_strictly_above(ranked, share + (1.0 - share) * dead, live)
+            dead = 1.0 - start / sum(mask.numel() for mask in remaining)
+            return keep_strictly_above(ranked, share + (1.0 - share) * dead, remaining)
         goal = total if self._is_last(step) else round(share * start)
-        return smallest_k(ranked, max(goal - (start - left), 0), live)
+        return smallest_k(ranked, max(goal - (start - left), 0), remaining)
 
     def _within_flops(self, step: int, scores: Scores, masks: Masks) -> Masks:
         assert self.costs is not None

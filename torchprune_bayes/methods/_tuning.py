@@ -126,7 +126,7 @@ class Tuning:
             return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
         quick = procedure.screening(step.stages)
         found = [self._screened(cut, dampings, quick) for cut in cuts]
-        if step.fisher.live.numel > _MOST_FOR_TRIALS:
+        if step.fisher.remaining.numel > _MOST_FOR_TRIALS:
             best = found[0] if len(found) == 1 else min(found, key=_loss)
             return self._best_lengths(best.pruned.again(procedure))
         if quick is not procedure:
@@ -143,7 +143,7 @@ class Tuning:
         """
         pruned = prune_step(step, dampings[len(dampings) // 2], replace(quick, update="none"))
         at, scale = self._promising(pruned, dampings)
-        if step.fisher.live.numel > _MOST_FOR_TRIALS:
+        if step.fisher.remaining.numel > _MOST_FOR_TRIALS:
             nearest = min(self.scales, key=lambda one: abs(one - scale))
             return Move(pruned.updated(dampings[at], quick), nearest, 0.0)
         moves: dict[int, Move] = {}
@@ -159,13 +159,13 @@ class Tuning:
     def _promising(self, pruned: Pruned, dampings: list[float]) -> tuple[int, float]:
         """Which damping's update does best on gradients that were left out, and its best share."""
         step = pruned.step
-        keep = step.fisher.live.gather(pruned.masks)
+        keep = step.fisher.remaining.gather(pruned.masks)
         errors = step.fisher.held_out_errors(step.flat, keep, dampings)
         at = int(errors.rise.argmin())
         return at, float(errors.scale[at])
 
     def _at_full_length(self, pruned: Pruned) -> Move:
-        return self._climbed(pruned, (self.scales[-1], self.gradient_steps[0]))
+        return self._by_coordinates(pruned, (self.scales[-1], self.gradient_steps[0]))
 
     def _from_last(self, step: Step, last: StepReport, procedure: Procedure) -> Move:
         """The best damping near the last one, in units of the mean squared gradient.
@@ -185,7 +185,7 @@ class Tuning:
             same = Move(prune_step(step, damping, procedure), best.scale, best.gradient_step)
             if _loss(same := same.measured()) >= _loss(best):
                 break
-            best = self._climbed(same.pruned, (best.scale, best.gradient_step))
+            best = self._by_coordinates(same.pruned, (best.scale, best.gradient_step))
         return best
 
     def _best_lengths(self, pruned: Pruned) -> Move:
@@ -197,14 +197,14 @@ class Tuning:
         smallest = (axes[0][0], axes[1][0])
         if smallest != start:
             start = min((start, smallest), key=lambda at: _loss(Move(pruned, *at)))
-        best = self._climbed(pruned, start)
+        best = self._by_coordinates(pruned, start)
         if best.loss is None or not self.scales[0]:
             return best
         return min(best, Move(pruned, 0.0, 0.0).measured(), key=_loss)  # no move at all
 
-    def _climbed(self, pruned: Pruned, start: tuple[float, float]) -> Move:
+    def _by_coordinates(self, pruned: Pruned, start: tuple[float, float]) -> Move:
         axes = self.scales, self.gradient_steps
-        return climbed(lambda scale, eta: Move(pruned, scale, eta), axes, start)
+        return best_by_coordinates(lambda scale, eta: Move(pruned, scale, eta), axes, start)
 
 
 def warn_of_a_rise(start: State, end: State, held_out: Calibration | None) -> None:
@@ -231,7 +231,7 @@ def block_choices(step: Step) -> list[Step]:
     if fisher.block_size != "auto" or step.held_out is None:
         return [step]
     small = max(2 * fisher.count, _SMALLEST_BLOCKS)
-    sizes: list[int | str] = ["full"] if small >= fisher.live.numel else ["full", small]
+    sizes: list[int | str] = ["full"] if small >= fisher.remaining.numel else ["full", small]
     return [replace(step, fisher=fisher.with_blocks(size)) for size in sizes]
 
 
@@ -263,7 +263,7 @@ def walk_from(start: float, factor: float, bounds: tuple[float, float]) -> list[
     return walk
 
 
-def climbed(
+def best_by_coordinates(
     move_at: Callable[[float, float], Move],
     axes: tuple[Sequence[float], Sequence[float]],
     start: tuple[float, float],

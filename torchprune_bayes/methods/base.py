@@ -1,9 +1,9 @@
-"""What every method shares: deciding without changing anything, and the host's doors.
+"""What every method shares: deciding without a change, and the calls of PyTorch's pruning API.
 
-In plain words: ``decide`` is pure. ``compute_mask`` is what the host calls; it knows only the live
-values, so it checks that they are the calibration's, decides, writes the update of the survivors
-into the same ``Parameter`` objects, and lets go of model, data and curvature, because the host
-keeps the method on the module and pickles it.
+In plain words: ``decide`` is pure. ``compute_mask`` is what PyTorch calls; it knows the
+remaining values alone, so it checks that they are the calibration's, decides, writes the update of
+the kept ones into the same ``Parameter`` objects, and lets go of model, data and curvature, because
+PyTorch keeps the method on the module and pickles it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_bayes._checks import check_amount, check_choice, check_count, check_finite
-from torchprune_bayes._numerics.live_vector import LiveVector
 from torchprune_bayes._numerics.precision import float64_device
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.methods._module_state import all_or_nothing, same_order
@@ -34,11 +34,11 @@ class PruningMethod(BasePruningMethod):
     """Base class of the methods; works wherever a ``BasePruningMethod`` does.
 
     Laws, run over the whole registry by the contract tests: ``decide`` changes nothing; exactly
-    ``round(amount * live)`` entries go; entries pruned before stay pruned; the same seed gives the
-    same masks; dtype and device of tensors stay.
+    ``round(amount * remaining)`` entries go; entries pruned before stay pruned; the same seed gives
+    the same masks; dtype and device of tensors stay.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune; with
+        amount: Fraction (float) or number (int) of the remaining entries to prune; with
             ``scope="layer"`` a fraction, or the number for each tensor by qualified name.
         calibration: Data, model and loss; the parameters are the calibration's.
         scope: ``"global"`` ranks all tensors together; ``"layer"`` prunes the fraction ``amount``
@@ -83,7 +83,7 @@ class PruningMethod(BasePruningMethod):
 
     @abstractmethod
     def decide(self, space: ParameterSpace) -> Decision:
-        """Choose what to prune among the live entries of ``space``; changes nothing."""
+        """Choose what to prune among the remaining entries of ``space``; changes nothing."""
 
     @property
     def space(self) -> ParameterSpace:
@@ -126,23 +126,23 @@ class PruningMethod(BasePruningMethod):
         return self.calibration
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The host's door: decide on the live entries ``t`` and return their mask.
+        """PyTorch's pruning API: decide on the remaining entries ``t`` and return their mask.
 
         Args:
-            t: What the host shows, the live entries where ``default_mask`` is one.
+            t: What PyTorch shows, the remaining entries where ``default_mask`` is one.
             default_mask: Shaped like ``t``, zero where an entry is pruned already.
 
         Returns:
             The mask, shaped like ``default_mask`` and of its dtype.
 
         Raises:
-            AlignmentError: If ``t`` is not the live entries of the calibration's parameters.
+            AlignmentError: If ``t`` is not the remaining entries of the calibration's parameters.
         """
         alive = default_mask == 1
         keep = self._planned
         if keep is None:
             space, decision = self._decide_on(t[alive])
-            keep = LiveVector(space.masks()).gather(decision.masks)
+            keep = RemainingVector(space.masks()).gather(decision.masks)
             write_updates(space, decision.updates)
         self.release()
         mask = torch.zeros_like(default_mask)
@@ -159,21 +159,21 @@ class PruningMethod(BasePruningMethod):
 
         Args:
             t: A tensor of the calibration if it is the only one there; else a flat vector of the
-                live entries of all its tensors.
+                remaining entries of all its tensors.
             default_mask: Shaped like ``t``, zero where an entry is pruned already.
             importance_scores: Must be ``None``: the method computes its own.
 
         Raises:
-            AlignmentError: If ``t`` is not the live entries of the calibration's parameters.
+            AlignmentError: If ``t`` is not the remaining entries of the calibration's parameters.
             ArgumentError: If importance scores are passed.
         """
         self._refuse_scores(importance_scores)
         alive = torch.ones_like(t).bool() if default_mask is None else default_mask == 1
         space, decision = self._decide_on(t[alive])
-        live = LiveVector(space.masks())
-        values = t[alive] if decision.updates is None else live.gather(decision.updates).to(t)
+        remaining = RemainingVector(space.masks())
+        values = t[alive] if decision.updates is None else remaining.gather(decision.updates).to(t)
         pruned = torch.zeros_like(t)
-        pruned[alive] = values * live.gather(decision.masks).to(t.device)
+        pruned[alive] = values * remaining.gather(decision.masks).to(t.device)
         return pruned
 
     def decide_beside(self, space: ParameterSpace) -> Decision:
@@ -233,10 +233,10 @@ class PruningMethod(BasePruningMethod):
         method = cls(*args, **kwargs)
         space = method._space_of(module, name)
         decision = method._checked_decision(space)
-        method._planned = LiveVector(space.masks()).gather(decision.masks)
+        method._planned = RemainingVector(space.masks()).gather(decision.masks)
         with all_or_nothing(space.pairs(), values=decision.updates is not None), same_order(module):
             write_updates(space, decision.updates)
-            # The host builds the method by calling its first argument, so a plan can be handed in.
+            # PyTorch builds the method by calling its first argument, so a plan can be handed in.
             return BasePruningMethod.apply.__func__(lambda: method, module, name)  # type: ignore[attr-defined]
 
     def _space_of(self, module: nn.Module, name: str) -> ParameterSpace:

@@ -1,4 +1,4 @@
-"""Bayesian model reduction for structured pruning, as a method of the host (arXiv:2406.01345)."""
+"""Bayesian model reduction for structured pruning, as a method of PyTorch (arXiv:2406.01345)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class BMRS(BasePruningMethod):
     amount needs to be given.
 
     Args:
-        amount: ``None`` prunes what the criterion says; a fraction or number of the live units is
-            a cap on it.
+        amount: ``None`` prunes what the criterion says; a fraction or number of the remaining units
+            is a cap on it.
         gate: The trained gate of these units; ``None`` takes the one that sits on the module.
         criterion: ``"bmrs-n"``, ``"bmrs-u8"`` (any p1), ``"snr"`` or ``"mean"``, or a
             :class:`~torchprune_bayes.gates.Criterion`.
@@ -93,7 +93,7 @@ class BMRS(BasePruningMethod):
         self.dim = 0 if dim is None else dim
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
-        """The host's door: mask the live units whose margin says so.
+        """PyTorch's pruning API: mask the remaining units whose margin says so.
 
         Args:
             t: Margins, the same for all entries of a unit, of the units that are alive.
@@ -142,7 +142,7 @@ class BMRS(BasePruningMethod):
         method = cls(*args, **kwargs)
         scores = method._scores(module, name, gate, side)
         with all_or_nothing([(module, name), (module, "bias")], values=False), same_order(module):
-            # The host builds the method by calling its first argument; handing a made one over
+            # PyTorch builds the method by calling its first argument; handing a made one over
             # keeps the gate out of what stays on the module.
             hook = BasePruningMethod.apply.__func__(  # type: ignore[attr-defined]
                 lambda: method, module, name, importance_scores=scores

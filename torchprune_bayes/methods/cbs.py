@@ -142,7 +142,7 @@ class CBS(WoodFisher):
         scores = stage.weights.abs()
         if not isinstance(self.initial, str):
             # Pruned entries first; the scores within either side do not matter.
-            return stage.fisher.live.gather(self.initial).to(scores)
+            return stage.fisher.remaining.gather(self.initial).to(scores)
         if self.initial == "gradient":
             scores = scores * stage.fisher.mean_gradient().abs().to(scores)
         if self.initial == "random":
@@ -191,7 +191,7 @@ class PostUpdateCBS(CBS):
     these scores exact from swap to swap. Masks are judged after the update as well.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the remaining entries to prune.
         objective: As of :class:`CBS`.
         epsilon: Smallest gain of a swap. The damping of the pruned weights is a large, almost
             constant part of this objective, hence a smaller share.

@@ -28,12 +28,12 @@ class FORCE(SensitivityPruning):
     pruned before the call never returns.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the remaining entries to prune.
         calibration: Data, model and loss. Each step takes another draw.
         steps: ``T``.
         path: ``"geometric"``, the paper's; ``"linear"`` or ``"cubic"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
-        min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        min_keep_per_tensor: Remaining entries that each tensor keeps as far as the count allows.
         batch_norm: ``"running"`` or ``"batch"``, what batch norms normalise by while scoring; see
             :class:`~torchprune_bayes.methods.SNIPit`.
 

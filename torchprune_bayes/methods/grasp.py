@@ -30,16 +30,16 @@ class GraSP(SensitivityPruning):
     ``δ = −w``, changes the squared norm of the gradient ``g`` by ``2 δᵀHg`` to first order. The
     paper's score is ``S(−w) = −w ⊙ Hg``, of which the *largest* are removed; here scores have the
     other sign, and the smallest go, as with all methods. ``H`` is the Hessian of the mean loss.
-    Where weights are pruned already, ``g`` is that of the live ones.
+    Where weights are pruned already, ``g`` is that of the remaining ones.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the remaining entries to prune.
         calibration: Data, model and loss; every sample counts, whatever the mini-batch.
         temperature: Logits are divided by it, so that a confident network has gradients too.
             ``"auto"`` is the paper's 200, or 1 where the model computes its own loss.
         steps: One, as in the paper, or more, with ``ρ^{t/T}`` kept after step ``t``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
-        min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        min_keep_per_tensor: Remaining entries that each tensor keeps as far as the count allows.
         batch_norm: ``"running"``, or ``"batch"``, as in the published code: what batch norms
             normalise by while scoring; see :class:`~torchprune_bayes.methods.SNIPit`.
 

@@ -32,7 +32,7 @@ class GreedyOBS(WoodFisher):
     whole groups are removed, at the cost ``½ w_gᵀ(F⁻¹_gg)⁻¹w_g``.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune; ``None`` with
+        amount: Fraction (float) or number (int) of the remaining entries to prune; ``None`` with
             ``flops_target``, and with an N:M pattern.
         block_size: Blocks of the Fisher: an int, ``"tensor"`` or ``"full"``.
         options: As of :class:`~torchprune_bayes.WoodFisher`.

@@ -16,11 +16,11 @@ from torchprune_bayes.types import Decision
 class Magnitude(PruningMethod):
     """Prune the smallest absolute weights, over all tensors or in each.
 
-    The masks are those of the host's ``L1Unstructured``, except that ties go by index and that
+    The masks are those of PyTorch's ``L1Unstructured``, except that ties go by index and that
     the threshold comes from histograms, not from a sort of all weights.
 
     Args:
-        amount: Fraction or number of the live entries to prune; with ``scope="layer"`` a
+        amount: Fraction or number of the remaining entries to prune; with ``scope="layer"`` a
             fraction, or the number for each tensor by qualified name.
         scope: ``"global"`` or ``"layer"``.
         compat: ``"paper"`` takes over the threshold of the WoodFisher and CBS code, which prunes

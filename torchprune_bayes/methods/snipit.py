@@ -41,7 +41,7 @@ class SNIPit(SensitivityPruning):
     :func:`~torchprune_bayes.schedules.halving` and ``steps=0``, which is one ranking per event.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune; ``κ`` is the
+        amount: Fraction (float) or number (int) of the remaining entries to prune; ``κ`` is the
             sparsity that results, of all entries.
         calibration: Data, model and loss. The paper takes 2560 samples.
         steps: ``S``, how often what is missing is halved.
@@ -49,7 +49,7 @@ class SNIPit(SensitivityPruning):
             ``steps`` steps.
         start: First sparsity of the paper's path.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
-        min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows. At
+        min_keep_per_tensor: Remaining entries that each tensor keeps as far as the count allows. At
             high sparsity a global ranking may else empty a layer, and with it the network.
         batch_norm: What batch norms normalise by while scoring. ``"running"``, as in the published
             code: their running statistics. Before training these are mean 0 and variance 1, so
@@ -132,8 +132,8 @@ class SNIPit(SensitivityPruning):
         kept = min(max(int(group.entries * (1.0 - group.sparsities[step])), 1), group.entries)
         # The threshold is the `kept`-th largest score; half an entry keeps rounding away from it.
         sparsity = 1.0 - (kept - 0.5) / group.entries
-        ranked, live = ([found[name] for name in group.names] for found in (scores, pool))
-        return keep_strictly_above(ranked, sparsity, live)
+        ranked, remaining = ([found[name] for name in group.names] for found in (scores, pool))
+        return keep_strictly_above(ranked, sparsity, remaining)
 
 
 def _negative_logit(output: Any, target: Tensor) -> Tensor:

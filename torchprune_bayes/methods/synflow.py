@@ -35,12 +35,12 @@ class SynFlow(StepwisePruning):
     numbers are the identity in networks of ReLUs.
 
     Args:
-        amount: Fraction (float) or number (int) of the live entries to prune.
+        amount: Fraction (float) or number (int) of the remaining entries to prune.
         calibration: The model and, for the shape of its input, data.
         steps: ``T``.
         path: ``"geometric"``, the paper's; ``"linear"`` or ``"cubic"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
-        min_keep_per_tensor: Live entries that each tensor keeps as far as the count allows.
+        min_keep_per_tensor: Remaining entries that each tensor keeps as far as the count allows.
 
     Raises:
         ArgumentError: If an option has an impossible value.

@@ -220,12 +220,12 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         costs = stage.step.target.costs
         if costs is None or not self.flops_power:
             return scores
-        shapes = stage.fisher.live.masks
+        shapes = stage.fisher.remaining.masks
         each = {
             name: torch.full(mask.shape, costs[name] ** self.flops_power, device=mask.device)
             for name, mask in shapes.items()
         }
-        return scores / stage.fisher.live.gather(each).to(scores)
+        return scores / stage.fisher.remaining.gather(each).to(scores)
 
     def _fisher_at(self, state: State, index: int) -> EmpiricalFisher:
         if self.curvature is not None:

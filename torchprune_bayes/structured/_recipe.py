@@ -72,7 +72,7 @@ class Recipe:
             ArgumentTypeError: If there is neither an importance nor a calibration.
             AlignmentError: If the calibration is of another model.
         """
-        from torchprune_bayes.structured._host_importance import as_unit_importance
+        from torchprune_bayes.structured._torch_pruning_importance import as_unit_importance
         from torchprune_bayes.structured.importances import ConsumerGateFisherImportance
 
         check_choice("repair", repair, ("auto", "least_squares", "none"))

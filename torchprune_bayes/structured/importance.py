@@ -91,18 +91,18 @@ class UnitImportance(_HostImportance):
 
         Returns:
             One score for each of ``group[0].idxs``, in their order; ``None`` where the group cannot
-            be told apart unit by unit or :meth:`score` has nothing to say, which the host skips.
+            be told apart unit by unit or :meth:`score` has nothing to say; torch-pruning skips it.
             For the regularising pruners see
-            :func:`~torchprune_bayes.structured._host_scores.for_regulariser`.
+            :func:`~torchprune_bayes.structured._torch_pruning_scores.for_regulariser`.
         """
-        from torchprune_bayes.structured import _host_scores
+        from torchprune_bayes.structured import _torch_pruning_scores
         from torchprune_bayes.structured.tracing import unit_group
 
         model = group._DG.model
         converted = unit_group(group, model)
         scores = None if converted is None else self.score_of(group, converted, model)
-        if _host_scores.asked_by_regulariser():
-            return _host_scores.for_regulariser(scores, len(group[0].idxs))
+        if _torch_pruning_scores.asked_by_regulariser():
+            return _torch_pruning_scores.for_regulariser(scores, len(group[0].idxs))
         return scores
 
     def score_of(self, group: Any, converted: UnitGroup, model: nn.Module) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ParameterError
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.structured._host_groups import unit_group
+from torchprune_bayes.structured._torch_pruning_groups import unit_group
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.repair import Repair, repair
 from torchprune_bayes.structured.slicing import first_names, plan_of

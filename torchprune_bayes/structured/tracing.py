@@ -14,7 +14,7 @@ from torch import nn
 
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.structured._host_groups import unit_group
+from torchprune_bayes.structured._torch_pruning_groups import unit_group
 from torchprune_bayes.structured._verification import failing_groups
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.wiring._forward import ForwardFunction

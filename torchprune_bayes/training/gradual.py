@@ -17,7 +17,7 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.methods._module_state import all_or_nothing
 from torchprune_bayes.methods.base import PruningMethod, check_decision, write_updates
-from torchprune_bayes.methods.host import apply_decision, decide_on, unstructured_method
+from torchprune_bayes.methods.global_pruning import apply_decision, decide_on, unstructured_method
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.training._due import (
     FlopsGoal,

@@ -292,7 +292,7 @@ def test_works_in_the_pruners_of_the_host(everywhere):
     )
 
 
-def test_in_the_host_scores_follow_the_weights_and_are_taken_once_for_all_groups():
+def test_in_the_torch_pruning_scores_follow_the_weights_and_are_taken_once_for_all_groups():
     tp = pytest.importorskip("torch_pruning")
     model, inputs = build("resnet"), images(8)
     calibration = Calibration(model, [(inputs, torch.arange(8) % 5)], cross_entropy)

@@ -174,7 +174,7 @@ def watched(
     with ExitStack() as stack:
         for name in names:
             for module in layers[name]:
-                # Before the host's hooks, which make the weight that the call uses.
+                # Before PyTorch's hooks, which make the weight that the call uses.
                 handle = module.register_forward_pre_hook(
                     partial(hook, name), prepend=True, with_kwargs=True
                 )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError
-from torchprune_bayes.structured._host_groups import unit_group
 from torchprune_bayes.structured._space import space_of
+from torchprune_bayes.structured._torch_pruning_groups import unit_group
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importance import UnitImportance
 
@@ -23,9 +23,9 @@ __all__ = ["CalibratedImportance", "pieces_of", "space_of", "sums_along"]
 class CalibratedImportance(UnitImportance):
     """Scores of all groups at once, taken anew whenever the model has changed.
 
-    Subclasses write :meth:`measure`. Every time takes a further draw of the samples. In the host's
-    pruners, which announce no step, the scores are taken when a first group asks for its own, and
-    again when weights of the model have moved or were cut since.
+    Subclasses write :meth:`measure`. Every time takes a further draw of the samples. In
+    torch-pruning's pruners, which announce no step, the scores are taken when a first group asks
+    for its own, and again when weights of the model have moved or were cut since.
 
     Args:
         calibration: Data, model and loss; its own list of parameters does not matter.

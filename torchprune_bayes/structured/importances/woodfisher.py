@@ -110,7 +110,7 @@ class WoodFisherImportance(CalibratedImportance):
         fisher.damping = fisher.mean_square() if self.damping == "auto" else float(self.damping)
         fisher.damping = max(fisher.damping, torch.finfo(torch.float64).tiny)
         self._fisher = fisher
-        weights = fisher.live.gather(space.values()).to(float64_device(calibration.device))
+        weights = fisher.remaining.gather(space.values()).to(float64_device(calibration.device))
         room = calibration.memory.chunk_bytes
         costs = {
             group.name: weights.new_zeros(group.units, dtype=torch.float64) for group in groups
@@ -141,11 +141,11 @@ class WoodFisherImportance(CalibratedImportance):
         plan = plan_of(model, groups, kept)
         whole = {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
         stays = {name: plan.expand(name, plan.cut(name, mask)) for name, mask in whole.items()}
-        weights = wide(fisher.live.gather(values).to(calibration.device))
-        keep = fisher.live.gather(stays).to(weights.device)
+        weights = wide(fisher.remaining.gather(values).to(calibration.device))
+        keep = fisher.remaining.gather(stays).to(weights.device)
         move = _compensation(fisher, weights, keep)
         scales = _SCALES if isinstance(self.update_scale, str) else (float(self.update_scale),)
-        choices = [fisher.live.scatter((weights + scale * move) * keep) for scale in scales]
+        choices = [fisher.remaining.scatter((weights + scale * move) * keep) for scale in scales]
         if len(choices) == 1:
             return choices[0]
         return min(choices, key=lambda choice: calibration.held_out_loss(choice).value)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torchprune_bayes._files import read_tensors, save_tensors
-from torchprune_bayes._numerics.live_vector import LiveVector
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.methods._module_state import all_or_nothing, pruning_hooks, same_order
 from torchprune_bayes.methods.base import (
@@ -44,7 +44,7 @@ def prune_global(
 ) -> Decision:
     """Prune tensors together, all or none: the atomic form of ``prune.global_unstructured``.
 
-    Gives the masks that the host's call gives, and more: it takes any memory format and any
+    Gives the masks that PyTorch's call gives, and more: it takes any memory format and any
     iterable, counts tied tensors once and masks them at every place in ``params``, keeps no flat
     mask alive, leaves the order of the parameters, prunes again in place, and leaves the model
     untouched if anything fails.
@@ -52,7 +52,7 @@ def prune_global(
     Args:
         params: ``(module, tensor name)`` pairs; or a model, for its
             :func:`~torchprune_bayes.prunable_parameters`; ``None`` takes the calibration's.
-        method: A class, ours or the host's with ``PRUNING_TYPE = "unstructured"``, or the name of a
+        method: A class, ours or PyTorch's with ``PRUNING_TYPE = "unstructured"``, or the name of a
             registered method.
         options: Arguments of the method, ``amount`` and mostly ``calibration``.
 
@@ -68,7 +68,7 @@ def prune_global(
         ArgumentTypeError: If the method is no unstructured pruning method, or something is missing.
         ParameterError: If a tensor cannot be pruned.
 
-    Cost: that of the method; beside the host's masks, a byte per weight, and a copy of the weights
+    Cost: that of the method; beside PyTorch's masks, a byte per weight, and a copy of the weights
     where the method moves them.
 
     Example:
@@ -97,7 +97,7 @@ def decide_globally(
 
 
 def decide_on(space: ParameterSpace, method: prune.BasePruningMethod) -> Decision:
-    """Let a method, ours or the host's, decide on the tensors of ``space``; changes no model.
+    """Let a method, ours or PyTorch's, decide on the tensors of ``space``; changes no model.
 
     Raises:
         ArgumentError: If weights are not finite.
@@ -105,7 +105,7 @@ def decide_on(space: ParameterSpace, method: prune.BasePruningMethod) -> Decisio
     """
     check_prunable(space)
     if not isinstance(method, PruningMethod):
-        return _decide_by_host(method, space)
+        return _decide_by_pytorch(method, space)
     decision = method.decide_beside(space)
     method.release()
     return decision
@@ -285,16 +285,16 @@ def _space_for(
     return space_of_pairs(pairs, type(instance).__name__)
 
 
-def _decide_by_host(method: prune.BasePruningMethod, space: ParameterSpace) -> Decision:
-    # The host's contract: a flat vector of the live entries and a mask of ones.
-    live = LiveVector(space.masks())
-    flat = live.gather(space.values())
+def _decide_by_pytorch(method: prune.BasePruningMethod, space: ParameterSpace) -> Decision:
+    # PyTorch's contract: a flat vector of the remaining entries and a mask of ones.
+    remaining = RemainingVector(space.masks())
+    flat = remaining.gather(space.values())
     mask = method.compute_mask(flat, torch.ones_like(flat))
     if not ((mask == 0) | (mask == 1)).all():
         raise ArgumentError(
             f"Expected a mask of zeros and ones from {type(method).__name__}, got other values."
         )
-    return Decision(live.scatter(mask == 1))
+    return Decision(remaining.scatter(mask == 1))
 
 
 def _set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
@@ -310,7 +310,7 @@ def _set_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     hook = pruning_hooks(module).get(name)
     if hook is None:
         raise ParameterError(
-            f"Expected the host's hook on `{name}` of {type(module).__name__}, "
+            f"Expected PyTorch's hook on `{name}` of {type(module).__name__}, "
             "got a mask without one."
         )
     with torch.no_grad():

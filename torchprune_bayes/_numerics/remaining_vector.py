@@ -1,4 +1,4 @@
-"""The live entries of several tensors seen as one vector."""
+"""The remaining entries of several tensors seen as one vector."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 from torchprune_bayes.types import Masks
 
 
-class LiveVector:
-    """Order of the live entries: tensor by tensor, row-major within each.
+class RemainingVector:
+    """Order of the remaining entries: tensor by tensor, row-major within each.
 
     Args:
         masks: Boolean masks, ``True`` where an entry takes part.
 
     Attributes:
         numel: Length ``D`` of the vector.
-        sizes: Number of live entries per tensor, in order.
+        sizes: Number of remaining entries per tensor, in order.
 
     Example:
         >>> masks = {"a": torch.tensor([True, False, True]), "b": torch.tensor([[True]])}
-        >>> live = LiveVector(masks)
-        >>> live.gather({"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([[4.0]])})
+        >>> remaining = RemainingVector(masks)
+        >>> remaining.gather({"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([[4.0]])})
         tensor([1., 3., 4.])
-        >>> live.scatter(torch.tensor([5.0, 6.0, 7.0]))["a"]
+        >>> remaining.scatter(torch.tensor([5.0, 6.0, 7.0]))["a"]
         tensor([5., 0., 6.])
-        >>> live.overlap(1, 3)
+        >>> remaining.overlap(1, 3)
         [('a', 1, 2), ('b', 0, 1)]
     """
 
@@ -44,18 +44,18 @@ class LiveVector:
         self.numel = self._offsets[-1]
 
     def entries(self, name: str, values: Tensor) -> Tensor:
-        """Live entries of one tensor ``[..., *shape]``, flattened to ``[..., live]``."""
+        """Remaining entries of one tensor ``[..., *shape]``, flattened to ``[..., remaining]``."""
         flat = values.flatten(values.ndim - self.masks[name].ndim)
         if self._full[name]:
             return flat
         return flat[..., self.masks[name].reshape(-1).to(values.device)]
 
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Join the live entries of ``tensors`` into one vector ``[D]``."""
+        """Join the remaining entries of ``tensors`` into one vector ``[D]``."""
         return torch.cat([self.entries(name, tensors[name]) for name in self.masks])
 
     def scatter(self, vector: Tensor, fill: float = 0.0) -> dict[str, Tensor]:
-        """Split a vector ``[D]`` into tensors, with ``fill`` where an entry is not live."""
+        """Split a vector ``[D]`` into tensors, with ``fill`` where an entry is not remaining."""
         pieces = vector.split(self.sizes)
         return {
             name: self._spread(name, piece, fill)

@@ -28,16 +28,16 @@ class HostImportance(UnitImportance):
         self._importance = importance
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
-        """Score a group as the host would; a unit of several entries gets their mean.
+        """Score a group as torch-pruning would; a unit of several entries gets their mean.
 
         Raises:
             ParameterError: If the importance fails.
         """
-        host_group = as_host_group(group, model)
-        if host_group is None:
+        their_group = as_torch_pruning_group(group, model)
+        if their_group is None:
             return None
         try:
-            scores = self._importance(host_group)
+            scores = self._importance(their_group)
         except Exception as error:
             raise ParameterError(
                 f"Expected {type(self._importance).__name__} to score `{group.name}`, got "
@@ -48,7 +48,7 @@ class HostImportance(UnitImportance):
         return scores.reshape(group.units, -1).mean(dim=1)
 
 
-def as_host_group(group: UnitGroup, model: nn.Module) -> Any:
+def as_torch_pruning_group(group: UnitGroup, model: nn.Module) -> Any:
     """Return a ``torch_pruning.dependency.Group`` with the layers of a group.
 
     Entries of the first layer are its roots, in the order of the units. Layers with several
@@ -87,7 +87,7 @@ def _dependency(layer: nn.Module, handler: Callable[..., Any]) -> Any:
 def _layers(
     group: UnitGroup, model: nn.Module
 ) -> Iterator[tuple[nn.Module, Callable[..., Any], UnitSlice]]:
-    """Yield the layers with their side, makers first as in the host's groups."""
+    """Yield the layers with their side, makers first as in torch-pruning's groups."""
     pieces = sorted(group.slices, key=lambda piece: piece.role != "producer")
     for piece in pieces:
         path, _, key = piece.name.rpartition(".")
@@ -99,22 +99,22 @@ def _layers(
 
 
 def _handler(module: nn.Module, *, reads: bool) -> Callable[..., Any] | None:
-    import torch_pruning as host
+    import torch_pruning as tp
 
     if _is_linear(module):
-        return host.prune_linear_in_channels if reads else host.prune_linear_out_channels
+        return tp.prune_linear_in_channels if reads else tp.prune_linear_out_channels
     if is_depthwise(module):
-        return host.prune_depthwise_conv_out_channels
+        return tp.prune_depthwise_conv_out_channels
     if isinstance(module, _ConvNd):
-        return host.prune_conv_in_channels if reads else host.prune_conv_out_channels
+        return tp.prune_conv_in_channels if reads else tp.prune_conv_out_channels
     if isinstance(module, _NormBase):
-        return host.prune_batchnorm_out_channels
+        return tp.prune_batchnorm_out_channels
     if isinstance(module, nn.LayerNorm):
-        return host.prune_layernorm_out_channels
+        return tp.prune_layernorm_out_channels
     if isinstance(module, nn.GroupNorm):
-        return host.prune_groupnorm_out_channels
+        return tp.prune_groupnorm_out_channels
     if isinstance(module, nn.Embedding):
-        return host.prune_embedding_out_channels
+        return tp.prune_embedding_out_channels
     return None
 
 

@@ -72,7 +72,7 @@ def _first_maker(model: nn.Module, slices: Sequence[UnitSlice]) -> str | None:
 def _positions(
     indices: Sequence[int], roots: Sequence[int | None], rank: Mapping[int, int]
 ) -> Tensor | None:
-    """Entries of each unit, in the order in which the host lists them."""
+    """Entries of each unit, in the order in which torch-pruning lists them."""
     if any(root not in rank for root in roots):
         return None
     units = torch.tensor([rank[root] for root in roots if root is not None])
