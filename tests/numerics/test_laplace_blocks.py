@@ -117,7 +117,7 @@ def test_the_bound_is_exact_where_the_prior_is_constant_in_other_words() -> None
     block = KroneckerBlock(*factors)
     constant = Precision((torch.full((1, 1), 2.0).double(),), (ROWS, COLUMNS))
     spelled_out = Precision((torch.full((ROWS, COLUMNS), 2.0).double(),), (ROWS, COLUMNS))
-    for call in ("log_det_ratio", "variances", "effective", "smoothed_precisions"):
+    for call in ("log_det_ratio", "variances", "effective_parameters", "smoothed_precisions"):
         torch.testing.assert_close(
             getattr(block, call)(constant, SCALE), getattr(block, call)(spelled_out, SCALE)
         )
