@@ -16,7 +16,7 @@ from torchprune_bayes import Calibration
 from torchprune_bayes.errors import TorchPruneBayesError
 from torchprune_bayes.gates import attach_gates, fold_gates
 from torchprune_bayes.structured import find_groups, importances, shrink
-from torchprune_bayes.structured._host_importance import as_unit_importance
+from torchprune_bayes.structured._torch_pruning_importance import as_unit_importance
 from torchprune_bayes.structured.importance import UnitImportance
 from torchprune_bayes.structured.importances import BMRSImportance
 from torchprune_bayes.wiring._forward import run, tensors_in
@@ -115,7 +115,7 @@ def examine_importances(case: Architecture, build: Callable[[], nn.Module]) -> s
 
 
 def _importances(model: nn.Module, inputs: Tensor) -> Mapping[str, Callable[[], UnitImportance]]:
-    import torch_pruning as host
+    import torch_pruning as tp
 
     labels = torch.randint(CLASSES, (len(inputs),), generator=seeded())
     calibration = Calibration(
@@ -133,7 +133,7 @@ def _importances(model: nn.Module, inputs: Tensor) -> Mapping[str, Callable[[], 
             takes_data = "calibration" in inspect.signature(make).parameters
             made[name] = partial(make, calibration) if takes_data else make
     made["torch-pruning's MagnitudeImportance"] = lambda: as_unit_importance(
-        host.importance.MagnitudeImportance()
+        tp.importance.MagnitudeImportance()
     )
     return made
 
