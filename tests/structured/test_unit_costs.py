@@ -110,6 +110,25 @@ def test_measuring_leaves_no_trace():
         UnitCosts.measure(model, [], images())
 
 
+class Token(nn.Module):
+    """A learnt token that goes into a module as a view of its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.inner = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.inner(self.token.expand(len(x), -1)) + x
+
+
+def test_a_view_of_a_parameter_may_go_into_a_module():
+    model = Token()
+    with unchanged(model):
+        costs = UnitCosts.measure(model, [], torch.ones(2, 3))
+    assert costs.total("flops", {}) == 2 * 2 * 4 * 3
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_without_inputs_there_are_no_flops():
     model = build("vgg")
     costs = UnitCosts.measure(model, find_groups(model, images()))

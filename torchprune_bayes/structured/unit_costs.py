@@ -7,7 +7,8 @@ pass of the whole model to see how often each weight is used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, Protocol, TypeAlias
@@ -180,11 +181,24 @@ def _sizes(
     return {name: TensorSize(shape, entries[name]) for name, shape in shapes.items()}, first
 
 
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require gradients, as PyTorch's counter asks views of them for theirs."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def _own_flops(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None
 ) -> dict[str, int]:
     """FLOPs of each module outside of its children, by qualified name."""
-    with at_rest(model), flop_counter() as counter:
+    with at_rest(model), _frozen(model), flop_counter() as counter:
         run(model, example_inputs, forward_fn)
     whole: dict[str, int] = {"": counter.get_total_flops()}
     root = type(model).__name__
