@@ -221,10 +221,9 @@ class Pruned:
 
     def updated(self, damping: float, procedure: Procedure) -> Pruned:
         """The same masks in one stage, with the update of another damping."""
-        fisher = self.step.fisher.restricted(self.step.masks, damping)
-        stage = Stage(self.step, fisher, self.step.stages[-1], self.step.masks, self.step.flat)
+        stage = _whole_stage(self.step, damping, self.step.stages[-1])
         moved, newton = _moved(stage, self.masks, procedure)
-        return replace(self, fisher=fisher, moved=moved, newton=newton)
+        return replace(self, fisher=stage.fisher, moved=moved, newton=newton)
 
     def again(self, procedure: Procedure) -> Pruned:
         """The same step with the same damping and blocks by another procedure."""
@@ -259,15 +258,15 @@ def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
         stage = Stage(step, fisher, index, masks, fisher.remaining.gather(moved))
         scores = fisher.remaining.scatter(procedure.score(stage).to(stage.weights.device))
         masks = procedure.select(stage, scores)
-        moves = stage if adds_up else _of_the_whole_step(stage)
+        moves = stage if adds_up else _whole_stage(step, damping, index)
         moved, newton = _moved(moves, masks, procedure)
     return Pruned(step, fisher, masks, scores, moved, newton)
 
 
-def _of_the_whole_step(stage: Stage) -> Stage:
-    step = stage.step
-    fisher = step.fisher.restricted(step.masks, stage.fisher.damping)
-    return replace(stage, fisher=fisher, weights=step.flat, masks=step.masks)
+def _whole_stage(step: Step, damping: float, index: int) -> Stage:
+    """A stage of everything that remains where the step begins."""
+    fisher = step.fisher.restricted(step.masks, damping)
+    return Stage(step, fisher, index, step.masks, step.flat)
 
 
 def _moved(

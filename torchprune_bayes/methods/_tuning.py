@@ -141,9 +141,14 @@ class Tuning:
         there dampings are tried as long as the held-out loss falls, unless there are so many
         entries that a trial costs more than their gradients did.
         """
+        trials = step.fisher.remaining.numel <= _MOST_FOR_TRIALS
+        if trials and len(dampings) == 1:
+            return Move(
+                prune_step(step, dampings[0], quick), self.scales[-1], self.gradient_steps[0]
+            )
         pruned = prune_step(step, dampings[len(dampings) // 2], replace(quick, update="none"))
         at, scale = self._promising(pruned, dampings)
-        if step.fisher.remaining.numel > _MOST_FOR_TRIALS:
+        if not trials:
             nearest = min(self.scales, key=lambda one: abs(one - scale))
             return Move(pruned.updated(dampings[at], quick), nearest, 0.0)
         moves: dict[int, Move] = {}
@@ -153,8 +158,7 @@ class Tuning:
                 moves[index] = self._at_full_length(prune_step(step, dampings[index], quick))
             return _loss(moves[index])
 
-        best = falling(loss_at, at, len(dampings))
-        return moves.get(best) or self._at_full_length(prune_step(step, dampings[best], quick))
+        return moves[falling(loss_at, at, len(dampings))]
 
     def _promising(self, pruned: Pruned, dampings: list[float]) -> tuple[int, float]:
         """Which damping's update does best on gradients that were left out, and its best share."""
