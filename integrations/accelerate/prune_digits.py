@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from sklearn.datasets import load_digits
 from torch import nn
@@ -159,3 +159,4 @@ def evaluate(accelerator: Accelerator, model: nn.Module, test: TensorDataset) ->
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from recipe import parser, run
 from torch.utils.data import Dataset
 from transformers import (
@@ -107,3 +108,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

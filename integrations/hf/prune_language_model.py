@@ -9,6 +9,7 @@ folder (WikiText-2, tiny Shakespeare), --model a trained model:
 
 from __future__ import annotations
 
+from accelerate import PartialState
 from offline_text import blocks_of, language_texts, train_tokenizer
 from recipe import parser, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, set_seed
@@ -50,3 +51,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

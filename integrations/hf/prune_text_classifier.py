@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 
+from accelerate import PartialState
 from offline_text import labelled_texts, train_tokenizer
 from recipe import parser, run
 from transformers import (
@@ -77,3 +78,4 @@ def _small_model(
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import prune
 
+from tests.integrations.processes import in_two_processes
 from torchprune_bayes import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher, LayerCurvature
 from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
@@ -108,16 +108,13 @@ def test_saved_from_channels_last_and_loaded_to_a_device(tmp_path: Path) -> None
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def _on_rank(rank: int, folder: str) -> None:
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def _on_rank(folder: str) -> None:
+    rank = distributed.get_rank()
     _fit([_data()[rank]]).all_reduce().save(Path(folder) / f"{rank}.safetensors")
-    distributed.destroy_process_group()
 
 
 def test_two_processes_are_as_one(tmp_path: Path) -> None:
-    spawn(_on_rank, (str(tmp_path),), nprocs=2)
+    in_two_processes(_on_rank, str(tmp_path))
     whole = _fit(_data())
     for rank in range(2):
         _assert_equal(LayerCurvature.load(tmp_path / f"{rank}.safetensors"), whole)

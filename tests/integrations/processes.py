@@ -30,7 +30,11 @@ fresh.set_forkserver_preload([*_IMPORTED, "torchprune_bayes"])
 
 
 def in_two_processes(function: Callable[..., Any], *args: Any) -> None:
-    """Run ``function(*args)`` in two processes; fails if it fails in one, or if there is one."""
+    """Run ``function(*args)`` in two processes that talk through gloo; fails if it fails in one.
+
+    They are forked, so they end without Python's finalization, during which a thread of gloo that
+    still holds a tensor ends the process with an abort.
+    """
     process = fresh.Process(target=_launch, args=(function, args))
     process.start()
     process.join()

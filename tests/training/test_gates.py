@@ -7,12 +7,12 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.gates.cases import mlp, scatter
+from tests.integrations.processes import in_two_processes
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.gates import Gates, attach_gates, gates_of
 from torchprune_bayes.training import GateTraining, gate_parameter_groups
@@ -209,8 +209,8 @@ def test_a_model_without_gates():
         GateTraining(mlp(), kl="sum")
 
 
-def _worker(rank: int, path: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def _worker() -> None:
+    rank = dist.get_rank()
     torch.manual_seed(0)
     model = mlp()
     attach_gates(model)
@@ -233,12 +233,11 @@ def _worker(rank: int, path: str) -> None:
     dist.all_gather(found, flat)
     assert torch.equal(found[0], found[1])
     assert not gates_of(model)["2:in"].mask[2]
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_two_processes_stay_equal(tmp_path):
-    mp.spawn(_worker, args=(str(tmp_path / "store"),), nprocs=2)
+def test_two_processes_stay_equal():
+    in_two_processes(_worker)
 
 
 def test_the_gradient_of_the_penalty_is_that_of_the_kl():
