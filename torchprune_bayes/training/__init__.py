@@ -2,6 +2,7 @@
 
 from torchprune_bayes.training._optimizers import bare_optimizer
 from torchprune_bayes.training.batch_norm import reestimate_batch_norm
+from torchprune_bayes.training.flops import TrainingFlops
 from torchprune_bayes.training.gate_decorators import (
     GateDecorator,
     close_gates,
@@ -17,6 +18,7 @@ from torchprune_bayes.training.keep_sparse import keep_sparse
 from torchprune_bayes.training.penalties import count_below, group_hoyer_square, hoyer_square
 from torchprune_bayes.training.prior_decay import PriorDecay
 from torchprune_bayes.training.rewinding import IterativeMagnitudePruning
+from torchprune_bayes.training.shrinking import GradualShrinking
 from torchprune_bayes.training.spam import SpaM
 from torchprune_bayes.training.tracking import PruningLog
 
@@ -24,11 +26,13 @@ __all__ = [
     "GateDecorator",
     "GateTraining",
     "GradualPruner",
+    "GradualShrinking",
     "HardConcreteGate",
     "IterativeMagnitudePruning",
     "PriorDecay",
     "PruningLog",
     "SpaM",
+    "TrainingFlops",
     "bare_optimizer",
     "close_gates",
     "collect_scores",

@@ -1,0 +1,166 @@
+"""Shrinking a model along a schedule, in any training loop, and what the training costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from torchprune_bayes._checks import check_count
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+from torchprune_bayes.schedules import Schedule
+from torchprune_bayes.structured import ShrinkReport, Stages, check_shrinkable, shrink
+from torchprune_bayes.training._due import due_step
+from torchprune_bayes.training._optimizers import bare_optimizer
+
+logger = logging.getLogger("torchprune_bayes")
+
+_OF_THE_MODEL = ("target", "ignored", "groups", "min_keep", "round_to", "forward_fn")
+_STATE = {"step", "left"}
+
+
+class GradualShrinking:
+    """Cut units out of a model along a schedule while it trains; call :meth:`step` to count.
+
+    SNAP-it during training (`Verdenius, Stol and Forré, 2020 <https://arxiv.org/abs/2006.00896>`_)
+    and whatever else shrinks in stages: at each event what is left is scored anew, as much as is
+    due is cut out, and the optimizer goes on with the momentum of what stays. A step is an update
+    or an epoch, as the schedule counts; they are counted from 1, and what is due at 0 is done at
+    the first call.
+
+    Args:
+        model: The model; changed in place. Parameters that are cut are new objects.
+        importance: A function ``model -> importance``, called before every cut. It returns a
+            calibration, which is the recommended way, see
+            :func:`~torchprune_bayes.structured.shrink`; or an importance.
+        schedule: Sparsity of the whole model after each step.
+        example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
+        optimizer: Follows each cut; wrapped by accelerate or not.
+        ema: Averaged copies of the model, cut in the same way.
+        options: Further arguments of :func:`~torchprune_bayes.structured.shrink`, such as
+            ``target`` and ``ignored``.
+
+    Attributes:
+        reports: What was cut, one report for each cut.
+
+    Raises:
+        ArgumentError: If ``options`` have a sparsity, or there are too few units for the schedule.
+        ArgumentTypeError: If ``schedule`` is none or ``importance`` cannot be called.
+        ParameterError: If the model cannot be shrunk.
+
+    Cost: at a due step that of :func:`~torchprune_bayes.structured.shrink`, at others nothing.
+
+    Example:
+        >>> import torch
+        >>> from torchprune_bayes import halving
+        >>> from torchprune_bayes.structured import L1FilterImportance
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> shrinking = GradualShrinking(
+        ...     model,
+        ...     lambda model: L1FilterImportance(),
+        ...     halving(0.75, begin=1, every=2, steps=1),
+        ...     example_inputs=torch.zeros(1, 4),
+        ...     optimizer=optimizer,
+        ...     target="channels",
+        ... )
+        >>> for epoch in range(5):
+        ...     model(torch.randn(8, 4)).square().sum().backward()
+        ...     optimizer.step()
+        ...     report = shrinking.step()
+        ...     print(model[0].out_features, end=" ")
+        8 8 6 6 4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        importance: Callable[[nn.Module], Any],
+        schedule: Schedule,
+        *,
+        example_inputs: Any,
+        optimizer: Optimizer | None = None,
+        ema: nn.Module | Iterable[nn.Module] = (),
+        **options: Any,
+    ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise ArgumentTypeError(f"Expected a Schedule, got {type(schedule).__name__}.")
+        if not callable(importance):
+            raise ArgumentTypeError(
+                f"Expected a function of the model as `importance`, got {importance!r:.80}: write "
+                "`lambda model: ...` around it."
+            )
+        if "sparsity" in options:
+            raise ArgumentError("Expected the sparsity in the schedule, got `sparsity` as well.")
+        self.reports: list[ShrinkReport] = []
+        self._model, self._importance, self._schedule = model, importance, schedule
+        self._inputs, self._options = example_inputs, options
+        self._optimizer = None if optimizer is None else bare_optimizer(optimizer)
+        self._averages = [ema] if isinstance(ema, nn.Module) else list(ema)
+        self._stages, self._step = Stages(), 0
+        known = {key: options[key] for key in _OF_THE_MODEL if key in options}
+        check_shrinkable(model, example_inputs, sparsity=schedule.final, **known)
+
+    @property
+    def left(self) -> float:
+        """Fraction of the target that is left of the whole model."""
+        return self._stages.left
+
+    @property
+    def finished(self) -> bool:
+        """Whether the end of the schedule is reached."""
+        return self._stages.due(self._schedule.final) is None or self._is_past_end()
+
+    def step(self) -> ShrinkReport | None:
+        """Count a step; cut if that is due.
+
+        Returns:
+            What was cut, or ``None``. If anything fails nothing is changed, and the step is not
+            counted.
+        """
+        now = self._step + 1
+        due = due_step(self._schedule, now)
+        sparsity = None if due is None else self._stages.due(self._schedule(due))
+        report = None if sparsity is None else self._cut(sparsity)
+        self._step = now
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and what is left; the model is saved by :func:`~.structured.save_shrunk`."""
+        return {"step": self._step, "left": self.left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, with the model that was shrunk by then.
+
+        Raises:
+            ArgumentError: If ``state`` is no state of this class.
+        """
+        if not isinstance(state, Mapping) or set(state) != _STATE:
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {found}.")
+        check_count("step", state["step"], minimum=0)
+        left = state["left"]
+        if not isinstance(left, float) or not 0 < left <= 1:
+            raise ArgumentError(f"Expected `left` as a fraction above 0, got {left!r:.80}.")
+        self._step, self._stages = state["step"], Stages(left=left)
+
+    def _cut(self, sparsity: float) -> ShrinkReport:
+        report = shrink(
+            self._model,
+            self._inputs,
+            self._importance(self._model),
+            sparsity=sparsity,
+            optimizer=self._optimizer,
+            ema=self._averages,
+            **self._options,
+        )
+        self._stages.count(report)
+        self.reports.append(report)
+        logger.info("Shrunk to %.1f %% of the whole.", 100.0 * self.left)
+        return report
+
+    def _is_past_end(self) -> bool:
+        return self._schedule.end is not None and self._step >= self._schedule.end
