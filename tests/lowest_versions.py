@@ -47,7 +47,8 @@ def main() -> int:
         python = place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
         if not python.exists():
             uv("venv", "--python", sys.executable, place)
-        uv("pip", "install", "--upgrade", "--python", python, *LOWEST, "-e", ".[test]")
+        versions = ["--upgrade", "--exact", *LOWEST]
+        uv("pip", "install", "--python", python, *versions, "-e", ".[test]")
         pytest = [python, "-m", "pytest", *(tests or ["-n", "auto"])]
         return subprocess.run(pytest, cwd=ROOT, check=False).returncode
 

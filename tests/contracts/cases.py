@@ -52,7 +52,7 @@ def options_of(name: str, model: nn.Module, params: ParameterPairs | None = None
 
 
 def masks_by_place(model: nn.Module) -> list[Tensor]:
-    """The host's masks of :func:`pairs`, as booleans; all alive where there is none."""
+    """PyTorch's masks of :func:`pairs`, as booleans; all ``True`` where there is none."""
     found = []
     for module, name in pairs(model):
         mask = getattr(module, f"{name}_mask", None)

@@ -84,8 +84,8 @@ def test_t24_prune_gives_a_pruned_copy():
     """The host's ``method.prune(t)`` calls ``compute_mask`` with no module at all."""
     t = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
     assert Magnitude(0.5).prune(t).tolist() == [[3.0, 0.0], [0.0, 2.0]]
-    alive = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
-    assert Magnitude(1).prune(t, alive).tolist() == [[3.0, -1.0], [0.0, 0.0]]
+    remaining = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    assert Magnitude(1).prune(t, remaining).tolist() == [[3.0, -1.0], [0.0, 0.0]]
 
 
 def test_t24_prune_moves_the_copy_and_not_the_model():

@@ -151,6 +151,6 @@ def scatter(gates: Gates, *, closed: bool = True) -> None:
         gate.mu.uniform_(-2.0, 0.0, generator=generator)
         gate.log_sigma.uniform_(-4.0, 1.0, generator=generator)
         if closed:
-            dead = torch.rand(gate.units, generator=generator) < 0.3
-            dead[0], dead[-1] = False, True
-            gate.close(dead)
+            pruned = torch.rand(gate.units, generator=generator) < 0.3
+            pruned[0], pruned[-1] = False, True
+            gate.close(pruned)

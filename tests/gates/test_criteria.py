@@ -119,9 +119,9 @@ def as_tensors(values: list[list[float]]) -> tuple[dict[str, Tensor], dict[str, 
 @given(margins)
 def test_without_an_amount_the_sign_decides(values):
     scores, masks = as_tensors(values)
-    dead = choose_closed(scores, masks, keep=0)
-    assert all(torch.equal(dead[name], scores[name] >= 0) for name in scores)
-    masks = {name: ~dead[name] for name in masks}
+    closed = choose_closed(scores, masks, keep=0)
+    assert all(torch.equal(closed[name], scores[name] >= 0) for name in scores)
+    masks = {name: ~closed[name] for name in masks}
     again = choose_closed(scores, masks, keep=0)
     assert not any(mask.any() for mask in again.values())
 
@@ -129,8 +129,8 @@ def test_without_an_amount_the_sign_decides(values):
 @given(margins, st.floats(0, 1), st.booleans())
 def test_an_amount_is_a_cap_and_beyond_it_a_target(values, amount, beyond):
     scores, masks = as_tensors(values)
-    dead = choose_closed(scores, masks, amount=amount, beyond=beyond, keep=0)
-    flat, chosen = torch.cat(list(scores.values())), torch.cat(list(dead.values()))
+    closed = choose_closed(scores, masks, amount=amount, beyond=beyond, keep=0)
+    flat, chosen = torch.cat(list(scores.values())), torch.cat(list(closed.values()))
     count = round(amount * len(flat))
     expected = count if beyond else min(count, int((flat >= 0).sum()))
     assert int(chosen.sum()) == expected
@@ -141,9 +141,9 @@ def test_an_amount_is_a_cap_and_beyond_it_a_target(values, amount, beyond):
 @given(margins, st.integers(1, 3))
 def test_some_gates_stay_at_each_site(values, keep):
     scores, masks = as_tensors(values)
-    dead = choose_closed(scores, masks, keep=keep)
+    closed = choose_closed(scores, masks, keep=keep)
     for name, mask in masks.items():
-        left = mask & ~dead[name]
+        left = mask & ~closed[name]
         assert int(left.sum()) >= min(keep, len(mask))
         expected = max(min(keep, len(mask)), int((scores[name] < 0).sum()))
         assert int(left.sum()) == expected

@@ -81,9 +81,9 @@ def test_closed_gates_stay_closed_unless_regrowth_is_asked_for():
 @given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), max_size=5))
 def test_masks_are_monotone(history):
     gate = NoiseGate(4)
-    for dead in history:
+    for pruned in history:
         before = gate.mask.clone()
-        gate.close(torch.tensor(dead))
+        gate.close(torch.tensor(pruned))
         assert not (gate.mask & ~before).any()
 
 

@@ -15,23 +15,23 @@ from torchprune_bayes.gates import Gates, NoiseGate, Site, attach_gates, fold_ga
 from torchprune_bayes.methods import BMRS, find_method, prune_gated, prune_global
 
 
-def gated_conv(dead: list[int], units: int = 6) -> tuple[nn.Conv2d, NoiseGate]:
-    """A convolution with a gate whose ``dead`` channels have collapsed, the last one most."""
+def gated_conv(pruned: list[int], units: int = 6) -> tuple[nn.Conv2d, NoiseGate]:
+    """A convolution with a gate whose ``pruned`` channels have collapsed, the last one most."""
     torch.manual_seed(0)
     layer = nn.Conv2d(3, units, 3)
     gate = attach_gates(layer, ["*"])[""]
-    collapse(gate, dead)
+    collapse(gate, pruned)
     return layer, gate
 
 
 @torch.no_grad()
-def collapse(gate: NoiseGate, dead: list[int]) -> None:
-    for rank, unit in enumerate(dead):
+def collapse(gate: NoiseGate, pruned: list[int]) -> None:
+    for rank, unit in enumerate(pruned):
         gate.mu[unit], gate.log_sigma[unit] = -18.0 - 0.1 * rank, 1.0
 
 
 def rows(layer: nn.Module) -> list[int]:
-    """Rows of the weight that are alive."""
+    """Rows of the weight that are remaining."""
     mask = layer.get_buffer("weight_mask")
     assert torch.equal(
         mask, mask.flatten(1)[:, :1].view(-1, *[1] * (mask.ndim - 1)).expand_as(mask)

@@ -144,9 +144,9 @@ def test_the_cheapest_groups_go_whatever_the_layer():
     inverse, groups = inverse_of(calibration, 0.01)
     flat, kept = flat_of(calibration.space.values()), flat_of(decision.masks)
     costs = torch.tensor([cost(inverse, flat, group) for group in groups])
-    alive = kept[groups].all(-1)
-    assert int((~alive).sum()) == 10
-    assert costs[~alive].max() < costs[alive].min()
+    whole = kept[groups].all(-1)
+    assert int((~whole).sum()) == 10
+    assert costs[~whole].max() < costs[whole].min()
 
 
 def test_greedy_groups_are_removed_as_by_a_loop_over_dense_inverses():
@@ -167,7 +167,7 @@ def test_greedy_groups_are_removed_as_by_a_loop_over_dense_inverses():
 def test_what_is_pruned_already_counts_and_stays(method, pattern):
     model = mixed()
     with torch.no_grad():
-        model[3].weight[:, 1] = 0.0  # alive all the same
+        model[3].weight[:, 1] = 0.0  # remaining all the same
     for module, name in places(model):
         prune.random_unstructured(module, name, 0.3)
     before = all_groups(calibration_of(model).space.masks())

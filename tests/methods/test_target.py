@@ -17,10 +17,10 @@ from torchprune_bayes.types import Masks, Scores
 PATHS = st.sampled_from(["cubic", "geometric", "linear"])
 
 
-def random_case(sizes: list[int], alive: float, seed: int) -> tuple[Scores, Masks]:
+def random_case(sizes: list[int], share: float, seed: int) -> tuple[Scores, Masks]:
     generator = torch.Generator().manual_seed(seed)
     scores = {f"{i}": torch.randn(n, generator=generator) for i, n in enumerate(sizes)}
-    masks = {name: torch.rand(len(s), generator=generator) < alive for name, s in scores.items()}
+    masks = {name: torch.rand(len(s), generator=generator) < share for name, s in scores.items()}
     return scores, masks
 
 
@@ -97,10 +97,10 @@ def test_the_papers_threshold_with_its_own_fraction(size, sparsity, seed):
 
 def test_the_papers_threshold_on_a_pruned_tensor_counts_the_whole():
     scores = {"w": torch.arange(1.0, 11.0)}
-    alive = {"w": torch.arange(10) >= 2}
-    kept = Target(alive, 0.5, strict=True).keep(0, scores, alive)
+    masks = {"w": torch.arange(10) >= 2}
+    kept = Target(masks, 0.5, strict=True).keep(0, scores, masks)
     # Half of the 8 remaining entries are 4, so 6 of 10 are to go; the strict rule takes one more.
-    assert torch.equal(kept["w"], strict_slowly(scores["w"], alive["w"], 0.6))
+    assert torch.equal(kept["w"], strict_slowly(scores["w"], masks["w"], 0.6))
     assert count(kept) == 3
 
 

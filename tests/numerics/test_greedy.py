@@ -112,9 +112,10 @@ def test_groups_of_one_are_single_weights(problem):
 
 def test_what_is_pruned_already_goes_first_and_counts_in_its_group():
     inverse = invert(torch.zeros(1, 1, 4), damping=1.0)
-    weights, alive = torch.tensor([[0.0, 0.0, 3.0, 2.0]]), torch.tensor([[True, False, True, True]])
-    record = greedy_removals(inverse, weights, kept=2, size=4, alive=alive)
+    weights = torch.tensor([[0.0, 0.0, 3.0, 2.0]])
+    remaining = torch.tensor([[True, False, True, True]])
+    record = greedy_removals(inverse, weights, kept=2, size=4, remaining=remaining)
     assert record.order[0, :2].tolist() == [1, 0]
-    alive[0, 3] = alive[0, 2] = False  # one more than the pattern asks for: none is removed
-    record = greedy_removals(inverse, weights, kept=2, size=4, alive=alive)
+    remaining[0, 3] = remaining[0, 2] = False  # one more than the pattern asks for: none is removed
+    record = greedy_removals(inverse, weights, kept=2, size=4, remaining=remaining)
     assert 0 not in record.order[0, :2].tolist()

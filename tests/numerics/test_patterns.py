@@ -87,18 +87,18 @@ def test_groups_that_do_not_fit_are_refused():
 
 @settings(max_examples=40)
 @given(problems(), st.data())
-def test_pruned_entries_fill_the_pattern_before_live_ones(problem, data):
+def test_pruned_entries_fill_the_pattern_before_remaining_ones(problem, data):
     gradients, weights, damping, size = problem
     kept = data.draw(st.integers(1, size - 1))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    alive = torch.rand(weights.shape, generator=generator) < 0.6
-    gradients, weights = gradients * alive.unsqueeze(1), weights * alive
+    remaining = torch.rand(weights.shape, generator=generator) < 0.6
+    gradients, weights = gradients * remaining.unsqueeze(1), weights * remaining
     weights[:, 0] = 0.0  # a remaining weight may be zero as well
-    by_cost = n_of_m_scores(invert(gradients, damping), weights, kept, size, alive)
-    for scores in (by_cost, n_of_m_ranks(weights.abs(), kept, size, alive)):
-        left = ((scores >= 1) & alive).unflatten(-1, (-1, size)).sum(-1)
-        remaining = alive.unflatten(-1, (-1, size)).sum(-1)
-        assert torch.equal(left, remaining.clamp_max(kept))
+    by_cost = n_of_m_scores(invert(gradients, damping), weights, kept, size, remaining)
+    for scores in (by_cost, n_of_m_ranks(weights.abs(), kept, size, remaining)):
+        left = ((scores >= 1) & remaining).unflatten(-1, (-1, size)).sum(-1)
+        before = remaining.unflatten(-1, (-1, size)).sum(-1)
+        assert torch.equal(left, before.clamp_max(kept))
 
 
 @settings(max_examples=40)

@@ -37,8 +37,8 @@ def flat(tensors: list[Tensor]) -> list[float]:
 
 def in_order_of_pruning(scores: list[Tensor], remaining: list[Tensor] | None) -> list[int]:
     values = flat(scores)
-    alive = [True] * len(values) if remaining is None else flat(remaining)
-    return sorted((i for i in range(len(values)) if alive[i]), key=lambda i: values[i])
+    taking_part = [True] * len(values) if remaining is None else flat(remaining)
+    return sorted((i for i in range(len(values)) if taking_part[i]), key=lambda i: values[i])
 
 
 def slow_masks(order: list[int], count: int, size: int) -> list[bool]:
@@ -110,15 +110,15 @@ def test_within_budget_prunes_the_fewest_that_meet_the_budget(
 def test_keep_strictly_above_follows_the_published_rule(case: Case, sparsity: float) -> None:
     scores, remaining = case
     values = flat(scores)
-    alive = [True] * len(values) if remaining is None else flat(remaining)
-    statistics = [v if a else 0 for v, a in zip(values, alive, strict=True)]
+    before = [True] * len(values) if remaining is None else flat(remaining)
+    statistics = [v if b else 0 for v, b in zip(values, before, strict=True)]
     k = math.ceil(len(values) * (1 - sparsity))
     threshold = math.inf if k == 0 else sorted(statistics, reverse=True)[k - 1]
 
     masks = keep_strictly_above(scores, sparsity, remaining)
 
     above = [v > threshold or sparsity == 0 for v in values]
-    assert flat(masks) == [a and b for a, b in zip(above, alive, strict=True)]
+    assert flat(masks) == [a and b for a, b in zip(above, before, strict=True)]
 
 
 @pytest.mark.parametrize("k", [0, 1, 49_999, 150_001, 250_000])
@@ -184,7 +184,7 @@ def test_scores_stay_as_they_are_and_may_require_grad() -> None:
     )
 
 
-def test_nan_counts_only_where_alive() -> None:
+def test_nan_counts_only_where_remaining() -> None:
     scores, remaining = torch.tensor([math.nan, 1.0, 0.5]), torch.tensor([False, True, True])
     assert smallest_k([scores], 1, [remaining])[0].tolist() == [False, True, False]
     assert keep_strictly_above([scores], 0.5, [remaining])[0].tolist() == [False, True, False]

@@ -99,8 +99,8 @@ def test_each_event_sees_the_moment_and_draws_anew(
     assert (first.seed, second.seed) == (5, first.fresh(1).seed)
     for calibration, masks in zip(Recording.seen, known[1:3], strict=True):
         rows = torch.cat(list(calibration.gradients()))
-        alive = sum(int(mask.sum()) for mask in calibration.space.masks().values())
-        assert rows.shape == (24, alive)
+        remaining = sum(int(mask.sum()) for mask in calibration.space.masks().values())
+        assert rows.shape == (24, remaining)
         assert mode == "hooks" or all(
             torch.equal(mask, masks[name]) for name, mask in calibration.space.masks().items()
         )
@@ -165,8 +165,8 @@ def test_gradients_under_masks_are_those_of_the_model_with_zeros() -> None:
         for tensor in ParameterSpace(model):
             tensor.leaf.mul_(masks[tensor.name])
     dense = torch.cat(list(calibration_for(model).gradients()))
-    alive = torch.cat([mask.flatten() for mask in masks.values()])
-    torch.testing.assert_close(seen, dense[:, alive])
+    remaining = torch.cat([mask.flatten() for mask in masks.values()])
+    torch.testing.assert_close(seen, dense[:, remaining])
 
 
 def test_subset_and_restriction_keep_the_masks() -> None:

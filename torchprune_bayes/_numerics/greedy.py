@@ -55,7 +55,7 @@ def greedy_removals(
     *,
     kept: int = 0,
     size: int = 1,
-    alive: Tensor | None = None,
+    remaining: Tensor | None = None,
 ) -> Removals:
     """Remove the entries of each block one by one, every time the one that costs the least.
 
@@ -65,7 +65,7 @@ def greedy_removals(
         kept: ``N`` of an N:M pattern: so many of every ``M`` consecutive entries stay. They come
             last in the order, at infinite cost.
         size: ``M``, a divisor of ``B``.
-        alive: Boolean ``[blocks, B]``; entries pruned already are ``False`` and removed first.
+        remaining: Boolean ``[blocks, B]``; entries pruned already are ``False`` and removed first.
 
     Cost: ``2B³`` multiplications and ``8B²`` bytes per block, in ``B`` steps over all blocks.
 
@@ -81,13 +81,13 @@ def greedy_removals(
     rest = weights.double().clone()
     left = torch.ones_like(rest, dtype=torch.bool)
     order, costs = torch.zeros_like(every), torch.full_like(rest, torch.inf)
-    dead = torch.zeros_like(left) if alive is None else ~alive
+    pruned = torch.zeros_like(left) if remaining is None else ~remaining
     removals = entries - entries // size * kept
     for step in range(removals):
         spare = left.unflatten(-1, (-1, size)).sum(-1) > kept
         free = left & spare.repeat_interleave(size, dim=-1)
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        scores = (rest.square() / (2.0 * diagonal)).masked_fill(dead, -1.0)
+        scores = (rest.square() / (2.0 * diagonal)).masked_fill(pruned, -1.0)
         cost, chosen = scores.masked_fill(~free, torch.inf).min(-1, keepdim=True)
         order[:, step], costs[:, step] = chosen[:, 0], cost[:, 0].clamp_min(0.0)
         column = matrix.gather(-1, chosen.unsqueeze(-2).expand(-1, entries, -1)).squeeze(-1)

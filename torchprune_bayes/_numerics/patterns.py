@@ -89,7 +89,7 @@ def group_scores(inverse: InverseFisher, weights: Tensor, size: int) -> Tensor:
 
 
 def n_of_m_scores(
-    inverse: InverseFisher, weights: Tensor, kept: int, size: int, alive: Tensor | None = None
+    inverse: InverseFisher, weights: Tensor, kept: int, size: int, remaining: Tensor | None = None
 ) -> Tensor:
     """Scores whose smallest leave the ``N`` best remaining entries of every ``M``.
 
@@ -101,7 +101,7 @@ def n_of_m_scores(
         weights: ``[blocks, B]``.
         kept: ``N``.
         size: ``M``; there are ``M!/(N!(M−N)!)`` ways.
-        alive: Boolean ``[blocks, B]``, ``False`` where an entry is pruned already.
+        remaining: Boolean ``[blocks, B]``, ``False`` where an entry is pruned already.
 
     Returns:
         ``[blocks, B]`` in [0, 2): below 1 where an entry is to be pruned, in the order of
@@ -123,22 +123,22 @@ def n_of_m_scores(
     costs = torch.stack(
         [removal_costs(inverses[..., way[:, None], way], groups[..., way]) for way in ways], dim=-1
     )
-    if alive is not None:
-        dead = (~alive).unflatten(-1, (-1, size))[..., ways].sum(-1)
-        costs = costs.masked_fill(dead < dead.amax(-1, keepdim=True), torch.inf)
+    if remaining is not None:
+        pruned = (~remaining).unflatten(-1, (-1, size))[..., ways].sum(-1)
+        costs = costs.masked_fill(pruned < pruned.amax(-1, keepdim=True), torch.inf)
     keep = torch.ones_like(groups).scatter(-1, ways[costs.argmin(-1)], 0.0)
     alone = groups.square() / (2.0 * inverses.diagonal(dim1=-2, dim2=-1))
     return _in_two_halves(keep, alone).flatten(-2)
 
 
-def n_of_m_ranks(scores: Tensor, kept: int, size: int, alive: Tensor) -> Tensor:
+def n_of_m_ranks(scores: Tensor, kept: int, size: int, remaining: Tensor) -> Tensor:
     """As :func:`n_of_m_scores`, for entries whose scores do not interact.
 
     Args:
         scores: Not negative, ``[..., B]``.
         kept: ``N``.
         size: ``M``.
-        alive: Boolean, like ``scores``.
+        remaining: Boolean, like ``scores``.
 
     Example:
         >>> n_of_m_ranks(torch.tensor([1.0, 4.0, 3.0, 2.0]), 2, 4, torch.ones(4).bool()) >= 1
@@ -146,7 +146,9 @@ def n_of_m_ranks(scores: Tensor, kept: int, size: int, alive: Tensor) -> Tensor:
     """
     _check_n_of_m(kept, size)
     groups = scores.double().unflatten(-1, (-1, size))
-    best = groups.masked_fill(~alive.unflatten(-1, (-1, size)), -1.0).argsort(dim=-1, stable=True)
+    best = groups.masked_fill(~remaining.unflatten(-1, (-1, size)), -1.0).argsort(
+        dim=-1, stable=True
+    )
     keep = torch.zeros_like(groups).scatter(-1, best[..., -kept:], 1.0)
     return _in_two_halves(keep, groups).flatten(-2)
 

@@ -50,10 +50,10 @@ def smallest_k(
         scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
         k: How many of the remaining entries to prune.
         remaining: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
-            already; ``None`` if all are alive. Scores of entries not alive have no effect.
+            already; ``None`` if none is. Scores of pruned entries have no effect.
 
     Returns:
-        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
+        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where pruned already.
 
     Raises:
         ArgumentError: If ``k`` is negative or larger than the number of remaining entries, a
@@ -90,10 +90,10 @@ def within_budget(
         costs: What one entry of each tensor costs, e.g. its FLOPs; finite and not negative.
         budget: What all kept entries may cost together, in the unit of ``costs``.
         remaining: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
-            already; ``None`` if all are alive. Entries not alive cost nothing.
+            already; ``None`` if none is. Pruned entries cost nothing.
 
     Returns:
-        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
+        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where pruned already.
 
     Raises:
         ArgumentError: If the budget or a cost is negative or not finite, a remaining score is NaN,
@@ -127,10 +127,10 @@ def keep_strictly_above(
         scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
         sparsity: Fraction of all ``n`` entries to prune, those pruned already included.
         remaining: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
-            already, which then takes part with score 0; ``None`` if all are alive.
+            already, which then takes part with score 0; ``None`` if none is.
 
     Returns:
-        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where not alive.
+        Boolean masks shaped like ``scores``, ``True`` keeps; ``False`` where pruned already.
 
     Raises:
         ArgumentError: If ``sparsity`` is outside [0, 1], a remaining score is NaN, or the
@@ -206,8 +206,8 @@ def _cumulative_counts(pools: Sequence[_Pool], low: int, shift: int) -> dict[Fra
     """Count, per distinct cost, the remaining keys up to the end of each bin.
 
     The bins start at ``low`` and are ``2**shift`` wide. Keys below them count in the first, as
-    they do in all cumulative counts. Keys above count in the last, together with entries not
-    alive: nobody asks for its count, as it holds the threshold when none of the others does.
+    they do in all cumulative counts. Keys above count in the last, together with pruned
+    entries: nobody asks for its count, as it holds the threshold when none of the others does.
     """
     high = low + (_BINS << shift) - 1
     device = pools[0].score.device

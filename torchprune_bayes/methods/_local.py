@@ -61,7 +61,7 @@ class LayerLocalPruning(PruningMethod):
 
     @abstractmethod
     def prune_rows(
-        self, gram: Tensor, weights: Tensor, alive: Tensor, count: int
+        self, gram: Tensor, weights: Tensor, remaining: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """New weights and mask ``[rows, n]`` of one layer, with ``count`` entries less."""
 
@@ -140,13 +140,13 @@ class LayerLocalPruning(PruningMethod):
         self, moment: InputMoment, weight: Tensor, mask: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         module, place = moment.module, moment.total.device
-        rows, alive = (matrix_of(module, t.to(place)) for t in (weight, mask))
+        rows, remaining = (matrix_of(module, t.to(place)) for t in (weight, mask))
         order = channels_last(module, rows.shape[-1]).to(place)
         back = order.argsort()
-        parts = shares(count, [int(part.sum()) for part in alive])
+        parts = shares(count, [int(part.sum()) for part in remaining])
         pruned = [
-            self.prune_rows(g[order][:, order], w[:, order], a[:, order], k)
-            for g, w, a, k in zip(moment.mean, rows, alive, parts, strict=True)
+            self.prune_rows(g[order][:, order], w[:, order], r[:, order], k)
+            for g, w, r, k in zip(moment.mean, rows, remaining, parts, strict=True)
         ]
         new, keep = (torch.stack(found)[..., back] for found in zip(*pruned, strict=True))
         return weight_of(module, new, weight), weight_of(module, keep, mask)

@@ -53,7 +53,7 @@ def check_fitted_to(curvature: EmpiricalFisher, masks: Masks) -> None:
     )
     if not fits:
         raise AlignmentError(
-            "Expected a curvature fitted to the entries that are alive now, got one of other "
+            "Expected a curvature fitted to the entries that remain now, got one of other "
             "tensors or of an earlier mask: fit it again."
         )
 

@@ -112,12 +112,12 @@ class Pattern:
             found.append(scores.flatten())
         return torch.cat(found)
 
-    def ranks(self, scores: Tensor, alive: Tensor) -> Tensor:
+    def ranks(self, scores: Tensor, remaining: Tensor) -> Tensor:
         """Scores in the pattern from those of single entries, ``[..., B]``, not negative."""
         if self.takes_whole_groups:
             norms = scores.unflatten(-1, (-1, self.size)).norm(dim=-1)
             return norms.repeat_interleave(self.size, dim=-1)
-        return n_of_m_ranks(scores, self.kept, self.size, alive)
+        return n_of_m_ranks(scores, self.kept, self.size, remaining)
 
     def target(
         self, masks: Masks, dims: Mapping[str, int], amount: Amount, *, steps: int, **options: str

@@ -28,9 +28,9 @@ class RankedGroup:
 
     Attributes:
         names: The tensors.
-        entries: Number of their entries, alive or not.
+        entries: Number of their entries, pruned or not.
         sparsities: Share of all entries that is pruned after each step.
-        goals: Entries pruned after each step, of those that were alive at the start.
+        goals: Entries pruned after each step, of those that remained at the start.
     """
 
     names: list[str]
@@ -98,16 +98,16 @@ class StepwisePruning(PruningMethod):
         Raises:
             CalibrationError: If the data gave no usable gradients.
         """
-        weights, alive = space.values(), space.masks()
-        groups = ranked_groups(alive, self.amount, self.scope, self._sparsities)
-        kept, reports = alive, []
+        weights, remaining = space.values(), space.masks()
+        groups = ranked_groups(remaining, self.amount, self.scope, self._sparsities)
+        kept, reports = remaining, []
         steps = range(len(groups[0].goals)) if self.regrows else _steps_that_prune(groups)
         for index, step in enumerate(steps):
             scores = self.score(index, weights, kept)
-            pool = alive if self.regrows else kept
+            pool = remaining if self.regrows else kept
             chosen: Masks = {}
             for group in groups:
-                done = sum(int((alive[name] & ~pool[name]).sum()) for name in group.names)
+                done = sum(int((remaining[name] & ~pool[name]).sum()) for name in group.names)
                 found = self._keep(group, step, done, scores, pool)
                 chosen |= dict(zip(group.names, found, strict=True))
             reports.append(_report(kept, chosen))
@@ -135,7 +135,7 @@ class StepwisePruning(PruningMethod):
 
 
 def ranked_groups(
-    alive: Masks,
+    remaining: Masks,
     amount: float | int | Mapping[str, int],
     scope: str,
     path: Callable[[float, float], list[float]],
@@ -143,25 +143,27 @@ def ranked_groups(
     """Plan the counts of all steps.
 
     Args:
-        alive: Remaining entries before the first step.
+        remaining: Remaining entries before the first step.
         amount: Fraction or number of them to prune in all, or the number for each tensor.
         scope: ``"global"`` or ``"layer"``.
         path: Gives the sparsities after each step from the last one and the one at the start,
             all shares of all entries.
 
     Raises:
-        ArgumentError: If more is to be pruned than is alive, or amounts are for other tensors.
+        ArgumentError: If more is to be pruned than remains, or amounts are for other tensors.
     """
-    if isinstance(amount, Mapping) and set(amount) != set(alive):
-        raise ArgumentError(f"Expected amounts for {', '.join(alive)}, got {', '.join(amount)}.")
+    if isinstance(amount, Mapping) and set(amount) != set(remaining):
+        raise ArgumentError(
+            f"Expected amounts for {', '.join(remaining)}, got {', '.join(amount)}."
+        )
     groups = []
-    for names in [[name] for name in alive] if scope == "layer" else [list(alive)]:
-        entries = sum(alive[name].numel() for name in names)
-        remaining = sum(int(alive[name].sum()) for name in names)
+    for names in [[name] for name in remaining] if scope == "layer" else [list(remaining)]:
+        entries = sum(remaining[name].numel() for name in names)
+        left = sum(int(remaining[name].sum()) for name in names)
         wanted = amount[names[0]] if isinstance(amount, Mapping) else amount
-        total, gone = count_to_prune(wanted, remaining), entries - remaining
+        total, gone = count_to_prune(wanted, left), entries - left
         # A fraction is taken as it is, not as the count makes it: the path is that of the papers.
-        share = total / max(remaining, 1) if isinstance(wanted, numbers.Integral) else float(wanted)
+        share = total / max(left, 1) if isinstance(wanted, numbers.Integral) else float(wanted)
         initial = gone / entries
         sparsities = path(min(initial + share * (1.0 - initial), 1.0), initial)
         before = [min(max(round(s * entries) - gone, 0), total) for s in sparsities[:-1]]

@@ -68,10 +68,10 @@ class SwapSelection:
 
     def _searched(self, best: _Judged, where: slice, gradients: Tensor) -> _Judged:
         """The best mask on the way of a search through some blocks."""
-        shape, alive, since = gradients.shape[::2], self._alive()[where], 0
+        shape, remaining, since = gradients.shape[::2], self._remaining()[where], 0
         for found in self._search_through(best.keep[where].unflatten(0, shape), where, gradients):
             keep = best.keep.clone()
-            keep[where] = found.flatten() & alive
+            keep[where] = found.flatten() & remaining
             judged = self._judged(keep)
             since = 0 if judged.loss < best.loss else since + 1
             best = min(best, judged, key=_loss)
@@ -105,7 +105,7 @@ class SwapSelection:
         scores, keep = scores.unflatten(-1, (-1, size)), keep.unflatten(-1, (-1, size))
         if self.pattern.takes_whole_groups:
             found = _perturbed_classes(scores.norm(dim=-1), members, generator)
-            return found.repeat_interleave(size) & self._alive()
+            return found.repeat_interleave(size) & self._remaining()
         scores = scores.masked_fill(self._classes().view_as(scores) < 0, -1.0)
         return perturbed_in_groups(scores, keep.sum(-1), generator).flatten()
 
@@ -145,7 +145,7 @@ class SwapSelection:
     def _weights(self) -> Tensor:
         return self.stage.step.flat
 
-    def _alive(self) -> Tensor:
+    def _remaining(self) -> Tensor:
         return self._fisher.remaining.gather(self.stage.masks)
 
     def _classes(self) -> Tensor:
@@ -155,7 +155,7 @@ class SwapSelection:
             name: torch.full(mask.shape, 0 if self.shared else index, device=mask.device)
             for index, (name, mask) in enumerate(remaining.masks.items())
         }
-        return remaining.gather(numbers).masked_fill(~self._alive(), -1)
+        return remaining.gather(numbers).masked_fill(~self._remaining(), -1)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class Target:
         final = total / max(start, 1) if is_count else float(amount)
         share = sparsity_path(self.path, final, self.steps)[step]
         if self.strict:
-            dead = 1.0 - start / sum(mask.numel() for mask in remaining)
-            return keep_strictly_above(ranked, share + (1.0 - share) * dead, remaining)
+            pruned = 1.0 - start / sum(mask.numel() for mask in remaining)
+            return keep_strictly_above(ranked, share + (1.0 - share) * pruned, remaining)
         goal = total if self._is_last(step) else round(share * start)
         return smallest_k(ranked, max(goal - (start - left), 0), remaining)
 

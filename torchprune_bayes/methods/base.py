@@ -138,15 +138,15 @@ class PruningMethod(BasePruningMethod):
         Raises:
             AlignmentError: If ``t`` is not the remaining entries of the calibration's parameters.
         """
-        alive = default_mask == 1
+        remaining = default_mask == 1
         keep = self._planned
         if keep is None:
-            space, decision = self._decide_on(t[alive])
+            space, decision = self._decide_on(t[remaining])
             keep = RemainingVector(space.masks()).gather(decision.masks)
             write_updates(space, decision.updates)
         self.release()
         mask = torch.zeros_like(default_mask)
-        mask[alive] = keep.to(mask)
+        mask[remaining] = keep.to(mask)
         return mask
 
     def prune(
@@ -168,12 +168,12 @@ class PruningMethod(BasePruningMethod):
             ArgumentError: If importance scores are passed.
         """
         self._refuse_scores(importance_scores)
-        alive = torch.ones_like(t).bool() if default_mask is None else default_mask == 1
-        space, decision = self._decide_on(t[alive])
-        remaining = RemainingVector(space.masks())
-        values = t[alive] if decision.updates is None else remaining.gather(decision.updates).to(t)
+        remaining = torch.ones_like(t).bool() if default_mask is None else default_mask == 1
+        space, decision = self._decide_on(t[remaining])
+        vector = RemainingVector(space.masks())
+        values = t[remaining] if decision.updates is None else vector.gather(decision.updates).to(t)
         pruned = torch.zeros_like(t)
-        pruned[alive] = values * remaining.gather(decision.masks).to(t.device)
+        pruned[remaining] = values * vector.gather(decision.masks).to(t.device)
         return pruned
 
     def decide_beside(self, space: ParameterSpace) -> Decision:

@@ -96,7 +96,7 @@ class BMRS(BasePruningMethod):
         """PyTorch's pruning API: mask the remaining units whose margin says so.
 
         Args:
-            t: Margins, the same for all entries of a unit, of the units that are alive.
+            t: Margins, the same for all entries of a unit, of the units that remain.
             default_mask: Shaped like ``t``, zero where an entry is pruned already.
 
         Returns:
@@ -104,10 +104,11 @@ class BMRS(BasePruningMethod):
         """
         others = [axis for axis in range(t.ndim) if axis != self.dim % t.ndim]
         margins = t.amax(dim=others) if others else t
-        alive = (default_mask != 0).sum(dim=others) > 0 if others else default_mask != 0
-        dead = choose_closed({"": margins}, {"": alive}, amount=self.amount, beyond=self.beyond)[""]
+        remaining = (default_mask != 0).sum(dim=others) > 0 if others else default_mask != 0
+        units = {"": remaining}
+        pruned = choose_closed({"": margins}, units, amount=self.amount, beyond=self.beyond)[""]
         mask = default_mask.clone()
-        return mask.index_fill_(self.dim, dead.nonzero().flatten(), 0)
+        return mask.index_fill_(self.dim, pruned.nonzero().flatten(), 0)
 
     @classmethod
     def apply(
@@ -148,7 +149,7 @@ class BMRS(BasePruningMethod):
                 lambda: method, module, name, importance_scores=scores
             )
             if method.dim == weight_dim(module, "out") and leaf(module, "bias") is not None:
-                kept = _live_units(getattr(module, f"{name}_mask"), method.dim)
+                kept = _remaining_units(getattr(module, f"{name}_mask"), method.dim)
                 prune.custom_from_mask(module, "bias", kept.to(module.bias))  # type: ignore[arg-type]
         return hook
 
@@ -227,14 +228,14 @@ def prune_gated(
         stack.enter_context(all_or_nothing([(m, n) for m, n, _, _ in owned], values=False))
         for module in {id(module): module for module, *_ in owned}.values():
             stack.enter_context(same_order(module))
-        for module, name, dim, alive in owned:
-            _mask_units(module, name, dim, alive)
+        for module, name, dim, remaining in owned:
+            _mask_units(module, name, dim, remaining)
     return {name: mask.clone() for name, mask in gates.masks.items()}
 
 
 def _owned(gates: Gates) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
     for name, site in gates.sites.items():
-        alive = gates[name].mask.repeat_interleave(site.repeat)
+        remaining = gates[name].mask.repeat_interleave(site.repeat)
         places: list[tuple[str, Side]] = [(site.module, site.side)]
         if site.producer not in (None, site.module):
             assert site.producer is not None
@@ -243,22 +244,22 @@ def _owned(gates: Gates) -> Iterator[tuple[nn.Module, str, int, Tensor]]:
             module = gates.model.get_submodule(module_name)
             weight = leaf(module, "weight")
             assert weight is not None
-            yield module, "weight", weight_dim(module, side) if weight.ndim > 1 else 0, alive
+            yield module, "weight", weight_dim(module, side) if weight.ndim > 1 else 0, remaining
             if side == "out" and leaf(module, "bias") is not None:
-                yield module, "bias", 0, alive
+                yield module, "bias", 0, remaining
 
 
-def _mask_units(module: nn.Module, name: str, dim: int, alive: Tensor) -> None:
+def _mask_units(module: nn.Module, name: str, dim: int, remaining: Tensor) -> None:
     tensor, known = leaf(module, name), getattr(module, f"{name}_mask", None)
     assert tensor is not None
     sizes = [1] * tensor.ndim
     sizes[dim] = -1
-    mask = alive.to(tensor).view(sizes).expand(tensor.shape).contiguous()
+    mask = remaining.to(tensor).view(sizes).expand(tensor.shape).contiguous()
     if bool((mask if known is None else mask - known).min() < (1 if known is None else 0)):
         prune.custom_from_mask(module, name, mask)
 
 
-def _live_units(mask: Tensor, dim: int) -> Tensor:
+def _remaining_units(mask: Tensor, dim: int) -> Tensor:
     others = [axis for axis in range(mask.ndim) if axis != dim]
     return mask.sum(dim=others) > 0
 

@@ -76,10 +76,10 @@ class GreedyOBS(WoodFisher):
 
     def _removals(self, inverse: InverseFisher, weights: Tensor, remaining: Tensor) -> Tensor:
         if self.pattern is None:
-            return greedy_removals(inverse, weights, alive=remaining).scores()
+            return greedy_removals(inverse, weights, remaining=remaining).scores()
         size = self.pattern.size
         if self.pattern.takes_whole_groups:
             record = greedy_group_removals(inverse, weights, size)
             return record.scores().repeat_interleave(size, dim=-1)
         kept = self.pattern.kept
-        return greedy_removals(inverse, weights, kept=kept, size=size, alive=remaining).scores()
+        return greedy_removals(inverse, weights, kept=kept, size=size, remaining=remaining).scores()

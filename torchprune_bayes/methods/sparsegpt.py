@@ -78,28 +78,28 @@ class SparseGPT(LayerLocalPruning):
         return wide(weights).square() / inverse.diagonal()
 
     def prune_rows(
-        self, gram: Tensor, weights: Tensor, alive: Tensor, count: int
+        self, gram: Tensor, weights: Tensor, remaining: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """One sweep over the columns."""
         if self.pattern is not None:
             kept, group = self.pattern.kept, self.pattern.size
 
             def best(columns: slice, values: Tensor, costs: Tensor) -> Tensor:
-                ranked = costs.masked_fill(~alive[:, columns], -1.0)
+                ranked = costs.masked_fill(~remaining[:, columns], -1.0)
                 chosen = ranked.topk(min(kept, ranked.shape[1]), dim=1).indices
                 return (
-                    torch.zeros_like(alive[:, columns]).scatter(1, chosen, True)
-                    & (alive[:, columns])
+                    torch.zeros_like(remaining[:, columns]).scatter(1, chosen, True)
+                    & (remaining[:, columns])
                 )
 
             block = -(-self.block_size // group) * group
             return sweep(damped(gram, self.damping), weights, best, group=group, block=block)
-        starts = range(0, alive.shape[1], self.block_size)
-        blocks = [int(alive[:, start : start + self.block_size].sum()) for start in starts]
+        starts = range(0, remaining.shape[1], self.block_size)
+        blocks = [int(remaining[:, start : start + self.block_size].sum()) for start in starts]
         counts = dict(zip(starts, shares(count, blocks), strict=True))
 
         def smallest(columns: slice, values: Tensor, costs: Tensor) -> Tensor:
-            return smallest_k([costs], counts[columns.start], [alive[:, columns]])[0]
+            return smallest_k([costs], counts[columns.start], [remaining[:, columns]])[0]
 
         matrix, size = damped(gram, self.damping), self.block_size
         return sweep(matrix, weights, smallest, group=size, block=size)

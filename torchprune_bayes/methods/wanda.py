@@ -72,20 +72,20 @@ class Wanda(LayerLocalPruning):
         return wide(weights).abs() * wide(gram).diagonal().clamp_min(0.0).sqrt()
 
     def prune_rows(
-        self, gram: Tensor, weights: Tensor, alive: Tensor, count: int
+        self, gram: Tensor, weights: Tensor, remaining: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """The smallest scores of each output, or of all."""
         scores = self.scores(gram, weights)
         if self.pattern is not None:
-            ranks = self.pattern.ranks(scores, alive)
-            keep = smallest_k([ranks], count, [alive])[0]
+            ranks = self.pattern.ranks(scores, remaining)
+            keep = smallest_k([ranks], count, [remaining])[0]
         elif self.compare == "layer":
-            keep = smallest_k([scores], count, [alive])[0]
+            keep = smallest_k([scores], count, [remaining])[0]
         else:
             # Ties go by index; what is pruned already comes before everything.
-            order = scores.masked_fill(~alive, -1.0).argsort(dim=1, stable=True)
-            gone = (~alive).sum(1) + torch.tensor(
-                shares(count, alive.sum(1).tolist()), device=alive.device
+            order = scores.masked_fill(~remaining, -1.0).argsort(dim=1, stable=True)
+            gone = (~remaining).sum(1) + torch.tensor(
+                shares(count, remaining.sum(1).tolist()), device=remaining.device
             )
             keep = order.argsort(dim=1) >= gone.unsqueeze(1)
         return weights * keep, keep

@@ -55,7 +55,7 @@ class Shrinking:
     ) -> None:
         self.model, self.recipe, self.costs, self.measured = model, recipe, costs, measured
         self.original, self.groups = list(groups), list(groups)
-        self.alive = {group.name: torch.arange(group.units) for group in groups}
+        self.remaining = {group.name: torch.arange(group.units) for group in groups}
         self.changes: list[Change] = []
         self.steps = 0
         self.curves: list[LossCurve] = []
@@ -89,7 +89,7 @@ class Shrinking:
         """Return the plan that leads from the model at the start to the present one."""
         self.undo()
         try:
-            return plan_of(self.model, self.original, self.alive)
+            return plan_of(self.model, self.original, self.remaining)
         finally:
             self._redo()
 
@@ -147,7 +147,7 @@ class Shrinking:
             self.repairs.append(report)
         self.groups = groups_after(self.groups, plan, kept)
         for name, units in kept.items():
-            self.alive[name] = self.alive[name][units]
+            self.remaining[name] = self.remaining[name][units]
         self.steps += 1
 
     def _repairs_with(self, values: Mapping[str, Tensor] | None) -> Calibration | None:

@@ -140,7 +140,7 @@ def _kept(
     """Units that stay, from prunings whose indices count what was left at the time."""
     _, tensors = first_names(model)
     left: dict[tuple[str, int], Tensor] = {}
-    alive = {group.name: torch.ones(group.units, dtype=torch.bool) for group in groups}
+    remaining = {group.name: torch.ones(group.units, dtype=torch.bool) for group in groups}
     for name, makes, indices in history:
         weight = f"{name}.weight" if name else "weight"
         group, place, positions = _pruned_at(groups, weight, reads=not makes)
@@ -151,7 +151,7 @@ def _kept(
                 f"Expected whole units of `{group.name}` to be pruned, got a part of one."
             )
         units = gone.all(1)
-        alive[group.name] &= ~units
+        remaining[group.name] &= ~units
         for piece in group.slices:
             place = (piece.name, piece.dim)
             if place[0] in tensors:
@@ -161,7 +161,7 @@ def _kept(
                 left[place] = present[~torch.isin(present, lost)]
     return {
         name: units.nonzero()[:, 0]
-        for name, units in alive.items()
+        for name, units in remaining.items()
         if not bool(units.all()) and bool(units.any())
     }
 
