@@ -4,37 +4,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.experiments.generated import write_mnist
 from torchprune_bayes.cli import main
-from torchprune_bayes.cli._headlines import HEADLINES
-from torchprune_bayes.cli._options import checked_options
-from torchprune_bayes.cli.reproduce import mlpnet
-from torchprune_bayes.methods import find_method
+from torchprune_bayes.experiments.networks import mlpnet
 
 pytest.importorskip("torchvision")
-
-
-def write_mnist(folder, images=400):
-    """The four files of MNIST: bars whose place is the class."""
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    labels = torch.arange(images, dtype=torch.uint8) % 10
-    pixels = torch.randint(60, (images, 28, 28), dtype=torch.uint8)
-    for image, label in zip(pixels, labels.tolist(), strict=True):
-        image[2 * label + 3 : 2 * label + 6] = 250
-    for split in ("train", "t10k"):
-        sizes = b"".join(size.to_bytes(4, "big") for size in (0x803, images, 28, 28))
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(sizes + pixels.numpy().tobytes())
-        sizes = b"".join(size.to_bytes(4, "big") for size in (0x801, images))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(sizes + labels.numpy().tobytes())
-    return folder
-
-
-@pytest.mark.parametrize("name", HEADLINES)
-def test_settings_are_those_of_registered_methods(name):
-    for setting in HEADLINES[name].settings:
-        assert checked_options(setting.method, setting.options) == dict(setting.options)
-        assert find_method(setting.method).needs_calibration == bool(setting.samples)
-        assert setting.published
 
 
 def test_the_paper_s_numbers_stand_beside_ours(tmp_path, capsys):
@@ -53,7 +27,7 @@ def test_the_paper_s_numbers_stand_beside_ours(tmp_path, capsys):
 
 def test_a_checkpoint_is_not_trained(tmp_path):
     torch.manual_seed(1)
-    data, model = write_mnist(tmp_path / "data"), mlpnet()
+    data, model = write_mnist(tmp_path / "data"), mlpnet((1, 28, 28), 10)
     save_file(model.state_dict(), tmp_path / "mine.safetensors")
     words = ["--data", str(data), "--checkpoint", str(tmp_path / "mine.safetensors")]
     words += ["--scale", "0.004", "--output", str(tmp_path)]
@@ -66,8 +40,15 @@ def test_a_checkpoint_is_not_trained(tmp_path):
     ("words", "message"),
     [
         (["--data", "nowhere"], "Expected MNIST in `nowhere` as torchvision lays it out"),
-        (["--data", "nowhere", "--scale", "0"], "Expected `--scale` above 0, got 0."),
-        (["--data", "nowhere", "--scale", "2"], "Expected `--scale`"),
+        (["--data", "nowhere", "--scale", "0"], "Expected `--scale`"),
+        (["--data", "nowhere", "--scale", "2"], "Expected `--scale` of at most 1, got 2."),
+        (["--data", "nowhere", "--width", "1.5"], "Expected `--width` of at most 1, got 1.5."),
+        (["--data", "nowhere", "--image-size", "2"], "Expected `--image-size`"),
+        (["--data", "nowhere", "--device", "moon"], "Expected a device that is there, got 'moon'"),
+        (["--data", "nowhere", "--masks", "none"], "Expected a file of masks, got `none`"),
+        (["--data", "nowhere", "--model", "gpt2"], "Expected an experiment on texts"),
+        (["--data", "nowhere", "--options.speed", "9"], "Expected an option of the experiment's"),
+        (["--data", "nowhere", "--options.rho", "x"], "Expected `swap_range` to be int, got 'x'"),
         (["--data", "nowhere", "--seeds", "0"], "Expected `--seeds`"),
     ],
 )
@@ -78,3 +59,68 @@ def test_wrong_usage_is_one_line(tmp_path, capsys, words, message):
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
     assert not out.exists()
+
+
+def test_options_go_by_the_names_of_the_paper_and_its_methods(tmp_path):
+    data = write_mnist(tmp_path / "data")
+    words = ["--data", str(data), "--scale", "0.004", "--output", str(tmp_path / "out")]
+    options = [
+        "--options.tau",
+        "2",
+        "--options.perturbations",
+        "2",
+        "--options.max_iterations",
+        "3",
+    ]
+    assert main(["reproduce", "cbs-mlpnet", *words, *options]) == 0
+    config = (tmp_path / "out" / "config.yaml").read_text()
+    assert "tau: '2'" in config or "tau: 2" in config
+    again = ["--config", str(tmp_path / "out" / "config.yaml"), "--output", str(tmp_path / "two")]
+    assert main(["reproduce", *again]) == 0
+    first, second = (
+        json.loads((tmp_path / name / "reproduce.json").read_text()) for name in ("out", "two")
+    )
+    assert first == second
+
+
+def test_saved_masks_are_updated_alone(tmp_path, capsys):
+    data, model = write_mnist(tmp_path / "data"), mlpnet((1, 28, 28), 10)
+    masks = {name: torch.rand(p.shape) > 0.5 for name, p in model.named_parameters()}
+    save_file(masks, tmp_path / "masks.safetensors")
+    words = ["--data", str(data), "--scale", "0.004", "--output", str(tmp_path / "out")]
+    words += [
+        "--options.perturbations",
+        "2",
+        "--options.max_iterations",
+        "2",
+        "--masks",
+        str(tmp_path / "masks.safetensors"),
+    ]
+    assert main(["reproduce", "cbs-mlpnet", *words]) == 0
+    rows = json.loads((tmp_path / "out" / "reproduce.json").read_text())
+    pruned = sum(int((~mask).sum()) for mask in masks.values())
+    [row] = [row for row in rows if row["label"] == "cbs, update of saved masks"]
+    weights = sum(p.numel() for p in model.parameters())
+    assert row["compression"] == pytest.approx(100 * pruned / weights, abs=0.01)
+
+    save_file({"other": torch.ones(2, dtype=torch.bool)}, tmp_path / "masks.safetensors")
+    assert main(["reproduce", "cbs-mlpnet", *words]) == 2
+    assert "Expected masks of the network in" in capsys.readouterr().err
+    assert main(["reproduce", "woodfisher-mlpnet", *words[:6], *words[-2:]]) == 2
+    assert "Expected an experiment of CBS with `--masks`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--tuning", "--random-labels"])
+def test_held_out_and_random_labels_are_said(tmp_path, capsys, flag):
+    torch.manual_seed(0)
+    data, out = write_mnist(tmp_path / "data", images=400), tmp_path / "out"
+    words = ["--data", str(data), "--scale", "0.2", "--output", str(out), flag]
+    assert main(["reproduce", "woodfisher-mlpnet", *words]) == 0
+    printed = capsys.readouterr().out
+    dense = json.loads((out / "reproduce.json").read_text())[0]["ours"]
+    if flag == "--tuning":
+        assert "accuracy on held-out training examples" in printed
+        assert (dense * 80 / 100) % 1 == pytest.approx(0.0, abs=1e-6)  # of 80 images
+    else:
+        assert "Trained on labels drawn at random." in printed
+        assert dense < 40  # the test labels are as they were

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
@@ -14,13 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchprune_bayes._extras import optional
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-
-FORMATS = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
-"""Endings of files that are read as texts."""
-
-Rows = Sequence[Mapping[str, Any]]
+from torchprune_bayes.experiments.rows import FORMATS, Rows, read_rows
+from torchprune_bayes.experiments.texts import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ def text_batches(source: str, model: nn.Module, options: TextOptions) -> list[di
         MissingExtraError: If transformers is not installed.
     """
     tokenizer = _tokenizer(model)
-    rows = _rows(source, options)
+    rows = read_rows(source, has_header=not options.columns[0].isdigit())
     if not rows:
         raise ArgumentError(f"Expected texts in `{source}`, got none.")
     label = None if _is_language_model(model) else options.label
@@ -98,18 +92,7 @@ def _tokenizer(model: nn.Module) -> Any:
             f"Expected a model of transformers (--model hf:NAME) for texts, got "
             f"{type(model).__name__}: give --data as module:callable for other models."
         )
-    with optional("transformers", "hf"):
-        from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ArgumentError(
-            f"Expected a tokenizer beside the model `{name}`, got: {reason} Save one there with "
-            "tokenizer.save_pretrained."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(name)
     if getattr(config, "pad_token_id", None) is None:
         # Classifiers that read the last token must know which tokens are padding.
         config.pad_token_id = tokenizer.pad_token_id  # type: ignore[union-attr]
@@ -118,51 +101,6 @@ def _tokenizer(model: nn.Module) -> Any:
 
 def _is_language_model(model: nn.Module) -> bool:
     return type(model).__name__.endswith(("LMHeadModel", "ForCausalLM"))
-
-
-def _rows(source: str, options: TextOptions) -> Rows:
-    if source.startswith("hf:"):
-        return _from_hub(source.removeprefix("hf:"))
-    path = Path(source)
-    try:
-        return _from_file(path, has_header=not options.columns[0].isdigit())
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise ArgumentError(f"Expected a file of texts, got: {error}") from error
-
-
-def _from_file(path: Path, *, has_header: bool) -> Rows:
-    ending = path.suffix.lower()
-    if ending == ".parquet":
-        with optional("pyarrow", "hf"):
-            from pyarrow import ArrowException, parquet
-        try:
-            return [*parquet.read_table(path).to_pylist()]
-        except ArrowException as error:
-            raise ArgumentError(f"Expected a parquet file, got: {error}") from error
-    if ending in (".jsonl", ".json"):
-        text = path.read_text(encoding="utf-8")
-        whole = text.lstrip().startswith("[")
-        return json.loads(text) if whole else [json.loads(x) for x in text.splitlines() if x]
-    with open(path, encoding="utf-8", newline="") as file:
-        if ending == ".txt":
-            return [{"text": line.rstrip("\n")} for line in file if line.strip()]
-        if ending == ".tsv":
-            cells = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        else:
-            cells = list(csv.reader(file))
-    names = cells[0] if cells and has_header else [str(n) for n in range(len(cells[0]))]
-    return [dict(zip(names, row, strict=False)) for row in cells[has_header:] if row]
-
-
-def _from_hub(name: str) -> Rows:
-    name, _, split = name.partition("@")
-    with optional("datasets", "hf"):
-        from datasets import load_dataset
-    try:
-        return list(load_dataset(name, split=split or "train"))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ArgumentError(f"Expected a data set of the Hub, got: {reason}") from error
 
 
 def _classified(

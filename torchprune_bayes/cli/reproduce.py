@@ -3,192 +3,229 @@
 from __future__ import annotations
 
 import argparse
-import itertools
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from torchprune_bayes._checks import check_count, check_fraction
-from torchprune_bayes._extras import optional
 from torchprune_bayes._files import check_writable
-from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.cli._headlines import HEADLINES, Headline, Setting
 from torchprune_bayes.cli._help import Parser, command_parser
+from torchprune_bayes.cli._options import checked_options, options_of
 from torchprune_bayes.cli._plan import in_words
 from torchprune_bayes.cli._results import write_config
 from torchprune_bayes.cli._sources import load_checkpoint
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.methods import prune_global
-from torchprune_bayes.params import prunable_parameters
-from torchprune_bayes.reports import ResultsTable, evaluate
+from torchprune_bayes.experiments import EXPERIMENTS, Experiment
+from torchprune_bayes.experiments.engine import as_table, load_split, run_experiment
+from torchprune_bayes.experiments.starts import Trained
+from torchprune_bayes.experiments.tables.cbs import PUBLISHED_NAMES
+from torchprune_bayes.experiments.trial import Setting
+from torchprune_bayes.experiments.weights import Method, SavedMasks
+from torchprune_bayes.methods import find_method
+from torchprune_bayes.reports import ResultsTable
 
 SUMMARY = "repeat a published table, with the paper's numbers beside ours"
 """One line for the list of commands."""
 
+_NAMES = "\n".join(
+    f"  {name:<{max(map(len, EXPERIMENTS))}}  {it.title}" for name, it in EXPERIMENTS.items()
+)
+
 _DESCRIPTION = f"""\
-Repeat a table of a paper on data that you have: the network is trained, or loaded from
---checkpoint, pruned at once by the methods and settings of the table, and not fine-tuned.
-NAME is one of {", ".join(HEADLINES)}.
+Repeat a table of a paper on data that you have. NAME is one of
 
-DATA is a folder as torchvision.datasets.MNIST(DATA) makes it; nothing is downloaded. --scale
-takes that share of the epochs and of the calibration samples.
+{_NAMES}
 
-OUTPUT holds reproduce.json and reproduce.csv, a row per run, and config.yaml, for --config.
+DATA is the folder of the data set as torchvision or the Hub lays it out, train/CLASS/ and
+val/CLASS/ for image folders, train.csv and test.csv for texts; nothing is downloaded.
+
+--scale takes that share of the epochs and of the calibration samples (below one epoch, of the
+training examples), --width of the channels of each layer, for machines without an accelerator.
+
+OUTPUT holds reproduce.json, reproduce.csv and reproduce.tex, a row per run in the first two,
+figures where the paper has some, and config.yaml, for --config.
 """
 
 _EXAMPLES = """\
   torchprune-bayes reproduce woodfisher-mlpnet --data DATA
-  torchprune-bayes reproduce cbs-mlpnet --data DATA --scale 0.1 --seeds 3
+  torchprune-bayes reproduce cbs-mlpnet --data DATA --scale 0.1 --seeds 3 --options.rho 20
   torchprune-bayes reproduce cbs-mlpnet --data DATA --checkpoint authors.safetensors
+  torchprune-bayes reproduce woodfisher-resnet50 --data imagenet --checkpoint resnet50.pth
 """
-
-_MEAN, _STD = 0.1307, 0.3081
-_SIZES = (784, 40, 20, 10)
-_FEWEST = 32  # samples, at any scale
-_COLUMNS = ("label", "sparsity", "paper")
 
 
 def build_parser() -> Parser:
     """The parser of the subcommand."""
     parser = command_parser(description=_DESCRIPTION, examples=_EXAMPLES)
     add = parser.add_argument
-    add("name", choices=list(HEADLINES), metavar="NAME", help="which table")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="root of torchvision's MNIST")
-    add(
-        "--checkpoint", type=Path, metavar="FILE", help="weights of the network; else it is trained"
-    )
+    add("name", choices=list(EXPERIMENTS), metavar="NAME", help="which table")
+    add("--data", type=Path, required=True, metavar="FOLDER", help="where the data set is")
+    add("--checkpoint", type=Path, metavar="FILE", help="weights; else the network is trained")
+    add("--model", type=str, metavar="NAME", help="transformer of the Hub or a folder of one")
     add("--scale", type=float, default=1.0, metavar="S", help="share of the full setting, up to 1")
-    add("--seeds", type=int, default=1, metavar="N", help="draws of the calibration samples")
+    add("--width", type=float, default=1.0, metavar="W", help="share of the channels, up to 1")
+    add("--image-size", type=int, metavar="N", help="pixels, in the place of the experiment's")
+    add("--seeds", type=int, default=1, metavar="N", help="how often, with other random numbers")
+    add("--device", type=str, default="cpu", help="cpu, cuda, ...")
+    add("--options", type=dict[str, Any], default={}, metavar="K=V", help="options of the methods")
+    add("--masks", type=Path, metavar="FILE", help="masks.safetensors for CBS's update alone")
+    add("--matched", type=Path, metavar="FILE", help="reproduce.json with compressions to match")
+    add("--tuning", action="store_true", help="measure on a fifth of the training data instead")
+    add("--random-labels", action="store_true", help="train on labels drawn at random")
     add("--output", type=Path, default=Path("reproduced"), metavar="FOLDER", help="where to write")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train or load, prune, print and write; returns the exit code."""
-    check_count("--seeds", arguments.seeds)
-    check_fraction("--scale", arguments.scale)
-    if not arguments.scale:
-        raise ArgumentError("Expected `--scale` above 0, got 0.")
-    headline = HEADLINES[arguments.name]
-    train, test = (_mnist(arguments.data, training) for training in (True, False))
+    setting = _setting(arguments)
+    experiment = _with_options(EXPERIMENTS[arguments.name], arguments.options)
+    _check_inputs(arguments.name, experiment, arguments)
+    data = load_split(experiment, arguments.data, setting)
     check_writable(arguments.output)
-    begin = perf_counter()
-    model = mlpnet()
-    if arguments.checkpoint is None:
-        _train(model, train, max(1, round(headline.epochs * arguments.scale)))
-    else:
-        load_checkpoint(model, arguments.checkpoint)
-    table = ResultsTable()
-    table.add(label="dense", sparsity=0.0, paper=headline.dense, seed=0, ours=_percent(model, test))
-    for setting in headline.settings:
-        for sparsity, published in setting.published.items():
-            for seed in range(arguments.seeds if setting.samples else 1):
-                twin = _pruned(model, train, setting, sparsity, seed, arguments.scale)
-                table.add(
-                    label=setting.label,
-                    sparsity=sparsity,
-                    paper=published,
-                    seed=seed,
-                    ours=_percent(twin, test),
-                )
-    files = [arguments.output / f"reproduce.{ending}" for ending in ("json", "csv")]
-    table.to_json(files[0])
-    table.to_csv(files[1])
+    begin, rows = perf_counter(), list[Mapping[str, Any]]()
+    for row in run_experiment(experiment, data, setting):
+        rows.append(row)
+        files = _written(as_table(rows), arguments.output)
     files.append(write_config(arguments))
-    print(_shown(headline, table, arguments.scale))
+    print(_shown(experiment, as_table(rows), setting))
     seconds = in_words(perf_counter() - begin)
     print(f"wrote {', '.join(map(str, files))} in {seconds}")
     return 0
 
 
-def mlpnet() -> nn.Sequential:
-    """MLPNet: 784-40-20-10 with ReLU and no biases, as the tables of these papers have it."""
-    model = nn.Sequential(nn.Flatten())
-    for number, (inputs, outputs) in enumerate(itertools.pairwise(_SIZES), start=1):
-        if number > 1:
-            model.add_module(f"relu{number - 1}", nn.ReLU())
-        model.add_module(f"fc{number}", nn.Linear(inputs, outputs, bias=False))
-    return model
-
-
-def _mnist(root: Path, training: bool) -> TensorDataset:
-    with optional("torchvision", "timm"):
-        from torchvision.datasets import MNIST
-    try:
-        found = MNIST(root, train=training)
-    except RuntimeError as error:
-        raise ArgumentError(
-            f"Expected MNIST in `{root}` as torchvision lays it out, with "
-            "MNIST/raw/train-images-idx3-ubyte and the three files beside it."
-        ) from error
-    return TensorDataset((found.data.float() / 255.0 - _MEAN) / _STD, found.targets)
-
-
-def _train(model: nn.Module, data: TensorDataset, epochs: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        batches = _loader(data, 64)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
-        for _ in range(epochs):
-            for inputs, targets in batches:
-                optimizer.zero_grad()
-                cross_entropy(model(inputs), targets).backward()
-                optimizer.step()
-                schedule.step()
-    model.eval()
-
-
-def _pruned(
-    model: nn.Module,
-    data: TensorDataset,
-    setting: Setting,
-    sparsity: float,
-    seed: int,
-    scale: float,
-) -> nn.Module:
-    twin = mlpnet()
-    twin.load_state_dict(model.state_dict())
-    options = dict(setting.options)
-    if setting.samples:
-        samples = max(_FEWEST, round(setting.samples * scale))
-        options["calibration"] = Calibration(
-            twin.eval(), _loader(data, 512), cross_entropy, num_samples=samples, seed=seed
-        )
-    prune_global(prunable_parameters(twin), setting.method, amount=sparsity, **options)
-    return twin
-
-
-def _loader(data: TensorDataset, size: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Batches in a random order, indexed at once."""
-    return DataLoader(data, sampler=BatchSampler(RandomSampler(data), size, False), batch_size=None)
-
-
-def _percent(model: nn.Module, data: TensorDataset) -> float:
-    inputs, labels = data.tensors
-    return (
-        100.0 * evaluate(model, zip(inputs.split(1000), labels.split(1000), strict=True)).accuracy
+def _setting(arguments: argparse.Namespace) -> Setting:
+    found = arguments.checkpoint
+    load = None if found is None else partial(load_checkpoint, path=found)
+    matched = None if arguments.matched is None else ResultsTable.from_json(arguments.matched)
+    return Setting(
+        scale=arguments.scale,
+        width=arguments.width,
+        size=arguments.image_size,
+        seeds=arguments.seeds,
+        device=str(_device(arguments.device)),
+        load=load,
+        model=arguments.model,
+        masks=arguments.masks,
+        matched=matched,
+        tuning=arguments.tuning,
+        random_labels=arguments.random_labels,
     )
 
 
-def _shown(headline: Headline, table: ResultsTable, scale: float) -> str:
-    rows = ResultsTable()
-    for row in table.summarise(list(_COLUMNS), ["ours"]):
-        rows.add(
-            method=row["label"],
-            sparsity=row["sparsity"],
-            paper=row["paper"],
-            ours_mean=round(float(row["ours_mean"]), 2),
-            ours_std=round(float(row["ours_std"]), 2),
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ArgumentError(f"Expected a device that is there, got {name!r}: {reason}.") from error
+
+
+def _check_inputs(name: str, experiment: Experiment, arguments: argparse.Namespace) -> None:
+    if arguments.masks is not None and not arguments.masks.is_file():
+        raise ArgumentError(f"Expected a file of masks, got `{arguments.masks}`, which is none.")
+    if arguments.masks is not None and not any(
+        isinstance(row.pruning, SavedMasks) for row in experiment.rows
+    ):
+        raise ArgumentError(f"Expected an experiment of CBS with `--masks`, got {name}.")
+    if arguments.model is not None and experiment.hub is None:
+        raise ArgumentError(f"Expected an experiment on texts with `--model`, got {name}.")
+    if arguments.checkpoint is not None and not any(
+        isinstance(row.start, Trained) for row in experiment.rows
+    ):
+        raise ArgumentError(
+            f"Expected no `--checkpoint` with {name}, whose networks are trained with what is "
+            "measured, got one."
         )
-    lines = [f"{headline.title} ({headline.paper}); test accuracy in percent", str(rows)]
-    if scale < 1:
-        lines.append(f"At {scale:g} of the epochs and calibration samples of the paper.")
-    return "\n".join([*lines, headline.differs])
+
+
+def _with_options(experiment: Experiment, given: Mapping[str, Any]) -> Experiment:
+    """The experiment with options of its methods exchanged, by their names or the paper's."""
+    if not given:
+        return experiment
+    wanted = {PUBLISHED_NAMES.get(name, name): value for name, value in given.items()}
+    methods = {
+        row.label: method
+        for row in experiment.rows
+        if isinstance(method := getattr(row.pruning, "method", None), Method)
+    }
+    known = {
+        label: options_of(find_method(method.name).method) for label, method in methods.items()
+    }
+    everything = sorted({name for options in known.values() for name in options})
+    for name in wanted:
+        if name not in everything:
+            raise ArgumentError(
+                f"Expected an option of the experiment's methods "
+                f"({', '.join(everything) or 'none'}), got {name!r}."
+            )
+    rows = []
+    for row in experiment.rows:
+        if row.label in methods:
+            method = methods[row.label]
+            taken = {name: value for name, value in wanted.items() if name in known[row.label]}
+            options = {**method.options, **checked_options(method.name, taken)}
+            changed = dataclasses.replace(method, options=options)
+            pruning: Any = dataclasses.replace(row.pruning, method=changed)  # type: ignore[type-var]
+            row = dataclasses.replace(row, pruning=pruning)
+        rows.append(row)
+    return dataclasses.replace(experiment, rows=tuple(rows))
+
+
+def _written(table: ResultsTable, output: Path) -> list[Path]:
+    files = [output / f"reproduce.{ending}" for ending in ("json", "csv")]
+    table.to_json(files[0])
+    table.to_csv(files[1])
+    return files
+
+
+def _summary(table: ResultsTable) -> ResultsTable:
+    """Means and standard deviations of what was measured, published numbers beside them."""
+    groups: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
+    for row in table:
+        groups.setdefault((row["label"], row.get("sparsity")), []).append(row)
+    shown = _telling(table)
+    published = [name for name in table.columns if name.startswith("paper")]
+    rows = []
+    for (label, sparsity), found in groups.items():
+        row: dict[str, Any] = {"method": label, "sparsity": sparsity}
+        row.update({name: found[0].get(name) for name in published})
+        for name in shown:
+            row |= _spread(name, [float(one[name]) for one in found if name in one])
+        rows.append(row)
+    return as_table(rows)
+
+
+def _telling(table: ResultsTable) -> list[str]:
+    """Columns that say something: no drop where none was published, no FLOPs that stay."""
+    known, names = set(table.columns), ["ours", "compression"]
+    names += ["drop"] if "paper_drop" in known else []
+    for name in ("flops", "training_flops"):
+        changed = any(abs(float(row.get(name, 100.0)) - 100.0) > 0.05 for row in table)
+        names += [name] if changed or f"paper_{name}" in known else []
+    return names
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    found = torch.tensor(values, dtype=torch.float64)
+    if not values:
+        return {}
+    mean = {f"{name}_mean": round(float(found.mean()), 2)}
+    return mean if len(values) < 2 else mean | {f"{name}_std": round(float(found.std()), 2)}
+
+
+def _shown(experiment: Experiment, table: ResultsTable, setting: Setting) -> str:
+    on = "held-out training examples" if setting.tuning else "test examples"
+    lines = [f"{experiment.title} ({experiment.paper}); accuracy on {on} in percent"]
+    lines.append(str(_summary(table)))
+    if setting.scale < 1:
+        lines.append(f"At {setting.scale:g} of the epochs and calibration samples of the paper.")
+    if setting.width < 1:
+        lines.append(f"At {setting.width:g} of the width of the paper's network.")
+    if setting.random_labels:
+        lines.append("Trained on labels drawn at random.")
+    return "\n".join([*lines, experiment.differs] if experiment.differs else lines)

@@ -1,0 +1,89 @@
+"""Every experiment runs through, small, on generated data of the layout that it asks for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.experiments import generated
+from torchprune_bayes.cli import main
+from torchprune_bayes.cli._options import checked_options
+from torchprune_bayes.experiments import EXPERIMENTS
+from torchprune_bayes.experiments.weights import Method, SavedMasks
+from torchprune_bayes.methods import find_method
+
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+
+WRITERS = {
+    "mnist": generated.write_mnist,
+    "fashion-mnist": lambda folder: generated.write_mnist(folder, name="FashionMNIST"),
+    "cifar10": generated.write_cifar,
+    "cifar100": lambda folder: generated.write_cifar(folder, label="fine_label"),
+    "image folders": generated.write_folders,
+    "texts": generated.write_texts,
+}
+TINY = ["--scale", "0.0005", "--width", "0.1"]
+SIZES = {"image folders": ["--image-size", "32"]}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Folders by the name of the data."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = WRITERS[name](tmp_path_factory.mktemp(name.replace(" ", "_")))
+        return made[name]
+
+    return of
+
+
+def methods_of(name):
+    found = [getattr(row.pruning, "method", None) for row in EXPERIMENTS[name].rows]
+    return [method for method in found if isinstance(method, Method)]
+
+
+def with_first_targets(experiment):
+    """One target of each row is enough to see that it runs."""
+    rows = [replace(row, published=dict([*row.published.items()][:1])) for row in experiment.rows]
+    return replace(experiment, rows=tuple(rows))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_settings_are_those_of_registered_methods(name):
+    for method in methods_of(name):
+        assert checked_options(method.name, method.options) == dict(method.options)
+        assert find_method(method.name).needs_calibration == bool(method.samples)
+    labels = [row.label for row in EXPERIMENTS[name].rows]
+    assert len(set(labels)) == len(labels)
+    assert all(row.published for row in EXPERIMENTS[name].rows)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_of_every_experiment_runs(tmp_path, data, capsys, monkeypatch, name):
+    torch.manual_seed(0)
+    experiment = with_first_targets(EXPERIMENTS[name])
+    monkeypatch.setitem(EXPERIMENTS, name, experiment)
+    words = ["--data", str(data(experiment.data)), "--output", str(tmp_path), *TINY]
+    if any(method.name == "cbs" for method in methods_of(name)):
+        words += ["--options.perturbations", "2", "--options.max_iterations", "2"]
+    assert main(["reproduce", name, *words, *SIZES.get(experiment.data, [])]) == 0
+    rows = json.loads((tmp_path / "reproduce.json").read_text())
+    expected = {("dense", 0.0)} | {
+        (row.label, target)
+        for row in experiment.rows
+        if not isinstance(row.pruning, SavedMasks)
+        for target in row.published
+    }
+    assert {(row["label"], row.get("sparsity")) for row in rows} == expected
+    for row in rows:
+        assert 0 <= row["ours"] <= 100
+    printed = capsys.readouterr().out
+    assert experiment.paper in printed
+    assert experiment.title in printed
+    assert (tmp_path / "config.yaml").is_file()

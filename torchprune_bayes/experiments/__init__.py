@@ -1,0 +1,11 @@
+"""Published experiments: what each paper has done, and one engine that does it again."""
+
+from __future__ import annotations
+
+from torchprune_bayes.experiments.description import Experiment
+from torchprune_bayes.experiments.tables import cbs, woodfisher
+
+EXPERIMENTS: dict[str, Experiment] = {**woodfisher.EXPERIMENTS, **cbs.EXPERIMENTS}
+"""Tables that can be repeated, by name."""
+
+__all__ = ["EXPERIMENTS", "Experiment"]

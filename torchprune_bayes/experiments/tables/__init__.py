@@ -1,0 +1,1 @@
+"""The published tables that can be repeated, a file for each paper."""
