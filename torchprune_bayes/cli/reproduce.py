@@ -192,11 +192,11 @@ def _summary(table: ResultsTable) -> ResultsTable:
     published = [name for name in table.columns if name.startswith("paper")]
     rows = []
     for (label, sparsity), found in groups.items():
-        row: dict[str, Any] = {"method": label, "sparsity": sparsity}
-        row.update({name: found[0].get(name) for name in published})
+        line: dict[str, Any] = {"method": label, "sparsity": sparsity}
+        line |= {name: found[0][name] for name in published if name in found[0]}
         for name in shown:
-            row |= _spread(name, [float(one[name]) for one in found if name in one])
-        rows.append(row)
+            line |= _spread(name, [float(one[name]) for one in found if name in one])
+        rows.append(line)
     return as_table(rows)
 
 
