@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -45,9 +45,15 @@ from torchprune_bayes.reports import (
     plot_loss_curves,
 )
 from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
+from torchprune_bayes.structured.tracing import Heads
 
 _BY_LOSS = "loss"
-_PLURALS = {"channel": "channels", "hidden": "hidden units", "head": "heads"}
+_PLURALS = {
+    "channel": "channels",
+    "hidden": "hidden units",
+    "head": "heads",
+    "dimension": "dimensions of heads",
+}
 
 SUMMARY = "remove channels, hidden units or heads for good and save the smaller model"
 """One line for the list of commands."""
@@ -108,6 +114,12 @@ def build_parser() -> Parser:
     group.add_argument(
         "--round-to", type=int, default=1, metavar="N", help="leave multiples of N units"
     )
+    group.add_argument(
+        "--heads",
+        choices=get_args(Heads),
+        default="whole",
+        help="of attention: remove heads as a whole, or dimensions inside of all heads",
+    )
     add_sample_options(group)
     add_running_options(parser, "shrunk")
     return parser
@@ -135,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
             target=arguments.target,
             round_to=arguments.round_to,
             ignored=arguments.exclude,
+            heads=arguments.heads,
         )
     seconds = perf_counter() - begin
     speed, after = compare_speed(whole, model, example), measure(model, data.evaluation)

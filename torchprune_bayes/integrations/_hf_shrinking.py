@@ -34,7 +34,7 @@ Importances: TypeAlias = Callable[[nn.Module], Any]
 RECORD = "torchprune_bayes.shrinking"
 """Key under which ``trainer_state.json`` keeps how much of the whole model is left."""
 
-_OF_THE_MODEL = ("target", "ignored", "groups", "min_keep", "round_to", "forward_fn")
+_OF_THE_MODEL = ("target", "ignored", "groups", "min_keep", "round_to", "forward_fn", "heads")
 
 
 class ShrinkingCallback(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.wiring.units import SCALES
 
 FORMAT, VERSION = "torchprune_bayes.shrunk", 1
 
-Value: TypeAlias = int | tuple[int, ...]
+Value: TypeAlias = int | float | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Manifest:
 
 
 def numbers_of(module: nn.Module) -> dict[str, Value]:
-    """Return the whole numbers, and tuples of them, among a module's public attributes.
+    """Return the whole numbers, tuples of them, and scales among a module's public attributes.
 
     Example:
         >>> numbers_of(nn.Linear(2, 3))
@@ -105,7 +107,7 @@ def numbers_of(module: nn.Module) -> dict[str, Value]:
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and _is_value(value)
+        if not name.startswith("_") and (_is_value(value) or _is_scale(name, value))
     }
 
 
@@ -152,11 +154,18 @@ def _name(entry: Any) -> str:
 def _values(entry: Any) -> dict[str, Value]:
     pairs = entry.items() if isinstance(entry, dict) else [("", entry)]
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in pairs}
-    if not isinstance(entry, dict) or not all(_is_value(value) for value in values.values()):
+    known = all(_is_value(value) or _is_scale(name, value) for name, value in values.items())
+    if not isinstance(entry, dict) or not known:
         raise ArgumentError(
-            f"Expected whole numbers for attributes in the manifest, got {entry!r}."
+            "Expected whole numbers, and floating point ones for scales, for attributes in the "
+            f"manifest, got {entry!r}."
         )
     return values
+
+
+def _is_scale(name: str, value: Any) -> bool:
+    """Whether it is a scale of attention, which follows the dimensions of heads."""
+    return name in SCALES and type(value) is float and math.isfinite(value)
 
 
 def _is_value(value: Any) -> bool:

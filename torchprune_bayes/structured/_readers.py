@@ -28,6 +28,9 @@ from torchprune_bayes.structured.slicing import first_names
 Tensors: TypeAlias = dict[nn.Module, dict[str, Tensor]]
 """Parameters and buffers by local name, for some modules."""
 
+Rows: TypeAlias = list[tuple[str, int, Tensor]]
+"""Local name of a parameter, a dimension of it, and indices along it."""
+
 _ROWS_PER_ENTRY, _LEAST_ROWS = 32, 16384
 
 
@@ -168,6 +171,35 @@ def readers_of(
             else:
                 unserved.append(path)
     return found, list(dict.fromkeys(unserved))
+
+
+def rows_that_go(
+    model: nn.Module, groups: Sequence[UnitGroup], gone: Mapping[str, Tensor]
+) -> dict[nn.Module, Rows]:
+    """Dimensions of queries and keys that go, which no layer reads, by the layer that makes them.
+
+    Args:
+        model: The model.
+        groups: Its groups.
+        gone: Units that go, by the name of their group.
+    """
+    found: dict[nn.Module, Rows] = {}
+    for group in groups:
+        for piece in group.unread if group.name in gone else ():
+            path, _, key = piece.name.rpartition(".")
+            rows = piece.positions[gone[group.name].to(piece.positions.device)].flatten()
+            found.setdefault(model.get_submodule(path), []).append((key, piece.dim, rows))
+    return found
+
+
+def without_rows(module: nn.Module, rows: Rows, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's own tensors, or others in their place, with zeros in some rows."""
+    found = dict(tensors)
+    for key, dim, indices in rows:
+        tensor = found.get(key, module._parameters[key])
+        assert tensor is not None
+        found[key] = tensor.detach().index_fill(dim, indices.to(tensor.device), 0.0)
+    return found
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def replacement(
     model: nn.Module,
     fresh: Mapping[str, Tensor],
     cut: Callable[[str, Tensor], Tensor],
-    attributes: Mapping[str, Mapping[str, int]],
+    attributes: Mapping[str, Mapping[str, float]],
 ) -> Change:
     """Replace tensors under all their names, and set the numbers that follow.
 

@@ -18,6 +18,7 @@ from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration._batches import cut, joined
 from torchprune_bayes.structured._readers import (
     Reader,
+    Rows,
     Statistics,
     Tensors,
     first_samples,
@@ -25,6 +26,7 @@ from torchprune_bayes.structured._readers import (
     installed,
     matched,
     survey,
+    without_rows,
 )
 from torchprune_bayes.structured.slicing import first_names
 
@@ -93,7 +95,8 @@ class Walk:
 
     With a single batch this is one pass: a layer is settled when the pass comes to it, and the pass
     goes on with its new weights. With several batches each layer takes a pass over all of them that
-    ends there, because its fit needs them all.
+    ends there, because its fit needs them all. Dimensions of queries and keys that go, which are
+    read by no layer, are zero from the start.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Walk:
         readers: Mapping[str, Reader],
         keeps: Mapping[str, Tensor],
         damping: float | str,
+        rows: Mapping[nn.Module, Rows],
     ) -> None:
         self._calibration, self._damping, self._keeps = calibration, damping, keeps
         norms = [
@@ -110,7 +114,9 @@ class Walk:
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         ]
         self._sites: list[Reader | _Norm] = [*readers.values(), *norms]
+        self._rows = rows
         self._tensors: Tensors = {site.module: {} for site in self._sites}
+        self._tensors |= {module: without_rows(module, each, {}) for module, each in rows.items()}
         self._open = {site.module for site in self._sites}
         self._current: Reader | _Norm | None = None
         self._samples, self._whole = 0, False
@@ -192,7 +198,10 @@ class Walk:
             if site.before is not None:
                 self._tensors[site.module] = matched(site.module, site.before, site.statistics())
             return
-        fit, self._tensors[site.module] = site.fit(self._keeps[site.name], self._damping)
+        fit, fitted = site.fit(self._keeps[site.name], self._damping)
+        self._tensors[site.module] = without_rows(
+            site.module, self._rows.get(site.module, []), fitted
+        )
         self.fits.append(LayerRepair(site.path, fit.cut_error, fit.error, fit.damping))
         site.halves = None
 

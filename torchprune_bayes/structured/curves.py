@@ -30,7 +30,9 @@ from torchprune_bayes.structured._readers import (
     installed,
     matched,
     readers_of,
+    rows_that_go,
     survey,
+    without_rows,
 )
 from torchprune_bayes.structured._space import space_of
 from torchprune_bayes.structured.groups import UnitGroup
@@ -200,7 +202,8 @@ class _Trials:
 
     def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
         """Readers that do without some units, with the batch norms directly behind them."""
-        found: Tensors = {}
+        rows = rows_that_go(self._calibration.model, [group], {group.name: gone})
+        found = {module: without_rows(module, each, {}) for module, each in rows.items()}
         keeps: dict[str, Tensor] = {}
         for piece in group.slices:
             reader = self._readers.get(self._first.get(piece.name, ""))
@@ -211,7 +214,8 @@ class _Trials:
             keep[piece.positions.cpu()[gone.cpu()].flatten()] = False
         for name, keep in keeps.items():
             reader = self._readers[name]
-            _, found[reader.module] = reader.fit(keep, self._damping)
+            _, fitted = reader.fit(keep, self._damping)
+            found[reader.module] = without_rows(reader.module, rows.get(reader.module, []), fitted)
             norm: Any = reader.norm
             if norm is not None and norm.running_mean is not None:
                 before = reader.output_statistics({"weight": reader.weight})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice, check_positive
 from torchprune_bayes.calibration import Calibration, MeanLoss
-from torchprune_bayes.structured._readers import Reader, readers_of
+from torchprune_bayes.structured._readers import Reader, readers_of, rows_that_go
 from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured._space import space_of
 from torchprune_bayes.structured._walk import LayerRepair, Walk
@@ -119,7 +119,8 @@ def repair(
     if not readers:
         return Repair({}, (), tuple(skipped))
     space, _ = space_of(model, [p for group in groups for p in group.slices if p.role != "norm"])
-    walk = Walk(calibration.with_space(space), readers, keeps, damping)
+    rows = rows_that_go(model, groups, _gone(groups, kept))
+    walk = Walk(calibration.with_space(space), readers, keeps, damping, rows)
     walk.run()
     done = {fit.name for fit in walk.fits}
     skipped += [reader.path for reader in readers.values() if reader.path not in done]
@@ -211,6 +212,17 @@ def _held_out(calibration: Calibration, groups: Sequence[UnitGroup]) -> MeanLoss
     pieces = [piece for group in groups for piece in group.slices if piece.role != "norm"]
     space, _ = space_of(calibration.model, pieces)
     return calibration.with_space(space).held_out_loss()
+
+
+def _gone(groups: Sequence[UnitGroup], kept: Kept) -> dict[str, Tensor]:
+    """The units that go, by the name of their group."""
+    found = {}
+    for group in groups:
+        if group.name in kept:
+            gone = torch.ones(group.units, dtype=torch.bool)
+            gone[kept[group.name].cpu()] = False
+            found[group.name] = gone.nonzero()[:, 0]
+    return found
 
 
 def _keeps(

@@ -49,7 +49,8 @@ def save_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Recorded are all parameters and buffers that belong to the state, ties once, and for every
     module that owns tensors or has some below it the whole numbers among its attributes, such as
-    ``out_features`` or ``num_heads``. The model, its config included, is not changed.
+    ``out_features`` or ``num_heads``, and the scales of attention. The model, its config included,
+    is not changed.
 
     Args:
         model: The shrunk model; wrappers are looked through.

@@ -18,10 +18,12 @@ from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkRepor
 from torchprune_bayes.structured._shrinking import Shrinking, Target
 from torchprune_bayes.structured.allocation import Allocation
 from torchprune_bayes.structured.groups import UnitGroup
+from torchprune_bayes.structured.head_dimensions import arranged
 from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
 from torchprune_bayes.structured.slicing import ShrinkPlan
 from torchprune_bayes.structured.support import plain_model, units_to_remove
+from torchprune_bayes.structured.tracing import Heads
 from torchprune_bayes.structured.unit_costs import UnitCosts
 from torchprune_bayes.wiring._forward import ForwardFunction
 
@@ -49,6 +51,7 @@ def shrink(
     ema: nn.Module | Iterable[nn.Module] = (),
     forward_fn: ForwardFunction | None = None,
     verify: bool = True,
+    heads: Heads = "whole",
     scope: Literal["global", "layer"] | None = None,
 ) -> ShrinkReport:
     """Remove the least important channels, hidden units or heads of a model for good.
@@ -103,6 +106,12 @@ def shrink(
         ema: Averaged copies of the model, cut in the same way; they are not repaired.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
         verify: Whether to compare with the masked model.
+        heads: ``"whole"`` removes heads of attention as a whole; ``"dimensions"`` keeps all heads
+            and removes dimensions inside of them, equally many in all heads of a layer, but from
+            each head those that matter least to it. Queries and keys are chosen apart from values.
+            What cannot be had so, such as heads with rotary embeddings, is left whole and named in
+            ``left_out``. Products keep their scale: queries and keys are multiplied by
+            ``(d'/d)^¼`` where a module divides by the square root of what is left of ``d``.
         scope: The former name of ``allocation``, deprecated.
 
     Returns:
@@ -151,8 +160,8 @@ def shrink(
     _check_threshold(recipe, target)
     if verify and example_inputs is None:
         raise ArgumentError("Expected `example_inputs` to verify with, got None.")
-    units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn)
-    found = units.groups
+    units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
+    found = arranged(inner, units.groups, recipe.importance)
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
     run = Shrinking(inner, found, recipe, costs, _measured(inner, found, target, inputs))
     averages = [ema] if isinstance(ema, nn.Module) else list(ema)

@@ -8,7 +8,7 @@ sizes that layers note down about themselves. So a cut can be undone by putting 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class ShrinkPlan:
             which it is cut: the indices that stay, ascending.
         shapes: The shapes of these tensors before the cut.
         attributes: For each module, by qualified name, the numbers that the groups' rules set.
+        factors: For each tensor that is rescaled, and each dimension, a factor for each index
+            before the cut, see :class:`~torchprune_bayes.wiring.groups.HeadPart`.
 
     Example:
         >>> plan = ShrinkPlan({"w": {0: torch.tensor([0, 2])}}, {"w": (3,)}, {})
@@ -40,7 +42,8 @@ class ShrinkPlan:
 
     kept: Mapping[str, Mapping[int, Tensor]]
     shapes: Mapping[str, tuple[int, ...]]
-    attributes: Mapping[str, Mapping[str, int]]
+    attributes: Mapping[str, Mapping[str, float]]
+    factors: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """Return what stays of a tensor that is shaped like ``name`` before the cut.
@@ -50,6 +53,15 @@ class ShrinkPlan:
         """
         for dim, indices in self.kept.get(name, {}).items():
             tensor = tensor.index_select(dim, indices.to(tensor.device))
+        return tensor
+
+    def rescaled(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a parameter after the cut with the factors of what stays, the same if none."""
+        for dim, factors in self.factors.get(name, {}).items():
+            indices = self.kept[name][dim]
+            shape = [1] * tensor.dim()
+            shape[dim] = -1
+            tensor = tensor * factors[indices].reshape(shape).to(tensor)
         return tensor
 
     def expand(self, name: str, tensor: Tensor) -> Tensor:
@@ -95,7 +107,7 @@ def plan_of(model: nn.Module, groups: Sequence[UnitGroup], kept: Kept) -> Shrink
     check_kept(groups, kept)
     first, tensors = first_names(unwrap(model))
     stays: dict[str, dict[int, Tensor]] = {}
-    attributes: dict[str, dict[str, int]] = {}
+    attributes: dict[str, dict[str, float]] = {}
     for group in groups:
         units = kept.get(group.name)
         if units is None or len(units) == group.units:
@@ -114,12 +126,13 @@ def plan_of(model: nn.Module, groups: Sequence[UnitGroup], kept: Kept) -> Shrink
             )
             _mark(mask, piece.positions[gone.to(piece.positions.device)].reshape(-1).cpu(), name)
         for rule in group.attributes:
-            attributes.setdefault(rule.module, {})[rule.attribute] = rule.per_unit * len(units)
+            attributes.setdefault(rule.module, {})[rule.attribute] = rule.value(len(units))
     indices = {
         name: {dim: mask.nonzero()[:, 0] for dim, mask in sorted(masks.items())}
         for name, masks in stays.items()
     }
-    return ShrinkPlan(indices, {name: tuple(tensors[name].shape) for name in stays}, attributes)
+    shapes = {name: tuple(tensors[name].shape) for name in stays}
+    return ShrinkPlan(indices, shapes, attributes, _factors(groups, kept, first, shapes))
 
 
 def apply_plan(
@@ -161,7 +174,7 @@ def apply_plan(
     for name in dict.fromkeys([*plan.kept, *given]):
         old = tensors[name].detach()
         source = given[name].detach().to(old, copy=True) if name in given else old
-        fresh[name] = plan.cut(name, source)
+        fresh[name] = plan.rescaled(name, plan.cut(name, source))
     return replacement(inner, fresh, plan.cut, plan.attributes)
 
 
@@ -233,6 +246,25 @@ def _mark(mask: Tensor, positions: Tensor, name: str) -> None:
             f"{int(positions.max())}: the groups were made for another model."
         )
     mask[positions] = False
+
+
+def _factors(
+    groups: Sequence[UnitGroup],
+    kept: Kept,
+    first: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, dict[int, Tensor]]:
+    """Factors of queries and keys whose products are to keep their scale."""
+    factors: dict[str, dict[int, Tensor]] = {}
+    for group in groups:
+        left = len(kept.get(group.name, ())) or group.units
+        rescaled = [at for part in group.parts if part.rescaled for at in part.slices]
+        for piece in (group.slices[at] for at in rescaled if left < group.units):
+            name = first[piece.name]
+            whole = torch.ones(shapes[name][piece.dim], dtype=torch.float64)
+            along = factors.setdefault(name, {}).setdefault(piece.dim, whole)
+            along[piece.positions.reshape(-1).cpu()] = (left / group.units) ** 0.25
+    return factors
 
 
 def _check_shapes(plan: ShrinkPlan, tensors: Mapping[str, Tensor]) -> None:

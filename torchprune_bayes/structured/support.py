@@ -13,7 +13,13 @@ from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._shrinking import Target
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.ranking import blocks_to_reach, line_up
-from torchprune_bayes.structured.tracing import Units, check_plain, find_units, without_ignored
+from torchprune_bayes.structured.tracing import (
+    Heads,
+    Units,
+    check_plain,
+    find_units,
+    without_ignored,
+)
 from torchprune_bayes.structured.unit_costs import UnitCosts
 from torchprune_bayes.wiring._forward import ForwardFunction
 
@@ -29,6 +35,7 @@ def check_shrinkable(
     min_keep: int = 1,
     round_to: int = 1,
     forward_fn: ForwardFunction | None = None,
+    heads: Heads = "whole",
 ) -> Units:
     """Find out whether :func:`~torchprune_bayes.structured.shrink` can do it, without a score.
 
@@ -46,6 +53,7 @@ def check_shrinkable(
         min_keep: As for ``shrink``.
         round_to: As for ``shrink``.
         forward_fn: As for ``shrink``.
+        heads: As for ``shrink``.
 
     Returns:
         The units that can be removed, and what was left out and why.
@@ -69,7 +77,7 @@ def check_shrinkable(
 which ignored layers and floors allow, got 0.9.
     """
     inner = plain_model(model)
-    units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn)
+    units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
     if sparsity and target in ("params", "flops", "channels"):
         scores = {group.name: torch.zeros(group.units) for group in units.groups}
         line = line_up(units.groups, scores, min_keep=min_keep, round_to=round_to)
@@ -103,6 +111,7 @@ def units_to_remove(
     ignored: Collection[nn.Module | str],
     groups: Sequence[UnitGroup] | None,
     forward_fn: ForwardFunction | None,
+    heads: Heads,
 ) -> Units:
     """Find the units of a model, or take those that are known.
 
@@ -110,7 +119,9 @@ def units_to_remove(
         ArgumentError: If there are none, and some are to go.
     """
     if groups is None:
-        units = find_units(model, example_inputs, ignored=ignored, forward_fn=forward_fn)
+        units = find_units(
+            model, example_inputs, ignored=ignored, forward_fn=forward_fn, heads=heads
+        )
     else:
         units = Units(without_ignored(model, groups, ignored))
     if not units.groups and sparsity:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
+from torchprune_bayes._checks import check_choice
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._torch_pruning_groups import unit_group
@@ -22,7 +23,10 @@ from torchprune_bayes.wiring.trace import observe
 from torchprune_bayes.wiring.units import groups_of
 from torchprune_bayes.wiring.unseen import read_unseen
 
-__all__ = ["Units", "find_groups", "find_units", "unit_group"]
+Heads: TypeAlias = Literal["whole", "dimensions"]
+"""Whether heads go as a whole, or dimensions inside of all heads of a layer."""
+
+__all__ = ["Heads", "Units", "find_groups", "find_units", "unit_group"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def find_groups(
     *,
     ignored: Collection[nn.Module | str] = (),
     forward_fn: ForwardFunction | None = None,
+    heads: Heads = "whole",
 ) -> list[UnitGroup]:
     """List the units of a model that can be removed without changing what the others compute.
 
@@ -65,6 +70,10 @@ def find_groups(
             all inside it; its outputs are kept, its inputs are not protected.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for models that are called in
             another way.
+        heads: ``"whole"`` lists the heads of attention; ``"dimensions"`` lists in their place the
+            dimensions inside of them, of which all heads of a layer keep the same number, see
+            :mod:`~torchprune_bayes.structured.head_dimensions`. It takes example inputs, and up to
+            some tens of forward passes.
 
     Returns:
         The groups, in the order of the modules that make the units.
@@ -86,7 +95,8 @@ def find_groups(
         >>> group.slices[-1].name, group.slices[-1].positions[1]
         ('4.weight', tensor([4, 5, 6, 7]))
     """
-    return list(find_units(model, example_inputs, ignored=ignored, forward_fn=forward_fn).groups)
+    units = find_units(model, example_inputs, ignored=ignored, forward_fn=forward_fn, heads=heads)
+    return list(units.groups)
 
 
 def find_units(
@@ -95,19 +105,47 @@ def find_units(
     *,
     ignored: Collection[nn.Module | str] = (),
     forward_fn: ForwardFunction | None = None,
+    heads: Heads = "whole",
 ) -> Units:
     """List the units of a model like :func:`find_groups`, and say what was left out and why.
 
     Arguments and errors are those of :func:`find_groups`.
     """
-    from torchprune_bayes.structured.families import family_of
+    from torchprune_bayes.structured.head_dimensions import dimensions_of
 
+    check_choice("heads", heads, get_args(Heads))
     inner = unwrap(model)
     check_plain(inner)
+    units, whole = _whole_units(inner, example_inputs, ignored, forward_fn)
+    if heads == "whole" or not whole:
+        return units
+    if example_inputs is None:
+        raise ArgumentError(
+            "Expected `example_inputs` to tell dimensions of heads apart, got None."
+        )
+    finer, left_out = dimensions_of(inner, whole, example_inputs, forward_fn)
+    rest = [group for group in units.groups if group.kind != "head"]
+    groups = [*rest, *(each for found in finer.values() for each in found)]
+    order = {name: place for place, (name, _) in enumerate(inner.named_modules())}
+    groups.sort(key=lambda group: order[group.name.partition(":")[0]])
+    reasons = {name: why for name, why in units.left_out.items() if name not in finer}
+    return Units(groups, reasons | left_out)
+
+
+def _whole_units(
+    inner: nn.Module,
+    example_inputs: Any,
+    ignored: Collection[nn.Module | str],
+    forward_fn: ForwardFunction | None,
+) -> tuple[Units, list[UnitGroup]]:
+    """Units of a model without wrappers, with heads as a whole, and all heads that were seen."""
+    from torchprune_bayes.structured.families import family_of
+
     family = family_of(inner)
     if family is not None:
         try:
-            return Units(without_ignored(inner, family.groups(inner), ignored))
+            groups = without_ignored(inner, family.groups(inner), ignored)
+            return Units(groups), [group for group in groups if group.kind == "head"]
         except ParameterError:  # another version of its blocks, or a variant
             if example_inputs is None:
                 raise
@@ -124,7 +162,7 @@ def find_units(
     again = {group.name: group for group in bare if group.name not in served}
     reasons |= {name: why for name, why in failed.items() if name not in again}
     groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
-    return Units(groups, reasons)
+    return Units(groups, reasons), [group for group in chosen if group.kind == "head"]
 
 
 def without_ignored(

@@ -64,7 +64,8 @@ class UnitCosts:
         units: Units of each group with nothing removed.
         sizes: Sizes of all parameters, tied ones once.
         layer_flops: FLOPs of each layer with nothing removed, by the name of its weight.
-        head_flops: FLOPs of attention, outside of its projections, by the name of the group.
+        head_flops: FLOPs of attention, outside of its projections, by the name of the group. The
+            product of queries and keys is taken for half of them, that with the values for half.
         other_flops: FLOPs that no group changes.
     """
 
@@ -115,13 +116,13 @@ class UnitCosts:
         other = 0
         for path, flops in counted.items():
             weight = first.get(f"{path}.weight" if path else "weight")
-            head = _attention_of(path, groups)
             if weight is not None:
                 layers[weight] = layers.get(weight, 0) + flops
-            elif head is not None:
-                heads[head] = heads.get(head, 0) + flops
-            else:
-                other += flops
+                continue
+            for name, halves in _attention_of(path, groups):
+                heads[name] = heads.get(name, 0) + flops * halves // 2
+                other -= flops * halves // 2
+            other += flops
         return cls({group.name: group.units for group in groups}, sizes, layers, heads, other)
 
     def total(self, resource: Resource, left: Units) -> int:
@@ -177,7 +178,7 @@ def _sizes(
                 raise ArgumentError(f"Expected a tensor `{piece.name}` in the model, got none.")
             if first[piece.name] in entries:
                 along = entries[first[piece.name]].setdefault(piece.dim, {})
-                along[group.name] = piece.positions.shape[1]
+                along[group.name] = along.get(group.name, 0) + piece.positions.shape[1]
     return {name: TensorSize(shape, entries[name]) for name, shape in shapes.items()}, first
 
 
@@ -216,9 +217,11 @@ def _own_flops(
     return {path: flops for path, flops in own.items() if flops}
 
 
-def _attention_of(path: str, groups: Sequence[UnitGroup]) -> str | None:
-    """The group of heads whose projections lie inside a module."""
-    for group in groups:
-        if group.kind == "head" and group.name.startswith(f"{path}."):
-            return group.name
-    return None
+def _attention_of(path: str, groups: Sequence[UnitGroup]) -> list[tuple[str, int]]:
+    """Groups whose projections lie inside a module, and how many of its two products follow them.
+
+    All heads lose the same number of dimensions, in the queries and keys, the values, or both.
+    """
+    inside = [group for group in groups if group.name.startswith(f"{path}.")]
+    heads = [(group.name, 2) for group in inside if group.kind == "head"]
+    return heads[:1] or [(group.name, len(group.parts)) for group in inside if group.parts]

@@ -88,8 +88,11 @@ class Ledger:
         reasons: Atoms that stay, and why.
         roles: Atoms of weights, and what these are to the units.
         numbers: Module, attribute, and the labels of the entries that it counts.
+        whole_heads: Whether all dimensions of a head go together, or else all heads, so that the
+            dimensions can be told apart.
     """
 
+    whole_heads: bool = True
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     rectangles: list[Tensor] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
@@ -130,11 +133,14 @@ class Ledger:
         return layer
 
     def stiffen(self, layer: Layer, dims: Iterable[int], reason: str) -> Layer:
-        """Note that dimensions cannot shrink: join what also varies elsewhere, fix the rest."""
+        """Note that dimensions cannot shrink: join what also varies elsewhere, fix the rest.
+
+        Where dimensions of heads are told apart, those that must stay or go together stay.
+        """
         for dim in dims:
             if layer.shape[dim] == 1:
                 continue
-            if layer.shape[dim] == layer.numel():
+            if layer.shape[dim] == layer.numel() or not self.whole_heads:
                 self.fix(layer, reason)
             layer = self.join(layer, [dim])
         return layer
@@ -189,11 +195,14 @@ def solve(ledger: Ledger, atoms: int) -> Tensor:
 
     Labels on a rectangle must in the end differ along one of its dimensions alone, so that what
     remains is a rectangle again: the one that tells most entries apart. Parts of equal size shrink
-    alike; a dimension that is cut up in another way stays.
+    alike; a dimension that is cut up in another way stays. Where dimensions of heads are told apart
+    neither is asked for, since queries and values in one tensor are chosen apart; they are tried.
     """
     pairs = list(ledger.pairs)
     while True:
         classes = components(pairs, atoms)
+        if not ledger.whole_heads:
+            return classes
         found = [pair for layer in ledger.rectangles for pair in _straighten(classes[layer], layer)]
         found += _even(ledger.cuts, classes)
         if not found:

@@ -50,6 +50,10 @@ def _product(call: Call, one: Tensor, other: Tensor) -> State:
     if one.shape[-1] > 1:
         left = _stiff_inner(call, left, right, other)
         right = _stiff_inner(call, right, left, one)
+    if any(_BATCH in varying(b) for b in right):
+        ledger.heads += [a.reshape(-1) for a in left if _BATCH in varying(a)]
+    if not ledger.whole_heads:
+        left, right = ([ledger.join(each, [_BATCH]) for each in side] for side in (left, right))
     both = {_BATCH, _INNER}
     paired = any(both <= varying(a) for a in left) and any(both <= varying(b) for b in right)
     for a in left:
@@ -59,8 +63,6 @@ def _product(call: Call, one: Tensor, other: Tensor) -> State:
     if paired:
         left = [ledger.join(a, [_INNER]) if both <= varying(a) else a for a in left]
         right = [ledger.join(b, [_INNER]) if both <= varying(b) else b for b in right]
-    if any(_BATCH in varying(b) for b in right):
-        ledger.heads += [a.reshape(-1) for a in left if _BATCH in varying(a)]
     outer = [layer for layer in [*left, *right] if _INNER not in varying(layer)]
     merged = [_output(layer, call.output.dim(), one, other) for layer in ledger.merge(outer)]
     weight = call.state_of(one).weight and call.state_of(other).weight
@@ -264,15 +266,20 @@ def attended(call: Call) -> State | list[State]:
     ledger = call.ledger
     query, key, value = call.args[:3]
     dims = query.dim()
+    width = [dims - 1] if ledger.whole_heads else []
     scores: list[Layer] = []
     for tensor in (query, key):
         for layer in call.state_of(tensor).layers:
-            found = ledger.stiffen(layer, [dims - 1, dims - 2], call.reason)
+            found = ledger.stiffen(layer, [*width, dims - 2], call.reason)
             scores.append(_repeated(found, tensor, query))
     values = [
         _repeated(ledger.stiffen(layer, [dims - 2], call.reason), value, query)
         for layer in call.state_of(value).layers
     ]
+    if not ledger.whole_heads:
+        _pair_dimensions(call, query, key)
+        scores = []
+        values = [ledger.join(layer, range(dims - 2)) for layer in values]
     masks = [
         tensor for tensor in tensors_of([*call.args[3:], *call.kwargs.values()]) if tensor.dim() > 1
     ]
@@ -285,6 +292,23 @@ def attended(call: Call) -> State | list[State]:
     state = State(ledger.keep(ledger.merge([*scores, *values])))
     count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
     return [state] + [State()] * (count - 1) if count > 1 else state
+
+
+def _pair_dimensions(call: Call, query: Tensor, key: Tensor) -> None:
+    """Let each dimension of a query, in all heads, go together with that of the keys."""
+    found = []
+    for tensor in (query, key):
+        layers = [
+            call.ledger.join(layer, range(layer.dim() - 1))
+            for layer in call.state_of(tensor).layers
+        ]
+        found.append([layer for layer in layers if varying(layer)])
+    for layers, others in (found, reversed(found)):
+        for layer in layers:
+            for other in others:
+                call.ledger.unite(layer, other)
+            if not others:
+                call.ledger.fix(layer, call.reason)
 
 
 def _repeated(layer: Layer, tensor: Tensor, query: Tensor) -> Layer:

@@ -20,7 +20,7 @@ from torchprune_bayes.errors import ArgumentError
 Role: TypeAlias = Literal["producer", "norm", "consumer"]
 """Whether a tensor makes the units' output, rescales it, or reads it."""
 
-Kind: TypeAlias = Literal["channel", "hidden", "head"]
+Kind: TypeAlias = Literal["channel", "hidden", "head", "dimension"]
 
 Kept: TypeAlias = Mapping[str, Tensor]
 """Units that stay, by the name of their group; a group that is missing stays whole."""
@@ -52,11 +52,45 @@ class AttributeRule:
 
     Sizes that can be read off a layer's own tensors (``in_features``, ``num_features``, ...) need
     no rule.
+
+    Attributes:
+        module: Qualified name of the module.
+        attribute: Name of the number.
+        per_unit: How much of it each unit is.
+        power: Of the product; ``-0.5`` for the scale of attention. A power other than 1 makes it a
+            floating point number.
     """
 
     module: str
     attribute: str
     per_unit: int = 1
+    power: float = 1.0
+
+    def value(self, units: int) -> float:
+        """Return the number for so many units."""
+        total = self.per_unit * units
+        return total if self.power == 1.0 else float(total) ** self.power
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """What is chosen together of the dimensions inside of heads: queries with keys, or values.
+
+    All heads keep the same number of dimensions, but each may keep its own.
+
+    Attributes:
+        slices: Places among the slices of the group.
+        heads: In how many heads the dimensions can be chosen apart. The positions of these slices
+            are ``[units, heads * entries]``, one head after the other; with 1, all heads lose the
+            same dimensions.
+        rescaled: Whether what stays is multiplied by ``(units kept / units) ** 0.25``, in queries
+            and keys both, so that products keep their scale in a module that divides them by the
+            square root of how many dimensions there are.
+    """
+
+    slices: tuple[int, ...]
+    heads: int
+    rescaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +104,7 @@ class UnitGroup:
         slices: Everything that a unit owns; no tensor dimension appears in two groups with
             overlapping positions.
         attributes: Numbers on modules that follow.
+        parts: For dimensions of heads, what is chosen together; empty for all other units.
     """
 
     name: str
@@ -77,6 +112,17 @@ class UnitGroup:
     units: int
     slices: tuple[UnitSlice, ...]
     attributes: tuple[AttributeRule, ...] = field(default=())
+    parts: tuple[HeadPart, ...] = field(default=())
+
+    @property
+    def unread(self) -> tuple[UnitSlice, ...]:
+        """Rows of queries and keys, whose dimensions no layer reads: they meet in a product."""
+        found = []
+        for part in self.parts:
+            pieces = [self.slices[place] for place in part.slices]
+            if all(piece.role != "consumer" for piece in pieces):
+                found += [piece for piece in pieces if piece.role == "producer"]
+        return tuple(found)
 
 
 def check_kept(groups: Sequence[UnitGroup], kept: Kept) -> None:

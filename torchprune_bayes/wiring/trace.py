@@ -67,13 +67,21 @@ class Wiring:
     reasons: tuple[tuple[Tensor, str], ...]
 
 
-def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None) -> Wiring:
+def observe(
+    model: nn.Module,
+    example_inputs: Any,
+    forward_fn: ForwardFunction | None,
+    *,
+    whole_heads: bool = True,
+) -> Wiring:
     """Run a model once and see which entries of its tensors go together.
 
     Args:
         model: The model, without wrappers; it comes out as it went in.
         example_inputs: What it is called with.
         forward_fn: How to call it otherwise.
+        whole_heads: Whether all dimensions of a head go together; otherwise all heads do, and their
+            dimensions are told apart.
 
     Returns:
         The wiring.
@@ -87,6 +95,7 @@ def observe(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction |
     atoms = 1 + sum(side.size for side in sides)
     inputs = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
     recorder = Recorder(known, inputs)
+    recorder.ledger.whole_heads = whole_heads
     names: dict[int, str] = {}
     for name, tensor, _ in all_tensors(model):
         names.setdefault(id(tensor), name)

@@ -30,7 +30,7 @@ COUNTS = (
 )
 """Attributes in which modules keep how many heads they have."""
 
-WIDTHS = (
+HEADS_WIDTHS = (
     "all_head_size",
     "split_size",
     "attn_dim",
@@ -38,13 +38,21 @@ WIDTHS = (
     "attention_dim",
     "q_size",
     "kv_size",
+)
+"""Attributes in which modules keep how wide all their heads are together."""
+
+WIDTHS = (
+    *HEADS_WIDTHS,
     "dim",
     "embed_dim",
     "d_model",
     "hidden_size",
     "hidden_dim",
 )
-"""Attributes in which modules keep how wide all their heads are together."""
+"""The same, and names under which others keep the width of the model."""
+
+SCALES = ("scale", "scaling", "softmax_scale", "scale_factor", "norm_factor", "inv_norm_factor")
+"""Attributes in which modules keep what products of queries and keys are multiplied by."""
 
 _MODEL_NUMBERS = ("num_features", "head_hidden_size", "last_channel")
 

@@ -3,7 +3,8 @@
 In plain words: after shrinking, ``from_pretrained`` builds the model from its config, so it works
 only if that config describes every block. It can do so when all blocks have the same number of
 heads and hidden units, and, where the size of a head is computed from the number of heads, when no
-head was taken away. In all other cases the config is left alone; see ``save_shrunk``.
+head, or dimension inside of heads, was taken away. In all other cases the config is left alone; see
+``save_shrunk``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured.families import family_of
+from torchprune_bayes.structured.groups import UnitGroup
 
 Edits: TypeAlias = dict[str, int]
 
@@ -44,44 +46,48 @@ def fit_config(model: nn.Module) -> Edits:
     hidden = {group.units for group in groups if group.kind == "hidden"}
     if len(heads) != 1 or len(hidden) != 1:
         return {}
-    edits = _EDITS[family.name](config, heads.pop(), hidden.pop())
+    sizes = {_size_of_heads(group, config) for group in groups if group.kind == "head"}
+    if len(sizes) != 1:
+        return {}
+    edits = _EDITS[family.name](config, heads.pop(), hidden.pop(), sizes.pop())
     for name, value in edits.items():
         setattr(config, name, value)
     return edits
 
 
-def _hidden_only(entry: str) -> Callable[[Any, int, int], Edits]:
-    def edits(config: Any, heads: int, hidden: int) -> Edits:
-        return {entry: hidden} if heads == config.num_attention_heads else {}
+def _size_of_heads(group: UnitGroup, config: Any) -> int:
+    """Dimensions of a head's values."""
+    shared = config.num_attention_heads // _key_value_heads(config)
+    read = next(piece for piece in group.slices if piece.role == "consumer")
+    return int(read.positions.shape[1] // shared)
+
+
+def _key_value_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _hidden_only(entry: str) -> Callable[[Any, int, int, int], Edits]:
+    def edits(config: Any, heads: int, hidden: int, size: int) -> Edits:
+        whole = heads == config.num_attention_heads and heads * size == config.hidden_size
+        return {entry: hidden} if whole else {}
 
     return edits
 
 
-def _vit(config: Any, heads: int, hidden: int) -> Edits:
-    return {
-        "num_attention_heads": heads,
-        "head_dim": _head_size(config),
-        "intermediate_size": hidden,
-    }
+def _vit(config: Any, heads: int, hidden: int, size: int) -> Edits:
+    return {"num_attention_heads": heads, "head_dim": size, "intermediate_size": hidden}
 
 
-def _llama(config: Any, heads: int, hidden: int) -> Edits:
-    shared = config.num_attention_heads // config.num_key_value_heads
+def _llama(config: Any, heads: int, hidden: int, size: int) -> Edits:
     return {
-        "num_attention_heads": heads * shared,
+        "num_attention_heads": heads * (config.num_attention_heads // _key_value_heads(config)),
         "num_key_value_heads": heads,
-        "head_dim": _head_size(config),
+        "head_dim": size,
         "intermediate_size": hidden,
     }
 
 
-def _head_size(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-
-
-_EDITS: dict[str, Callable[[Any, int, int], Edits]] = {
+_EDITS: dict[str, Callable[[Any, int, int, int], Edits]] = {
     "GPT-2": _hidden_only("n_inner"),
     "DistilBERT": _hidden_only("hidden_dim"),
     "BERT": _hidden_only("intermediate_size"),

@@ -17,7 +17,7 @@ from torchprune_bayes.structured._torch_pruning_groups import unit_group
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importance import UnitImportance
 
-__all__ = ["CalibratedImportance", "pieces_of", "space_of", "sums_along"]
+__all__ = ["CalibratedImportance", "gate_pieces", "pieces_of", "space_of", "sums_along"]
 
 
 class CalibratedImportance(UnitImportance):
@@ -65,7 +65,7 @@ class CalibratedImportance(UnitImportance):
             CalibrationError: If the data gives no usable gradients.
         """
         check_model(model, self.calibration)
-        inner = [group for group in groups if pieces_of(group, "consumer")]
+        inner = [group for group in groups if self._measured(group)]
         found = self.measure(self.calibration.fresh(self._draws), inner) if inner else {}
         self._scores = {group.name: found.get(group.name) for group in groups}
         self._draws += 1
@@ -73,7 +73,7 @@ class CalibratedImportance(UnitImportance):
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
         """Return the scores of a group; ``None`` if nothing reads it, as the model's outputs."""
-        if not pieces_of(group, "consumer"):
+        if not self._measured(group):
             return None
         if self._is_stale(group, model):
             self.prepare(model, [group])
@@ -81,9 +81,13 @@ class CalibratedImportance(UnitImportance):
 
     def score_of(self, group: Any, converted: UnitGroup, model: nn.Module) -> Tensor | None:
         """Score a group of torch-pruning's; the first one has all others scored with it."""
-        if pieces_of(converted, "consumer") and self._is_stale(converted, model):
+        if self._measured(converted) and self._is_stale(converted, model):
             self.prepare(model, all_groups(group, converted, model))
         return self.score(converted, model)
+
+    def _measured(self, group: UnitGroup) -> bool:
+        """Whether there is something to score: what reads the units."""
+        return bool(pieces_of(group, "consumer"))
 
     def _is_stale(self, group: UnitGroup, model: nn.Module) -> bool:
         """Whether these units were not scored, or the model has changed since."""
@@ -130,6 +134,18 @@ def check_model(model: nn.Module, calibration: Calibration) -> None:
 def pieces_of(group: UnitGroup, *roles: str) -> list[UnitSlice]:
     """Return what a group owns in these roles."""
     return [piece for piece in group.slices if piece.role in roles]
+
+
+def gate_pieces(group: UnitGroup, role: str = "consumer") -> list[tuple[UnitSlice, float]]:
+    """Return what gates on the units stand on, and how much of each derivative counts.
+
+    Args:
+        group: The units.
+        role: Of what carries the gates. To all that reads the units, the default, come half of the
+            queries and half of the keys, whose dimensions no layer reads.
+    """
+    unread = group.unread if role == "consumer" else ()
+    return [(p, 1.0) for p in pieces_of(group, role)] + [(piece, 0.5) for piece in unread]
 
 
 def sums_along(values: Tensor, piece: UnitSlice) -> Tensor:

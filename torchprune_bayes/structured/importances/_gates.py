@@ -3,6 +3,10 @@
 Multiply every weight that reads unit ``u``, in all layers, by a gate ``c_u``, which is 1. At 0 the
 unit is gone, whatever lies before it. The derivative of a loss by the gate is ``Σ w g`` over these
 weights: signed, so that their effects cancel or add up as they will when the unit goes.
+
+Dimensions of queries and keys are read by no layer, but by each other: a gate on their product has
+the derivative ``Σ w g`` over the weights and biases that make the queries, and just as well over
+those that make the keys. Half of both is taken.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from torchprune_bayes.laplace import Posterior
 from torchprune_bayes.structured.groups import UnitSlice
 from torchprune_bayes.structured.importances._calibrated import space_of, sums_along
 
-Gated = Mapping[str, Sequence[UnitSlice]]
-"""What carries the gates of a group, by its name."""
+Gated = Mapping[str, Sequence[tuple[UnitSlice, float]]]
+"""What carries the gates of a group and how much of it counts, by its name."""
 
 
 class Gates:
@@ -32,7 +36,7 @@ class Gates:
     """
 
     def __init__(self, calibration: Calibration, gated: Gated) -> None:
-        pieces = [piece for held in gated.values() for piece in held]
+        pieces = [piece for held in gated.values() for piece, _ in held]
         space, self._names = space_of(calibration.model, pieces)
         self.calibration = calibration.with_space(space)
         self._gated = gated
@@ -51,8 +55,8 @@ class Gates:
         found = {}
         for group, pieces in self._gated.items():
             each = [
-                sums_of_units(products[self._names[p.name]], [(p.dim, p.positions)])
-                for p in pieces
+                share * sums_of_units(products[self._names[p.name]], [(p.dim, p.positions)])
+                for p, share in pieces
                 if p.name in self._names
             ]
             if each:
@@ -104,7 +108,7 @@ def gate_precisions(
     known = {
         name: pieces
         for name, pieces in gated.items()
-        if pieces and all(piece.name in posterior.mean for piece in pieces)
+        if pieces and all(piece.name in posterior.mean for piece, _ in pieces)
     }
     if not known:
         return {}
@@ -114,7 +118,7 @@ def gate_precisions(
     for name, pieces in known.items():
         prior = [
             sums_along(posterior.prior.values(p.name) * posterior.mean[p.name].double().square(), p)
-            for p in pieces
+            for p, _ in pieces
         ]
         data = posterior.scale * samples * together * squares[name]
         found[name] = (data, torch.stack(prior).sum(0).to(data.device))

@@ -86,7 +86,7 @@ class PosteriorImportance(UnitImportance):
         fresh = self.calibration.fresh(self._draws)
         posterior = fit_posterior(fresh, **asdict(self._options)).with_best_prior(self._prior)
         if self._gated:
-            readers = {group.name: pieces_of(group, "consumer") for group in groups}
+            readers = {g.name: [(p, 1.0) for p in pieces_of(g, "consumer")] for g in groups}
             samples = (self._options.num_data or fresh.num_data) * self._options.loss_scale**2
             self._gates = gate_precisions(fresh, posterior, readers, samples)
         else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.importances._calibrated import CalibratedImportance, pieces_of
+from torchprune_bayes.structured.importances._calibrated import CalibratedImportance, gate_pieces
 from torchprune_bayes.structured.importances._gates import Gates
 
 
@@ -30,6 +30,9 @@ class ConsumerGateFisherImportance(CalibratedImportance):
     map), the square is taken after the sum over the unit: the weights of a unit go together, and
     their effects cancel or add up. Molchanov et al. (2019, https://arxiv.org/abs/1906.10771)
     square the same derivative, with gates behind batch norms only.
+
+    Dimensions of queries and keys, which meet in a product, have their gates there: half of
+    ``Σ w·g`` over what makes the queries and half over what makes the keys.
 
     Being an estimate of the loss for the whole unit, the scores of a head and a hidden unit can be
     compared, and divided by what the units cost.
@@ -60,7 +63,10 @@ class ConsumerGateFisherImportance(CalibratedImportance):
 
     joint = True
 
+    def _measured(self, group: UnitGroup) -> bool:
+        return bool(gate_pieces(group))
+
     def measure(self, calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str, Tensor]:
         """The scores of all groups, in one pass of gradients."""
-        gates = Gates(calibration, {group.name: pieces_of(group, "consumer") for group in groups})
+        gates = Gates(calibration, {group.name: gate_pieces(group) for group in groups})
         return {name: 0.5 * squares for name, squares in gates.mean_squares().items()}

@@ -18,6 +18,7 @@ from torchprune_bayes.schedules import halving
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importances._calibrated import (
     CalibratedImportance,
+    gate_pieces,
     pieces_of,
 )
 from torchprune_bayes.structured.importances._gates import Gates
@@ -103,9 +104,12 @@ class SNAPitImportance(CalibratedImportance):
         gated = {group.name: self._gated(group) for group in groups if self._gated(group)}
         return Gates(calibration, gated).mean() if gated else {}
 
-    def _gated(self, group: UnitGroup) -> list[UnitSlice]:
-        role = self.gate if group.kind != "head" else "consumer"
-        return pieces_of(group, role)
+    def _gated(self, group: UnitGroup) -> list[tuple[UnitSlice, float]]:
+        in_heads = group.kind in ("head", "dimension")
+        return gate_pieces(group, "consumer" if in_heads else self.gate)
+
+    def _measured(self, group: UnitGroup) -> bool:
+        return bool(pieces_of(group, "consumer") or (group.unread and self.gate != "activation"))
 
 
 def halving_path(final: float, steps: int = 5, start: float = 0.5) -> list[float]:

@@ -1,0 +1,298 @@
+"""Dimensions inside of heads: found, tried, chosen head by head, cut without changing the rest."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss, scaled_dot_product_attention
+from torch.utils._pytree import tree_map
+
+from tests.structured.families.models import build, inputs_of, output_of
+from torchprune_bayes import Calibration
+from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.structured import (
+    ConsumerGateFisherImportance,
+    L1FilterImportance,
+    UnitCosts,
+    UnitGroup,
+    UnitImportance,
+    apply_plan,
+    check_shrinkable,
+    find_groups,
+    find_units,
+    load_shrunk,
+    measure_curves,
+    plan_of,
+    save_shrunk,
+    shrink,
+    zero_units,
+)
+from torchprune_bayes.structured.families.config import fit_config
+
+SERVED = ["timm-vit", "timm-swin", "gpt2-lm", "distilbert", "bert", "hf-vit"]
+ROTARY = ["llama-mha", "llama-gqa", "qwen3"]
+
+
+class Attention(nn.Module):
+    """Attention whose queries and keys may have another size than its values.
+
+    Args:
+        scale: ``"default"`` computes it from what is left, ``"kept"`` has a number of its own.
+    """
+
+    def __init__(
+        self,
+        heads: int = 2,
+        shared: int = 1,
+        queries: int = 4,
+        values: int = 3,
+        scale: str = "kept",
+    ) -> None:
+        super().__init__()
+        self.count, self.shared = heads, shared
+        self.q = nn.Linear(5, heads * shared * queries)
+        self.k = nn.Linear(5, heads * queries)
+        self.v = nn.Linear(5, heads * values, bias=False)
+        self.out = nn.Linear(heads * shared * values, 2)
+        self.kept = None if scale == "default" else 0.7
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = (
+            layer(x).reshape(n, t, count, -1).transpose(1, 2)
+            for layer, count in (
+                (self.q, self.count * self.shared), (self.k, self.count), (self.v, self.count)
+            )
+        )  # fmt: skip
+        if self.shared > 1:
+            k, v = (each.repeat_interleave(self.shared, 1) for each in (k, v))
+        mixed = scaled_dot_product_attention(q, k, v, scale=self.kept)
+        return self.out(mixed.transpose(1, 2).flatten(2)).mean(1)
+
+
+class Given(UnitImportance):
+    """Scores drawn once for each layer and dimension, not joint."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
+        generator = torch.Generator().manual_seed(self.seed + group.units)
+        return torch.rand(group.units, generator=generator)
+
+
+def attention_case(**changes: Any) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(Attention(**changes)).double(), torch.randn(3, 6, 5, dtype=torch.float64)
+
+
+def family_case(name: str) -> tuple[Any, Any]:
+    def wide(leaf: Any) -> Any:
+        return leaf.double() if torch.is_tensor(leaf) and leaf.is_floating_point() else leaf
+
+    return build(name).double().eval(), tree_map(wide, inputs_of(name))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_equals_the_whole_model_with_zeroed_dimensions(name: str) -> None:
+    model, inputs = family_case(name)
+    masked = copy.deepcopy(model)
+    report = shrink(
+        model, inputs, L1FilterImportance(), sparsity=0.4, target="channels", heads="dimensions"
+    )
+    assert not report.left_out
+    cut = [group for group in report.groups if "mlp" not in group.name]
+    assert any(group.units.after < group.units.before for group in cut)
+    zero_units(masked, report.plan)
+    with torch.no_grad():
+        expected, found = output_of(masked, inputs), output_of(model, inputs)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@given(
+    heads=st.integers(2, 3),
+    shared=st.integers(1, 2),
+    queries=st.integers(2, 5),
+    values=st.integers(2, 5),
+    scale=st.sampled_from(["default", "kept"]),
+    sparsity=st.floats(0.1, 0.5),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=12, deadline=None)
+def test_any_attention_equals_itself_with_zeroed_dimensions(
+    heads: int, shared: int, queries: int, values: int, scale: str, sparsity: float, seed: int
+) -> None:
+    model, inputs = attention_case(
+        heads=heads, shared=shared, queries=queries, values=values, scale=scale
+    )
+    whole = copy.deepcopy(model)
+    report = shrink(
+        model, inputs, Given(seed), sparsity=sparsity, target="channels", heads="dimensions",
+        steps=2,
+    )  # fmt: skip
+    zero_units(whole, report.plan)
+    assert torch.allclose(model(inputs), whole(inputs), rtol=1e-9, atol=1e-11)
+    assert report.flops is not None
+    assert report.units.before == queries + values
+
+
+def test_queries_and_values_go_apart_where_the_module_lets_them() -> None:
+    model, inputs = attention_case()
+    units = find_units(model, inputs, heads="dimensions")
+    assert not units.left_out
+    assert [(group.units, len(group.parts)) for group in units.groups] == [(4, 1), (3, 1)]
+    assert not find_groups(model, inputs)  # heads are counted under a name that is not known
+
+
+def test_flops_of_the_shrunk_attention_are_the_predicted_ones() -> None:
+    model, inputs = attention_case(queries=4, values=4)
+    report = shrink(model, inputs, Given(), sparsity=0.4, target="flops", heads="dimensions")
+    assert report.flops is not None
+    assert UnitCosts.measure(model, [], inputs).flops({}) == report.flops.after
+
+
+def test_every_head_keeps_what_matters_most_to_it() -> None:
+    model, inputs = attention_case(heads=2, queries=4)
+    strong = {0: [1, 3], 1: [0, 2]}
+    with torch.no_grad():
+        for head, dims in strong.items():
+            model[0].q.weight[[4 * head + dim for dim in dims]] *= 100
+    groups = [group for group in find_groups(model, inputs, heads="dimensions") if group.unread]
+    report = shrink(
+        model, inputs, L1FilterImportance(), sparsity=0.5, target="channels", groups=groups
+    )
+    assert report.plan.kept["0.q.weight"][0].tolist() == [1, 3, 4, 6]
+    assert report.plan.kept["0.k.weight"][0].tolist() == [1, 3, 4, 6]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scale_is_that_of_the_whole_model_in_every_kernel(fused: bool) -> None:
+    model, inputs = family_case("timm-vit")
+    shrink(model, inputs, Given(), sparsity=0.5, target="channels", heads="dimensions")
+    expected = output_of(model, inputs)
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    attention = model.blocks[0].attn
+    assert attention.scale == attention.head_dim**-0.5
+    assert torch.allclose(output_of(model, inputs), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_embeddings_and_norms_leave_heads_whole_and_say_so(name: str) -> None:
+    model, inputs = family_case(name)
+    units = find_units(model, inputs, heads="dimensions")
+    assert {group.kind for group in units.groups} == {"hidden"}
+    layers = [f"model.layers.{block}.self_attn" for block in range(2)]
+    assert set(units.left_out) == {f"{at}.{p}" for at in layers for p in ("q_proj", "v_proj")}
+    why = units.left_out[f"{layers[0]}.q_proj"]
+    assert why.startswith("dimensions of its heads go together: `")
+
+
+class Fixed(Attention):
+    """The same with a number of dimensions written down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = (f(x).reshape(n, t, 2, s) for f, s in ((self.q, 4), (self.k, 4), (self.v, 3)))
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
+
+
+def test_sizes_written_into_the_code_leave_heads_whole() -> None:
+    torch.manual_seed(0)
+    model, inputs = Fixed(), torch.randn(3, 6, 5)
+    units = find_units(model, inputs, heads="dimensions")
+    assert not units.groups
+    assert "its heads cannot have another size" in units.left_out["q"]
+    with pytest.raises(ArgumentError, match="Expected units that can be removed"):
+        check_shrinkable(model, inputs, sparsity=0.5, heads="dimensions")
+
+
+def test_gates_are_those_on_products_of_queries_and_keys() -> None:
+    model, inputs = attention_case()
+    labels = torch.tensor([0, 1, 1])
+    [group] = [each for each in find_groups(model, inputs, heads="dimensions") if each.unread]
+    calibration = Calibration(model, [(inputs, labels)], cross_entropy, mini_batch=1)
+    found = ConsumerGateFisherImportance(calibration).score(group, model)
+    gate = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    handle = model[0].q.register_forward_hook(lambda _, __, y: y * gate.repeat(2))
+    derivatives = torch.stack([
+        torch.autograd.grad(cross_entropy(model(x[None]), y[None]), gate)[0]
+        for x, y in zip(inputs, labels, strict=True)
+    ])  # fmt: skip
+    handle.remove()
+    assert found is not None
+    assert torch.allclose(found, 0.5 * derivatives.square().mean(0))
+
+
+def test_curves_of_queries_and_keys_are_losses_without_them() -> None:
+    model, inputs = attention_case()
+    target = torch.randn(3, 2, dtype=torch.float64)
+    calibration = Calibration(model, [(inputs, target)], mse_loss)
+    [group] = [each for each in find_groups(model, inputs, heads="dimensions") if each.unread]
+    [curve] = measure_curves(calibration, [group], {group.name: torch.arange(4)})
+    cut = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in (cut[0].q, cut[0].k):
+            layer.weight.view(2, 4, 5)[:, :3] = 0.0
+            layer.bias.view(2, 4)[:, :3] = 0.0
+        expected = float(mse_loss(cut(inputs), target))
+    assert curve.removed[-1] == 3
+    assert curve.loss[-1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "bert"])
+def test_the_default_with_repair_optimizer_and_average(name: str) -> None:
+    model, inputs = build(name).eval(), inputs_of(name)
+    average = copy.deepcopy(model)
+    labels = torch.arange(len(output_of(model, inputs))) % 3
+    batch: Any = {**inputs, "labels": labels}
+    calibration = Calibration(model, [batch if name == "bert" else (inputs["x"], labels)],
+                              None if name == "bert" else cross_entropy)  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters())
+    report = shrink(
+        model, inputs, calibration, sparsity=0.2, target="flops", heads="dimensions", steps=2,
+        evaluations=12, optimizer=optimizer, ema=average,
+    )  # fmt: skip
+    assert report.flops is not None
+    assert report.flops.sparsity >= 0.2
+    assert len(report.repairs) == 2
+    output_of(model, inputs).square().mean().backward()
+    optimizer.step()
+    names = dict(average.named_parameters())
+    assert all(names[name].shape == p.shape for name, p in model.named_parameters())
+
+
+def test_comes_back_from_a_folder_with_its_scales(tmp_path: Path) -> None:
+    model, inputs = family_case("timm-vit")
+    shrink(model, inputs, Given(), sparsity=0.5, target="channels", heads="dimensions")
+    save_shrunk(model, tmp_path)
+    loaded: Any = load_shrunk(build("timm-vit").double(), tmp_path).eval()
+    assert torch.equal(output_of(loaded, inputs), output_of(model, inputs))
+    assert loaded.blocks[1].attn.scale == model.blocks[1].attn.scale
+
+
+def test_a_config_that_cannot_say_the_size_of_heads_is_left_alone() -> None:
+    for name, said in (("bert", False), ("hf-vit", True)):
+        model, inputs = build(name), inputs_of(name)
+        groups = [g for g in find_groups(model, inputs, heads="dimensions") if g.parts]
+        kept = {group.name: torch.arange(3) for group in groups}
+        apply_plan(model, plan_of(model, groups, kept))
+        edits = fit_config(model)
+        assert bool(edits) == said
+        if said:
+            assert edits["head_dim"] == 3
+
+
+def test_inputs_are_needed_to_tell_dimensions_apart() -> None:
+    with pytest.raises(ArgumentError, match="to tell dimensions of heads apart"):
+        find_groups(build("gpt2-lm"), heads="dimensions")
+    with pytest.raises(ArgumentError, match="heads"):
+        find_groups(build("gpt2-lm"), heads="halves")  # type: ignore[arg-type]
