@@ -1,6 +1,7 @@
 """Which architectures shrink, checked end to end; or why not, in one sentence.
 
-    python -m tests.benchmarks.coverage [--only NAME] [--share 1/3] [--sparsity 0.3] [--resume FILE]
+    python -m tests.benchmarks.coverage [--only NAME] [--share 1/3] [--sparsity 0.3]
+        [--rows FILE] [--minutes 9] [--shallow] [--order SEED]
 
 For every architecture of ``architectures.py``, with random weights moved off their start: channels,
 hidden units and heads go until the asked share is gone, those with the smallest L1 norm. Then the
@@ -8,8 +9,11 @@ shrunk model in double precision is compared with the whole one in which the sam
 backward pass in training mode must reach the cut weights, decoders must generate the same tokens
 with a cache as the masked ones, and the model must come back from a folder, bit for bit here and
 with the same outputs in a fresh process. Gates are attached, trained, folded and cut out;
-every importance scores all groups. Prints a Markdown table and a line of totals. ``--share 1/3``
-takes a third, another one every day; ``--resume FILE`` prints rows that the file has again.
+every importance scores all groups; ``--shallow`` leaves these two out. Prints a Markdown table and
+a line of totals. ``--share 1/3`` takes a third, another one every day. ``--rows FILE`` takes the
+rows that the file has and appends new ones as soon as they are known, so that a run can go on where
+it was stopped, by ``--minutes`` of CPU time or otherwise; without ``--shallow``, rows whose gates
+and importances were not tried are made again. ``--order SEED`` shuffles.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import argparse
 import contextlib
 import copy
 import datetime
+import math
+import random
 import tempfile
 import time
 import warnings
@@ -260,29 +266,51 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
-def _is_row(line: str) -> bool:
-    return line.startswith("| t")
+def known_rows(file: Path | None) -> dict[str, Row]:
+    """Read the last row of every architecture from a file, if it is there."""
+    lines = file.read_text().splitlines() if file and file.exists() else []
+    return {row.name: row for row in (Row.parsed(line) for line in lines if line.startswith("| t"))}
 
 
-def main() -> None:
-    """Print the table."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="part of an architecture's name")
     parser.add_argument("--share", type=Fraction, default=Fraction(1), help="such as 1/3")
     parser.add_argument("--sparsity", type=float, default=0.3)
-    parser.add_argument("--resume", type=Path, help="an earlier output, whose rows are kept")
-    arguments = parser.parse_args()
+    parser.add_argument("--rows", type=Path, help="file that rows are read from and appended to")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of CPU time, then stop")
+    parser.add_argument("--shallow", action="store_true", help="without gates and importances")
+    parser.add_argument("--order", type=int, help="seed of a random order")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the table."""
+    arguments = _arguments()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    earlier = arguments.resume.read_text().splitlines() if arguments.resume else []
-    known = {row.name: row for row in map(Row.parsed, filter(_is_row, earlier))}
-    print(HEADER, flush=True)
-    rows = []
+    day = datetime.date.today().toordinal()
+    cases = list(chosen(arguments.only, arguments.share, day))
+    rows = known_rows(arguments.rows)
+    todo = [case for case in cases if _is_open(rows.get(case.name), deep=not arguments.shallow)]
+    if arguments.order is not None:
+        random.Random(arguments.order).shuffle(todo)
     with FreshProcess() as fresh, contextlib.redirect_stderr(None):
-        for case in chosen(arguments.only, arguments.share, datetime.date.today().toordinal()):
-            rows.append(known.get(case.name) or examine(case, arguments.sparsity, fresh))
-            print(rows[-1], flush=True)
-    print(f"\n{summary(rows)}")
+        for case in todo:
+            if time.process_time() > 60 * arguments.minutes:
+                break
+            row = examine(case, arguments.sparsity, fresh, deep=not arguments.shallow)
+            rows[case.name] = row
+            if arguments.rows:
+                with arguments.rows.open("a") as file:
+                    print(row, file=file)
+    found = [rows[case.name] for case in cases if case.name in rows]
+    print(HEADER, *found, "", summary(found), sep="\n")
+
+
+def _is_open(row: Row | None, *, deep: bool) -> bool:
+    """Whether an architecture is still to be examined."""
+    return row is None or (deep and row.verdict == "served" and "–" in (row.gates, row.importances))
 
 
 if __name__ == "__main__":

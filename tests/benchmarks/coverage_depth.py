@@ -196,4 +196,4 @@ def _train(model: nn.Module, inputs: Any) -> None:
 
 def short(error: Exception) -> str:
     """One line that fits into a table."""
-    return " ".join(str(error).split())[:150].replace("|", "/")
+    return " ".join(str(error).split())[:300].replace("|", "/")
