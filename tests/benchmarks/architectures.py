@@ -93,6 +93,11 @@ SIZES: Mapping[str, Any] = {
     "drop_path_rate": 0.0,
 }
 
+ADDED: Mapping[str, Mapping[str, Any]] = {
+    "BigBird": {"attention_type": "original_full"},  # it would exchange its modules in a run
+}
+"""Configured beside :data:`SIZES`."""
+
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ConvNext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     "ConvNextV2": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
@@ -144,7 +149,7 @@ def architectures() -> Iterator[Architecture]:
         yield Architecture(f"timm {name}", partial(_timm, name), partial(_timm_images, name))
     for name in TORCHVISION.split():
         side = {"vit_b_16": 224, "maxvit_t": 224, "inception_v3": 96}.get(name, 64)
-        key = "input" if name.startswith(("fcn", "lraspp", "deeplab")) else "x"
+        key = "input" if name.startswith("lraspp") else "x"
         inputs = partial(_images, key, side)
         yield Architecture(f"torchvision {name}", partial(_torchvision, name), inputs)
     for name in DETECTORS.split():
@@ -252,7 +257,7 @@ def _hugging_face(stem: str, ending: str) -> nn.Module:
             key: value
             for key, value in SIZES.items()
             if hasattr(default, key) and key not in properties
-        }
+        } | dict(ADDED.get(stem, {}))
     names = (f"{stem}{ending}", f"{stem}LMHeadModel", f"{stem}Model")
     name = next(name for name in names if hasattr(transformers, name))
     model: nn.Module = getattr(transformers, CLASSES.get(stem, name))(kind(**given))
@@ -271,12 +276,17 @@ def _timm_images(name: str, count: int) -> Inputs:
 
     settings = timm.get_pretrained_cfg(name)
     fixed = settings.fixed_input_size or any(part in name for part in ("botnet", "lambda"))
-    return {"x": _normal(count, 3, *[settings.input_size[-1] if fixed else 64] * 2)}
+    side = settings.input_size[-1] if fixed else 96 if name == "inception_v3" else 64
+    return {"x": _normal(count, 3, side, side)}
 
 
 def _torchvision(name: str) -> nn.Module:
     import torchvision
 
-    options = {} if name in TORCHVISION.split()[:-3] else {"weights_backbone": None}
+    options: dict[str, Any] = {}
+    if name not in TORCHVISION.split()[:-3]:
+        options["weights_backbone"] = None
+    if name in DETECTORS.split() and not name.startswith("ssd"):
+        options |= {"min_size": 128, "max_size": 128}
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=5, **options)
     return model

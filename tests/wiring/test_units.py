@@ -58,7 +58,8 @@ def test_a_branch_that_no_run_reaches_is_named() -> None:
     units = find_units(model, inputs)
     assert list(units.groups) == []
     assert units.left_out == {
-        "a": "`aside`, which the example inputs do not reach, may read its 8 entries"
+        "a": "`aside`, which the example inputs do not reach, may read its 8 entries",
+        "aside": "the example inputs do not reach it",
     }
 
 

@@ -20,15 +20,27 @@ from torchprune_bayes.params import ParameterSpace
 LossFunction = Callable[[Any, Any], Tensor]
 
 
+_INTERNAL = frozenset(vars(nn.Module()))
+"""Attributes in which :class:`torch.nn.Module` itself keeps parameters, modules and hooks."""
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Put the model into eval mode; afterwards all its plain attributes are as they were.
 
     These are the modes; the tensors that PyTorch's pruning hooks and the like assign at every
     forward pass (``module.weight = weight_orig * weight_mask``), which would leave a graph of this
-    pass behind; and what a model notes down about its inputs.
+    pass behind; and what a model notes down about its inputs, also in dictionaries and lists of its
+    own, such as the attention biases that LeViT keeps in evaluation mode; and its modules, which
+    BigBird exchanges when it sees a short sequence.
     """
     held = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [
+        (value, value.copy())
+        for _, attributes in held
+        for name, value in attributes.items()
+        if name == "_modules" or (name not in _INTERNAL and type(value) in (dict, list, set))
+    ]
     for module, _ in held:
         module.training = False  # not by `eval()`, which layers overload to merge their weights
     try:
@@ -38,6 +50,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
+        for container, content in contents:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 class FunctionalModel:

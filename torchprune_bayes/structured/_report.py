@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torchprune_bayes.structured.curves import LossCurve
@@ -100,5 +101,14 @@ class ShrinkReport:
         lines += [
             f"  {group.name:<{width}}  {group.kind:<7}  {group.units}" for group in self.groups
         ]
-        lines += [f"left whole: `{name}`, since {why}" for name, why in self.left_out.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._whole()])
+
+    def _whole(self) -> Iterator[str]:
+        """Yield a line for what is left whole, one for layers that differ in a number alone."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for name, why in self.left_out.items():
+            plain = re.sub(r"\d+", "0", name), re.sub(r"\d+", "0", why)
+            alike.setdefault(plain, []).append(name)
+        for first, *others in alike.values():
+            more = f" and {len(others)} like it" if others else ""
+            yield f"left whole: `{first}`{more}, since {self.left_out[first]}"

@@ -7,6 +7,7 @@ at zero hide a wrong wiring. It is put twice, with other inputs and weights the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def failing_groups(
     Raises:
         ParameterError: If the model cannot be copied.
 
-    Cost: a copy of the model and two forward passes; a few more for every group that fails.
+    Cost: a copy of the model and two forward passes; a few more for every kind of group that fails.
     """
     reasons: dict[str, str] = {}
     changed: dict[str, str] = {}
@@ -134,9 +135,31 @@ def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
     while rest and (failure := _failure(twin, rest)) is not None:
         near = _near(twin.place, rest)
         found = _halved(twin, near) or {group.name: failure for group in near}
+        for kind in {_make(group) for group in near if group.name in found}:
+            alike = [g for g in rest if g.name not in found and _make(g) == kind]
+            found |= _alike(twin, alike)
         reasons |= found
         rest = [group for group in rest if group.name not in found]
     return reasons
+
+
+def _make(group: UnitGroup) -> tuple[object, ...]:
+    """What groups have in common that the same code makes: names but for numbers, and sizes."""
+    return tuple(
+        (re.sub(r"\d+", "0", piece.name), piece.dim, piece.positions.shape)
+        for piece in group.slices
+    )
+
+
+def _alike(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
+    """Tell which groups fail that are made like one that does: as a rule all, or none of them."""
+    if not groups or _failure(twin, groups) is None:
+        return {}
+    ends = {group.name: _failure(twin, [group]) for group in (groups[0], groups[-1])}
+    failure = ends[groups[0].name]
+    if failure is None or ends[groups[-1].name] is None:
+        return _halved(twin, groups)
+    return {group.name: failure for group in groups}
 
 
 def _near(place: str, groups: Sequence[UnitGroup]) -> Sequence[UnitGroup]:

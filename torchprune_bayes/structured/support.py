@@ -125,7 +125,11 @@ def units_to_remove(
     else:
         units = Units(without_ignored(model, groups, ignored))
     if not units.groups and sparsity:
-        why = "; ".join(f"`{name}`: {reason}" for name, reason in [*units.left_out.items()][:3])
+        modules = dict(model.named_modules())
+        why = "; ".join(
+            f"`{name}` ({type(modules[name.partition(':')[0]]).__name__}): {reason}"
+            for name, reason in [*units.left_out.items()][:3]
+        )
         raise ArgumentError(
             f"Expected units that can be removed, got none in {type(model).__name__}, so that a "
             f"sparsity of at most 0 can be reached{': ' + why if why else ''}."

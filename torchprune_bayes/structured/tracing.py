@@ -22,6 +22,7 @@ from torchprune_bayes.wiring._forward import ForwardFunction
 from torchprune_bayes.wiring.trace import observe
 from torchprune_bayes.wiring.units import groups_of
 from torchprune_bayes.wiring.unseen import read_unseen
+from torchprune_bayes.wiring.whole import kept_whole
 
 Heads: TypeAlias = Literal["whole", "dimensions"]
 """Whether heads go as a whole, or dimensions inside of all heads of a layer."""
@@ -162,7 +163,8 @@ def _whole_units(
     again = {group.name: group for group in bare if group.name not in served}
     reasons |= {name: why for name, why in failed.items() if name not in again}
     groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
-    return Units(groups, reasons), [group for group in chosen if group.kind == "head"]
+    left_out = reasons | kept_whole(inner, wiring, found)
+    return Units(groups, left_out), [group for group in chosen if group.kind == "head"]
 
 
 def without_ignored(

@@ -108,7 +108,7 @@ def combined(call: Call, tensors: Sequence[Tensor]) -> State:
             labelled = {dim for mine in layers for dim in varying(mine)}
             stiff = [dim for dim in varying(layer) - labelled if is_stiff(tensor, state, dim)]
             layer = call.ledger.stiffen(
-                layer, stiff, f"`{call.name}` in `{call.module}` meets a constant of that size"
+                layer, stiff, f"`{call.name}` in `{call.module}` combines them with what stays"
             )
         result.append(layer)
     return State(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
-from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.wiring._components import components
 from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run, tensors_in
 from torchprune_bayes.wiring._labels import Layer, Ledger, Reshape, State, solve
 from torchprune_bayes.wiring._recorder import Recorder
@@ -54,6 +55,8 @@ class Wiring:
             the parts.
         numbers: Module, attribute and the classes of the entries that it counts.
         reasons: Atoms that stay, and why.
+        parts: For each atom the smallest one that goes with it, whether they stay or not.
+        parametrized: Layers with a weight that is computed, and why they stay.
     """
 
     sides: tuple[Side, ...]
@@ -65,6 +68,12 @@ class Wiring:
     widths: tuple[tuple[str, Tensor, int], ...]
     numbers: tuple[tuple[str, str, Tensor], ...]
     reasons: tuple[tuple[Tensor, str], ...]
+    parts: Tensor
+    parametrized: Mapping[str, str]
+
+
+OUTPUTS = "they are outputs of the model"
+"""Why what a model returns stays."""
 
 
 def observe(
@@ -88,6 +97,7 @@ def observe(
 
     Raises:
         ArgumentError: If the model returns no floating point tensor.
+        ParameterError: If the run exchanges modules of the model.
 
     Cost: one forward pass in evaluation mode, and small tensors for each operation.
     """
@@ -96,6 +106,7 @@ def observe(
     inputs = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
     recorder = Recorder(known, inputs)
     recorder.ledger.whole_heads = whole_heads
+    modules = dict(model.named_modules())
     names: dict[int, str] = {}
     for name, tensor, _ in all_tensors(model):
         names.setdefault(id(tensor), name)
@@ -108,12 +119,13 @@ def observe(
     ):
         with recorder:
             output = run(model, example_inputs, forward_fn)
+        _check_modules(model, modules)
         _finish(recorder, output)
         if any(id(tensor) not in recorder.used for tensor, _ in known):
             _in_training(model, recorder, example_inputs, forward_fn)
     ledger = recorder.ledger
     _tie_recurrent(model, recorder)
-    _keep_parametrized(model, sides, ledger)
+    parametrized = _keep_parametrized(model, sides, ledger)
     used = frozenset(names[each] for each in recorder.used)
     classes = solve(ledger, atoms)
     for side in sides:
@@ -133,7 +145,15 @@ def observe(
         ),
         tuple((name, key, classes[labels]) for name, key, labels in ledger.numbers),
         tuple(ledger.reasons),
+        components([_both_move(*pair) for pair in ledger.pairs], atoms),
+        parametrized,
     )
+
+
+def _both_move(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs without those that say that an atom stays."""
+    both = (one > 0) & (other > 0)
+    return one[both], other[both]
 
 
 def _sides(model: nn.Module) -> tuple[list[Side], list[tuple[Tensor, State]]]:
@@ -163,6 +183,15 @@ def _sides(model: nn.Module) -> tuple[list[Side], list[tuple[Tensor, State]]]:
     return sides, known
 
 
+def _check_modules(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    for name, module in model.named_modules():
+        if before.get(name) is not module:
+            raise ParameterError(
+                f"Expected a model that keeps its modules, got {type(model).__name__}, which put a "
+                f"{type(module).__name__} at `{name}` when it ran: configure it so from the start."
+            )
+
+
 def _finish(recorder: Recorder, output: Any) -> None:
     tensors = tensors_in(output)
     if not tensors:
@@ -171,7 +200,7 @@ def _finish(recorder: Recorder, output: Any) -> None:
         )
     for tensor in tensors:
         for layer in recorder.state_of(tensor).layers:
-            recorder.ledger.fix(layer, "they are outputs of the model")
+            recorder.ledger.fix(layer, OUTPUTS)
 
 
 def _tie_recurrent(model: nn.Module, recorder: Recorder) -> None:
@@ -191,14 +220,20 @@ def _tie_recurrent(model: nn.Module, recorder: Recorder) -> None:
             recorder.ledger.unite(sides[0], side)
 
 
-def _keep_parametrized(model: nn.Module, sides: list[Side], ledger: Ledger) -> None:
-    """Fix all tensors of layers with a weight that is computed, as weight norm does."""
+def _keep_parametrized(model: nn.Module, sides: list[Side], ledger: Ledger) -> dict[str, str]:
+    """Fix all tensors of layers with a weight that is computed, as weight norm does; name them."""
     paths = [name for name, module in model.named_modules() if is_parametrized(module)]
+    found = {}
     for side in sides:
         owner = side.name.rpartition(".")[0].partition("parametrizations")[0].rstrip(".")
         if owner in paths:
             labels = torch.arange(side.start, side.start + side.size)
-            ledger.fix(labels, f"`{owner or 'the model'}` is parametrized")
+            found[owner] = (
+                f"`{owner or 'the model'}` is parametrized, which "
+                "`torch.nn.utils.parametrize.remove_parametrizations` undoes"
+            )
+            ledger.fix(labels, found[owner])
+    return found
 
 
 def _in_training(

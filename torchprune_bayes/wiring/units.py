@@ -36,6 +36,8 @@ HEADS_WIDTHS = (
     "attn_dim",
     "inner_dim",
     "attention_dim",
+    "key_attn_dim",
+    "val_attn_dim",
     "q_size",
     "kv_size",
 )

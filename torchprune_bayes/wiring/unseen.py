@@ -27,7 +27,7 @@ def read_unseen(
     """
     entries = {
         size: name
-        for root in _branches(model, used)
+        for root in unreached(model, used)
         for name, size in _entries(model.get_submodule(root), root)
     }
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -43,7 +43,7 @@ def read_unseen(
     return reasons
 
 
-def _branches(model: nn.Module, used: Collection[str]) -> Iterator[str]:
+def unreached(model: nn.Module, used: Collection[str]) -> Iterator[str]:
     """Yield the outermost modules none of whose parameters was read, beside others that were.
 
     A parameter that is tied to one that was read was read.
