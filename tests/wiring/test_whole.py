@@ -120,7 +120,9 @@ class Exchanging(nn.Module):
 def test_a_model_that_exchanges_its_modules_is_refused_and_comes_out_as_it_went_in() -> None:
     model = Exchanging()
     before = model.a
-    with pytest.raises(ParameterError, match=r"keeps its modules, got Exchanging, .* Linear at `a`"):
+    with pytest.raises(
+        ParameterError, match=r"keeps its modules, got Exchanging, .* Linear at `a`"
+    ):
         find_units(model, torch.ones(2, 4))
     assert model.a is before
     with at_rest(model):

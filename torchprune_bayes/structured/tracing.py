@@ -163,7 +163,7 @@ def _whole_units(
     again = {group.name: group for group in bare if group.name not in served}
     reasons |= {name: why for name, why in failed.items() if name not in again}
     groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
-    left_out = reasons | kept_whole(inner, wiring, found)
+    left_out = reasons | kept_whole(inner, wiring, found) | reasons
     return Units(groups, left_out), [group for group in chosen if group.kind == "head"]
 
 
