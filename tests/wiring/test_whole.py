@@ -86,7 +86,9 @@ class Caching(nn.Module):
         super().__init__()
         self.qkv, self.out = nn.Linear(6, 24), nn.Linear(8, 3)
         self.bias = nn.Parameter(torch.randn(4, 1, 1))
-        self.num_heads, self.cache, self.seen = 4, {}, []
+        self.num_heads = 4
+        self.cache: dict[str, Tensor] = {}
+        self.seen: list[torch.Size] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if "bias" not in self.cache:
