@@ -79,6 +79,23 @@ def test_groups_of_the_same_make_are_told_apart_where_they_differ(fixed: tuple[i
     assert list(failed) == [f"{place}.a" for place, each in enumerate(fixed) if each]
 
 
+class Scaled(nn.Module):
+    """Its weight is a buffer, as that of FalconMamba's inner norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.register_buffer("weight", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def test_a_weight_may_be_a_buffer() -> None:
+    units = find_units(nn.Sequential(nn.Linear(4, 6), Scaled(), nn.Linear(6, 2)), torch.ones(2, 4))
+    assert ([group.name for group in units.groups], units.left_out) == (["0"], {})
+
+
 class Caching(nn.Module):
     """Keeps what it computes from its weights in evaluation mode, as LeViT does."""
 

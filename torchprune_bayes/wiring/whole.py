@@ -51,7 +51,8 @@ def _makers(model: nn.Module, wiring: Wiring) -> Iterator[tuple[str, Side]]:
         path, _, key = side.name.rpartition(".")
         kind = kind_of(modules[path])
         dim = 1 if kind.is_table else kind.output_dim
-        matrix = key == "weight" and model.get_parameter(side.name).dim() > 1
+        weight = modules[path]._parameters.get(key)
+        matrix = key == "weight" and weight is not None and weight.dim() > 1
         if side.name in wiring.used and side.dim == dim and matrix:
             yield path, side
 
