@@ -133,6 +133,7 @@ def _shrunk(
         target="flops",
         steps=row["steps"],
         ignored=list(task.exclude),
+        heads=row.get("heads", "whole"),
         **options,
     )
 
@@ -164,7 +165,11 @@ def run(task: Task, output: Path, row: dict[str, Any], arguments: argparse.Names
 
 def rows_for(arguments: argparse.Namespace, task: str) -> list[dict[str, Any]]:
     """What is to be run."""
-    kinds = [("default", True), *((name, how) for name in PEERS for how in (False, True))]
+    kinds = [
+        ("default", True),
+        *((name, how) for name in PEERS for how in map(bool, arguments.repair)),
+    ]
+    finer = {} if arguments.heads == "whole" else {"heads": arguments.heads}
     return [
         {
             "task": task,
@@ -174,6 +179,7 @@ def rows_for(arguments: argparse.Namespace, task: str) -> list[dict[str, Any]]:
             "repair": repair,
             "steps": arguments.steps,
             "tuned": arguments.fine_tune,
+            **finer,
         }
         for seed in arguments.seeds
         for sparsity in arguments.sparsities
@@ -186,10 +192,13 @@ def summary(file: Path) -> str:
     """The rows of a task as a Markdown table, means and deviations over seeds."""
     dense, *rows = json.loads(file.read_text())
     table = ResultsTable(
-        [{k: v for k, v in row.items() if k not in ("left", "allocation")} for row in rows]
+        [
+            {"heads": "whole"} | {k: v for k, v in row.items() if k not in ("left", "allocation")}
+            for row in rows
+        ]
     )
     values = [key for key in SCORES if all(key in row for row in rows)]
-    found = table.summarise(["sparsity", "method", "repair", "steps"], values)
+    found = table.summarise(["sparsity", "method", "repair", "steps", "heads"], values)
     head = ", ".join(f"{key} {dense[key]:.4g}" for key in SCORES if key in dense)
     return f"dense: {head}\n\n{found.to_markdown()}"
 
@@ -205,6 +214,8 @@ def main() -> None:
     add("--output", type=Path, default=Path("results/structured"))
     add("--sparsities", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     add("--methods", nargs="+", choices=["default", *PEERS], default=["default", *PEERS])
+    add("--repair", nargs="+", type=int, choices=[0, 1], default=[0, 1], help="of the peers")
+    add("--heads", choices=["whole", "dimensions"], default="whole")
     add("--samples", type=int, default=512, help="of the calibration")
     add("--steps", type=int, default=1)
     add("--seeds", nargs="+", type=int, default=[0])
