@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +20,7 @@ from torchprune_bayes.structured import (
     find_groups,
     shrink,
 )
+from torchprune_bayes.structured.support import OF_THE_MODEL
 
 
 @pytest.mark.parametrize("target", ["params", "flops", "channels"])
@@ -67,3 +70,9 @@ def test_support_is_known_without_a_score_and_without_a_trace():
     assert [group.name for group in units.groups] == [g.name for g in find_groups(model, x)]
     nn.utils.parametrizations.weight_norm(model[0])  # a parametrized layer is left whole
     assert "0" not in [group.name for group in check_shrinkable(model, x).groups]
+
+
+def test_all_that_is_checked_before_training_is_an_option_of_shrinking():
+    checked = set(signature(check_shrinkable).parameters)
+    assert checked - {"model", "example_inputs", "sparsity"} == set(OF_THE_MODEL)
+    assert checked <= set(signature(shrink).parameters)

@@ -23,6 +23,7 @@ from torchprune_bayes.structured import (
     save_shrunk,
     shrink,
 )
+from torchprune_bayes.structured.support import OF_THE_MODEL
 from torchprune_bayes.training import bare_optimizer
 
 with optional("transformers", "hf"):
@@ -33,8 +34,6 @@ logger = logging.getLogger("torchprune_bayes")
 Importances: TypeAlias = Callable[[nn.Module], Any]
 RECORD = "torchprune_bayes.shrinking"
 """Key under which ``trainer_state.json`` keeps how much of the whole model is left."""
-
-_OF_THE_MODEL = ("target", "ignored", "groups", "min_keep", "round_to", "forward_fn", "heads")
 
 
 class ShrinkingCallback(TrainerCallback):
@@ -168,7 +167,7 @@ class ShrinkingCallback(TrainerCallback):
             save_shrunk(model, folder)
 
     def _check(self, model: nn.Module) -> None:
-        options = {key: self._options[key] for key in _OF_THE_MODEL if key in self._options}
+        options = {key: self._options[key] for key in OF_THE_MODEL if key in self._options}
         final = self._options.get("sparsity")
         if isinstance(self._schedule, Schedule):
             final = self._schedule.final

@@ -13,12 +13,12 @@ from torchprune_bayes._checks import check_count
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.structured import ShrinkReport, Stages, check_shrinkable, shrink
+from torchprune_bayes.structured.support import OF_THE_MODEL
 from torchprune_bayes.training._due import due_step
 from torchprune_bayes.training._optimizers import bare_optimizer
 
 logger = logging.getLogger("torchprune_bayes")
 
-_OF_THE_MODEL = ("target", "ignored", "groups", "min_keep", "round_to", "forward_fn")
 _STATE = {"step", "left"}
 
 
@@ -101,7 +101,7 @@ class GradualShrinking:
         self._optimizer = None if optimizer is None else bare_optimizer(optimizer)
         self._averages = [ema] if isinstance(ema, nn.Module) else list(ema)
         self._stages, self._step = Stages(), 0
-        known = {key: options[key] for key in _OF_THE_MODEL if key in options}
+        known = {key: options[key] for key in OF_THE_MODEL if key in options}
         check_shrinkable(model, example_inputs, sparsity=schedule.final, **known)
 
     @property
