@@ -100,7 +100,11 @@ def examine_importances(case: Architecture, build: Callable[[], nn.Module]) -> s
     groups = find_groups(model, first[:2])
     state = {name: value.clone() for name, value in model.state_dict().items()}
     done, refused = 0, []
-    for name, make in _importances(model, first).items():
+    try:
+        made = _importances(model, first)
+    except TorchPruneBayesError as error:
+        return f"none: {short(error)}"
+    for name, make in made.items():
         try:
             if not _score(make(), model, groups):
                 refused.append(f"{name} scores no group")

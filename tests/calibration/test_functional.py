@@ -10,7 +10,7 @@ from tests.calibration.cases import assert_same, collected, conv_net
 from tests.contracts.state import unchanged
 from torchprune_bayes import Calibration, prunable_parameters
 from torchprune_bayes.calibration._functional import FunctionalModel, preserved
-from torchprune_bayes.errors import ArgumentTypeError
+from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 
 
@@ -164,3 +164,24 @@ def test_only_the_wanted_tensors_are_differentiated() -> None:
 
 def _conv_batch() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(4, 2, 6, 6).double(), torch.tensor([0, 1, 2, 0]))]
+
+
+class Overwriting(nn.Module):
+    """Keeps a running state in one tensor, as RWKV does when it caches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.a(x)
+        squares = state * state
+        state[:, 0] = 0.0
+        return self.b(squares)
+
+
+def test_a_model_that_overwrites_what_gradients_need_is_refused_with_a_remedy() -> None:
+    model = Overwriting()
+    data = [(torch.ones(2, 3), torch.tensor([0, 1]))]
+    with unchanged(model), pytest.raises(CalibrationError, match="use_cache=False"):
+        collected(Calibration(model, data, cross_entropy))

@@ -172,3 +172,23 @@ def test_units_that_several_layers_read_get_no_gate():
         model, inputs = wired(name)
         with pytest.raises(ArgumentError, match="found none"):
             find_sites(model, example_inputs=inputs)
+
+
+class Lending(nn.Module):
+    """Two layers, the second of which lends its weight and is never called, as in Mamba."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.norm(self.a(x)).relu(), self.b.weight, self.b.bias)
+
+
+def test_a_layer_that_is_not_called_holds_no_gate():
+    [site] = find_sites(Lending(), "auto", torch.ones(2, 4))
+    assert (site.name, site.side) == ("norm", "out")
+    model = Lending().eval()
+    gates = attach_gates(model, "auto", torch.ones(2, 4))
+    model(torch.ones(2, 4)).sum().backward()
+    assert all(gate.mu.grad is not None for gate in gates.values())

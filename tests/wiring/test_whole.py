@@ -79,6 +79,23 @@ def test_groups_of_the_same_make_are_told_apart_where_they_differ(fixed: tuple[i
     assert list(failed) == [f"{place}.a" for place, each in enumerate(fixed) if each]
 
 
+class Parts(nn.Module):
+    """Cuts what a layer makes into parts of which it names the sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 9), nn.Linear(5, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.a(x).split([5, 4], -1)
+        return self.b(one.relu()) + self.c(other.relu())
+
+
+def test_uneven_parts_are_named() -> None:
+    units = find_units(Parts(), torch.ones(2, 4))
+    assert units.left_out["a"].endswith("cuts them into uneven parts")
+
+
 class Scaled(nn.Module):
     """Its weight is a buffer, as that of FalconMamba's inner norm."""
 

@@ -244,11 +244,16 @@ def _gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor |
     """Gradients by the leaves; ``None`` where the loss is not computed from one."""
     if not loss.requires_grad:
         return dict.fromkeys(leaves)
-    return dict(
-        zip(
-            leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True
-        )
-    )
+    try:
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise CalibrationError(
+            "Expected a model with gradients in evaluation mode, got one that writes over what they"
+            " are computed from: switch its cache off, as `use_cache=False` does in transformers."
+        ) from error
+    return dict(zip(leaves, found, strict=True))
 
 
 def _moved(value: Tensor) -> Tensor:

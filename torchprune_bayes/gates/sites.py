@@ -7,7 +7,7 @@ between, so it is how hidden units and attention heads are gated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -261,20 +261,27 @@ def _wired(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None, heads: bool
 ) -> Iterator[Site]:
     """Yield a site for each group of units that one batch norm scales or one layer reads."""
-    for group in groups_of(model, observe(model, example_inputs, forward_fn)):
+    wiring = observe(model, example_inputs, forward_fn)
+    for group in groups_of(model, wiring):
         if heads or group.kind != "head":
-            yield from _site_of(model, group)
+            yield from _site_of(model, group, wiring.called)
 
 
-def _site_of(model: nn.Module, group: UnitGroup) -> Iterator[Site]:
+def _site_of(model: nn.Module, group: UnitGroup, called: Collection[str]) -> Iterator[Site]:
+    """Yield a site on a layer that is called, and whose hooks therefore run."""
     weights = [piece for piece in group.slices if not piece.name.endswith("bias")]
     makers = [piece for piece in weights if piece.role == "producer"]
     norms = [piece for piece in weights if piece.role == "norm" and piece.name.endswith("weight")]
     readers = [piece for piece in weights if piece.role == "consumer"]
-    if len(readers) == 1 and _fits(model, group, readers[0], "in"):
-        yield _site(model, group, readers[0], "in", makers)
-    elif len(norms) == len(makers) == 1 and _fits(model, group, norms[0], "out"):
-        yield _site(model, group, norms[0], "out", makers)
+    places: list[tuple[list[UnitSlice], Side]] = [(readers, "in")]
+    if len(norms) == len(makers) == 1:
+        places.append((norms, "out"))
+    for pieces, side in places:
+        if len(pieces) == 1 and _fits(model, group, pieces[0], side):
+            site = _site(model, group, pieces[0], side, makers)
+            if site.module in called:
+                yield site
+                return
 
 
 def _site(

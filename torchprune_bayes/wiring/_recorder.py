@@ -111,12 +111,14 @@ class Recorder(TorchDispatchMode):
     Attributes:
         ledger: What was noted.
         used: Parameters and buffers that some operation has read, by ``id``.
+        called: Names of the modules that were called.
     """
 
     def __init__(self, known: Sequence[tuple[Tensor, State]], inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.ledger = Ledger()
         self.used: set[int] = set()
+        self.called: set[str] = set()
         self._known = {id(tensor) for tensor, _ in known}
         self._states: Any = WeakTensorKeyDictionary()
         for tensor, state in known:
@@ -193,6 +195,7 @@ class Recorder(TorchDispatchMode):
 
     def _enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._stack.append(name)
+        self.called.add(name)
         if (
             inputs
             and isinstance(inputs[0], Tensor)

@@ -51,6 +51,7 @@ class Wiring:
         heads: Whether an atom's class is shared by a product inside of heads.
         reshapes: Views in which code named sizes, with classes for labels.
         used: Names of the parameters that some operation has read.
+        called: Names of the modules that were called; others lend their tensors.
         widths: Modules that cut a dimension into parts, with the classes along it and the sizes of
             the parts.
         numbers: Module, attribute and the classes of the entries that it counts.
@@ -65,6 +66,7 @@ class Wiring:
     heads: Tensor
     reshapes: tuple[Reshape, ...]
     used: frozenset[str]
+    called: frozenset[str]
     widths: tuple[tuple[str, Tensor, int], ...]
     numbers: tuple[tuple[str, str, Tensor], ...]
     reasons: tuple[tuple[Tensor, str], ...]
@@ -138,6 +140,7 @@ def observe(
         _marked(ledger.heads, classes),
         tuple(Reshape(each.module, classes[each.labels], each.width) for each in ledger.reshapes),
         used,
+        frozenset(recorder.called),
         tuple(
             (cut.module, classes[cut.layer].reshape(-1), cut.stop - cut.start)
             for cut in ledger.cuts

@@ -11,8 +11,6 @@ from torchprune_bayes.wiring.groups import UnitGroup
 from torchprune_bayes.wiring.trace import OUTPUTS, Side, Wiring
 from torchprune_bayes.wiring.unseen import unreached
 
-_TOGETHER = "what reads its outputs lets them stay or go only all together"
-
 
 def kept_whole(model: nn.Module, wiring: Wiring, groups: Sequence[UnitGroup]) -> dict[str, str]:
     """Say for all layers that make no units of a group why they do not.
@@ -34,7 +32,7 @@ def kept_whole(model: nn.Module, wiring: Wiring, groups: Sequence[UnitGroup]) ->
         if name in found or (side.name, side.dim) in made:
             continue
         part = int(wiring.parts[side.start])
-        why = _reason(wiring, part)
+        why = _reason(wiring, part) or _cut_up(wiring, side)
         if part not in known and why != OUTPUTS:
             found[name] = why
         known.add(part)
@@ -57,10 +55,18 @@ def _makers(model: nn.Module, wiring: Wiring) -> Iterator[tuple[str, Side]]:
             yield path, side
 
 
-def _reason(wiring: Wiring, part: int) -> str:
+def _reason(wiring: Wiring, part: int) -> str | None:
     """The first reason for which something stays that goes with a part."""
-    return next(
-        (why for labels, why in wiring.reasons if _meets(wiring.parts[labels], part)), _TOGETHER
+    found = (why for labels, why in wiring.reasons if _meets(wiring.parts[labels], part))
+    return next(found, None)
+
+
+def _cut_up(wiring: Wiring, side: Side) -> str:
+    """What lets units stay or go only all together."""
+    one = int(wiring.classes[side.start])
+    module = next((name for name, labels, _ in wiring.widths if _meets(labels, one)), None)
+    return "all of them go together" + (
+        "" if module is None else f", since `{module or 'the model'}` cuts them into uneven parts"
     )
 
 
