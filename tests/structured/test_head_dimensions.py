@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -151,11 +152,32 @@ def test_queries_and_values_go_apart_where_the_module_lets_them() -> None:
     assert not find_groups(model, inputs)  # heads are counted under a name that is not known
 
 
-def test_flops_of_the_shrunk_attention_are_the_predicted_ones() -> None:
-    model, inputs = attention_case(queries=4, values=4)
-    report = shrink(model, inputs, Given(), sparsity=0.4, target="flops", heads="dimensions")
+@pytest.mark.parametrize("name", ["apart", "timm-vit", "bert"])
+def test_flops_of_the_shrunk_attention_are_the_predicted_ones(name: str) -> None:
+    apart = name == "apart"
+    model, inputs = attention_case(queries=4, values=4) if apart else family_case(name)
+    report = shrink(model, inputs, Given(), sparsity=0.2, target="flops", heads="dimensions")
     assert report.flops is not None
     assert UnitCosts.measure(model, [], inputs).flops({}) == report.flops.after
+
+
+def t5_case() -> tuple[Any, Any]:
+    """All layers of an encoder share the heads of one table of positions, but not their size."""
+    config = transformers.T5Config(
+        vocab_size=20, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    tokens = torch.arange(3, 11).view(2, 4)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    return model, {"input_ids": tokens, "decoder_input_ids": tokens}
+
+
+def test_layers_that_share_heads_lose_dimensions_by_themselves() -> None:
+    model, inputs = t5_case()
+    units = find_units(model, inputs, heads="dimensions")
+    inside = [group for group in units.groups if group.parts]
+    assert len(inside) == 6  # two layers, of which the decoder's have two attentions each
+    assert all(len(group.parts) == 2 and group.units == 4 for group in inside)
 
 
 def test_every_head_keeps_what_matters_most_to_it() -> None:

@@ -40,13 +40,16 @@ SIZES = (
 )
 """Attributes in which modules keep how many dimensions a head has."""
 
+_NAMES = (SIZES + HEADS_WIDTHS, SIZES + WIDTHS, SIZES, ())
+"""Attributes that are taken to follow, in the order in which they are tried."""
+
 
 def dimensions_of(
     model: nn.Module,
     heads: Sequence[UnitGroup],
     example_inputs: Any,
     forward_fn: ForwardFunction | None,
-) -> tuple[dict[str, list[UnitGroup]], dict[str, str]]:
+) -> tuple[list[UnitGroup], dict[str, str]]:
     """Find the dimensions inside of heads that can be removed.
 
     Queries and keys on the one hand and values on the other are removed separately where the module
@@ -65,44 +68,38 @@ def dimensions_of(
         forward_fn: How to call it otherwise.
 
     Returns:
-        The groups that take the place of each group of heads, by its name; and what is left whole,
-        with the reason, by the name of the layer.
+        The groups that take the place of those of heads; and what is left whole, with the reason,
+        by the name of the layer.
 
     Cost: three to about twenty forward passes, and a few copies of the model.
     """
     wiring = observe(model, example_inputs, forward_fn, whole_heads=False)
     fine = groups_of(model, wiring)
-    parts = {group.name: list(_parts(group, fine)) for group in heads}
-    left_out = {
-        layer: reason
-        for group in heads
-        if all(_is_read(part) for part in parts[group.name])
-        for layer, reason in [_stays(group, wiring)]
-    }
+    left_out: dict[str, str] = {}
+    attentions: dict[str, list[UnitGroup]] = {}
+    for group in heads:
+        parts = list(_parts(group, fine))
+        for part in parts:
+            attentions.setdefault(_layer(part).rpartition(".")[0], []).append(part)
+        if all(_is_read(part) for part in parts):
+            left_out |= [_stays(group, wiring)]
     served: dict[str, UnitGroup] = {}
     why: dict[str, str] = {}
-    for turn in range(max((len(found) for found in parts.values()), default=0)):
+    for turn in range(max(map(len, attentions.values()), default=0)):
         # Parts of one module would make up for each other.
-        alone = [found[turn] for found in parts.values() if turn < len(found)]
-        works, fails = _tried(model, alone, example_inputs, forward_fn)
+        alone = [found[turn] for found in attentions.values() if turn < len(found)]
+        works, fails = _tried(model, alone, (_NAMES[0], ()), example_inputs, forward_fn)
         served |= works
         why |= fails
-    rest = {
-        group.name: [part for part in parts[group.name] if part.name not in served]
-        for group in heads
-    }
-    together = {name: joined for name, found in rest.items() if (joined := _joined(name, found))}
-    more, reasons = _tried(model, list(together.values()), example_inputs, forward_fn)
-    result: dict[str, list[UnitGroup]] = {}
-    for group in heads:
-        found = [served[part.name] for part in parts[group.name] if part.name in served]
-        if group.name in more:
-            found.append(more[group.name])
-        elif rest[group.name]:
-            reason = reasons.get(group.name) or why[rest[group.name][0].name]
-            left_out[group.name] = f"its heads cannot have another size: {reason}"
-        result[group.name] = found
-    return result, left_out
+    rest = [[part for part in found if part.name not in served] for found in attentions.values()]
+    together = [joined for found in rest if (joined := _joined(found))]
+    works, fails = _tried(model, together, _NAMES, example_inputs, forward_fn)
+    served |= works
+    for found in rest:
+        if found and _layer(found[0]) not in works:
+            reason = fails.get(_layer(found[0])) or why[found[0].name]
+            left_out[_layer(found[0])] = f"its heads cannot have another size: {reason}"
+    return list(served.values()), left_out
 
 
 def arranged(
@@ -178,10 +175,15 @@ def _is_read(group: UnitGroup) -> bool:
     return any(piece.role == "consumer" for piece in group.slices)
 
 
+def _layer(group: UnitGroup) -> str:
+    """The first layer that makes the units."""
+    maker = next(piece for piece in group.slices if piece.role == "producer")
+    return maker.name.rpartition(".")[0]
+
+
 def _stays(group: UnitGroup, wiring: Wiring) -> tuple[str, str]:
     """The first layer that makes the heads, and why their queries and keys stay."""
-    maker = next(piece for piece in group.slices if piece.role == "producer")
-    layer = maker.name.rpartition(".")[0]
+    layer = _layer(group)
     sides = [side for side in wiring.sides if side.name.rpartition(".")[0] == layer]
     given = (
         reason
@@ -193,8 +195,8 @@ def _stays(group: UnitGroup, wiring: Wiring) -> tuple[str, str]:
     return layer, f"dimensions of its heads go together: {reason}"
 
 
-def _joined(name: str, parts: Sequence[UnitGroup]) -> UnitGroup | None:
-    """One group of queries, keys and values, if they have equally many dimensions."""
+def _joined(parts: Sequence[UnitGroup]) -> UnitGroup | None:
+    """One group of a module's queries, keys and values, if they have equally many dimensions."""
     if len(parts) < 2 or len({part.units for part in parts}) > 1:
         return None
     slices: list[UnitSlice] = []
@@ -203,12 +205,14 @@ def _joined(name: str, parts: Sequence[UnitGroup]) -> UnitGroup | None:
         places = range(len(slices), len(slices) + len(part.slices))
         chosen.append(HeadPart(tuple(places), part.parts[0].heads))
         slices += part.slices
-    return UnitGroup(name, "dimension", parts[0].units, tuple(slices), parts=tuple(chosen))
+    name, units = _layer(parts[0]), parts[0].units
+    return UnitGroup(name, "dimension", units, tuple(slices), parts=tuple(chosen))
 
 
 def _tried(
     model: nn.Module,
     groups: Sequence[UnitGroup],
+    names: Sequence[Sequence[str]],
     example_inputs: Any,
     forward_fn: ForwardFunction | None,
 ) -> tuple[dict[str, UnitGroup], dict[str, str]]:
@@ -217,7 +221,7 @@ def _tried(
     reasons: dict[str, str] = {}
     seen: set[tuple[object, ...]] = set()
     for rescaled in (True, False):
-        for sizes in (SIZES + HEADS_WIDTHS, SIZES + WIDTHS, SIZES, ()):
+        for sizes in names:
             forms = [
                 form
                 for group in groups

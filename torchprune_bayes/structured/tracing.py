@@ -126,10 +126,11 @@ def find_units(
         )
     finer, left_out = dimensions_of(inner, whole, example_inputs, forward_fn)
     rest = [group for group in units.groups if group.kind != "head"]
-    groups = [*rest, *(each for found in finer.values() for each in found)]
+    of_heads = {group.name for group in whole}
+    groups = [*rest, *finer]
     order = {name: place for place, (name, _) in enumerate(inner.named_modules())}
     groups.sort(key=lambda group: order[group.name.partition(":")[0]])
-    reasons = {name: why for name, why in units.left_out.items() if name not in finer}
+    reasons = {name: why for name, why in units.left_out.items() if name not in of_heads}
     return Units(groups, reasons | left_out)
 
 

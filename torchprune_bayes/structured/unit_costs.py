@@ -224,4 +224,4 @@ def _attention_of(path: str, groups: Sequence[UnitGroup]) -> list[tuple[str, int
     """
     inside = [group for group in groups if group.name.startswith(f"{path}.")]
     heads = [(group.name, 2) for group in inside if group.kind == "head"]
-    return heads[:1] or [(group.name, len(group.parts)) for group in inside if group.parts]
+    return heads[:1] or [(group.name, min(len(group.parts), 2)) for group in inside if group.parts]
