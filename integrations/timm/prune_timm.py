@@ -259,7 +259,8 @@ class Run:
             loss = self.train_one_epoch(epoch)
             metrics = self.validate()
             logger.info("epoch %d: %s", epoch, metrics)
-            update_summary(epoch, {"loss": loss}, metrics, self.folder / "summary.csv")
+            table = self.folder / "summary.csv"
+            update_summary(epoch, {"loss": loss}, metrics, table, write_header=not table.exists())
             save_training(last, step=epoch + 1, **parts)
         save_pruned(
             self.model if self.ema is None else self.ema.module,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import timm
 import torch
 import transformers
+from timm.layers.attention import Attention
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -197,6 +199,8 @@ FAMILY_MODELS: dict[str, Callable[[], nn.Module]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
 }
+if "gated" not in signature(Attention).parameters:  # timm before 1.0.28
+    del FAMILY_MODELS["timm-gated-vit"]
 GENERATORS = (
     "gpt2-lm",
     "gpt2-upcast",
