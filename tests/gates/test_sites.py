@@ -192,3 +192,19 @@ def test_a_layer_that_is_not_called_holds_no_gate():
     gates = attach_gates(model, "auto", torch.ones(2, 4))
     model(torch.ones(2, 4)).sum().backward()
     assert all(gate.mu.grad is not None for gate in gates.values())
+
+
+class Recurrent(nn.Module):
+    """The state is read by the next layer and by the recurrence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.LSTM(3, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)[0])
+
+
+def test_units_that_several_layers_read_have_no_site_and_the_refusal_says_so():
+    with pytest.raises(ArgumentError, match="Recurrent; none of its units are all read by one"):
+        find_sites(Recurrent(), "auto", torch.ones(2, 4, 3))

@@ -159,8 +159,14 @@ def find_sites(
             if name == "chain" and example_inputs is None:
                 check_chain(model)
             return found
+    why = (
+        "; none of its units are all read by one layer that is called, or scaled by one batch norm"
+        if preset == "auto" and example_inputs is not None
+        else ""
+    )
     raise ArgumentError(
-        f"Expected a model with sites of preset {preset!r}, found none in {type(model).__name__}."
+        f"Expected a model with sites of preset {preset!r}, found none in "
+        f"{type(model).__name__}{why}."
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from torchprune_bayes import Calibration
 from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
 from torchprune_bayes.laplace import Posterior
+from torchprune_bayes.structured import find_groups
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importances.laplace_evidence import LaplaceEvidenceImportance
 from torchprune_bayes.structured.slicing import apply_plan, groups_after, plan_of
@@ -99,3 +103,33 @@ def test_a_unit_that_only_noise_reads_goes():
     found = LaplaceEvidenceImportance(posterior).score(groups[0], model)
     assert found is not None
     assert (found < 0).tolist() == [False, False, True, False]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, whose weights are in no list to prune, in front of a linear one."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.a, self.b = kind(3, 6, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_states_of_recurrent_layers_are_scored(kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent(kind), torch.randn(12, 4, 3)
+    with torch.no_grad():
+        for name, at in (("a.weight_hh_l0", 2), ("b.weight", 2)):
+            model.get_parameter(name)[:, at] = 0.0  # nothing reads this one
+    groups = find_groups(model, x[:2])
+    importance = LaplaceEvidenceImportance(
+        Calibration(model, [(x, torch.arange(12) % 2)], cross_entropy)
+    )
+    importance.prepare(model, groups)
+    [group] = [group for group in groups if group.name == "a"]
+    scores = importance.score(group, model)
+    assert scores is not None
+    assert (scores.shape, float(scores[2])) == ((6,), 0.0)
+    assert bool((scores[[0, 1, 3, 4, 5]] != 0).all())

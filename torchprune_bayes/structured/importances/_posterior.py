@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
 from torchprune_bayes.laplace import LaplaceOptions, Posterior, PriorStructure, fit_posterior
+from torchprune_bayes.layer_kinds import kind_of
+from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.structured.groups import Kept, UnitGroup, UnitSlice
 from torchprune_bayes.structured.importance import UnitImportance
 from torchprune_bayes.structured.importances._calibrated import (
@@ -83,7 +85,7 @@ class PosteriorImportance(UnitImportance):
                 self._current = self._given
             return
         check_model(model, self.calibration)
-        fresh = self.calibration.fresh(self._draws)
+        fresh = _with_readers(self.calibration.fresh(self._draws), groups)
         posterior = fit_posterior(fresh, **asdict(self._options)).with_best_prior(self._prior)
         if self._gated:
             readers = {g.name: [(p, 1.0) for p in pieces_of(g, "consumer")] for g in groups}
@@ -142,6 +144,24 @@ class PosteriorImportance(UnitImportance):
         if self.calibration is None:
             return False
         return self._versions is None or self._versions.changed(model)
+
+
+def _with_readers(calibration: Calibration, groups: Sequence[UnitGroup]) -> Calibration:
+    """Count in what reads units and is in no list of weights to prune, as in recurrent layers."""
+    space = calibration.space
+    names = [piece.name for group in groups for piece in pieces_of(group, "consumer")]
+    own = [
+        (calibration.model.get_submodule(name.rpartition(".")[0]), name)
+        for name in dict.fromkeys(names)
+    ]
+    more = [
+        (module, name.rpartition(".")[2])
+        for module, name in own
+        if not kind_of(module).prunable and name not in space.names
+    ]
+    if not more:
+        return calibration
+    return calibration.with_space(ParameterSpace(calibration.model, [*space.pairs(), *more]))
 
 
 def _told_apart(
