@@ -124,7 +124,7 @@ def resnet50(rounds: int) -> str:
             ignored_layers=[model.fc],
         ).step()
 
-    ways = {
+    ways: dict[str, Callable[[nn.Module], None]] = {
         "shrink": ours,
         "shrink(verify=False)": partial(ours, verify=False),
         "torch-pruning": theirs,
