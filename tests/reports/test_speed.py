@@ -17,12 +17,13 @@ class Timed(nn.Module):
     def __init__(self, clock: list[float], takes: list[float], order: list[str], name: str) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
-        self.clock, self.takes, self.order, self.name = clock, takes, order, name
+        self.clock, self.takes, self.name = clock, takes, name
+        self.note = order.append  # a list of the module would be as before after a run
 
     def forward(self, x: Tensor) -> Tensor:
         assert not self.training
         self.clock[0] += self.takes.pop(0)
-        self.order.append(self.name)
+        self.note(self.name)
         return (x * self.weight).requires_grad_(False)
 
 

@@ -18,6 +18,9 @@ Batch = Any
 def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     """Apply ``function`` to every tensor of a nest of mappings, tuples and lists.
 
+    ``torch.utils._pytree`` would take a mapping that it does not know, as the ``BatchEncoding`` of
+    transformers, for a leaf, and the batch would stay whole without a word.
+
     Example:
         >>> map_tensors({"ids": torch.zeros(2, 3), "name": "x"}, lambda t: t[0])
         {'ids': tensor([0., 0., 0.]), 'name': 'x'}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._extras import optional
 from torchprune_bayes._processes import several
+from torchprune_bayes.calibration._batches import map_tensors
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
 from torchprune_bayes.integrations._ranks import refuse_sharded
@@ -178,7 +179,7 @@ class ShrinkingCallback(TrainerCallback):
 
     def _inputs(self, model: nn.Module) -> Any:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return _placed(self._example_inputs, device)
+        return map_tensors(self._example_inputs, lambda tensor: tensor.to(device))
 
     def _due(self, step: int) -> dict[str, Any] | None:
         """The sparsity to cut to after an update, as an argument of ``shrink``; if it is due."""
@@ -204,14 +205,3 @@ class ShrinkingCallback(TrainerCallback):
         self._stages.count(report)
         state.stateful_callbacks[RECORD] = {"left": self._stages.left}
         forget_best(state)
-
-
-def _placed(inputs: Any, device: torch.device) -> Any:
-    """Example inputs with all tensors on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: _placed(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_placed(value, device) for value in inputs)
-    return inputs

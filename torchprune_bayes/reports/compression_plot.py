@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.reports.plots import (
-    COLOURS,
-    MARKERS,
     checked_path,
     draw_legend,
-    draw_line,
+    draw_series,
     new_figure,
     save_figure,
 )
@@ -76,13 +73,14 @@ def plot_accuracy_against_compression(
     if not lines:
         raise ArgumentError("Expected a row of `stop` 0 to draw, got none.")
     figure, axes = new_figure(f"{x} removed", y, title)
-    entries = []
-    styles = zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False)
-    for (name, line), colour, marker in styles:
-        points = [(point.x, point.y, point.y_std) for point in sorted(line)]
-        entries.append((draw_line(axes, points, colour, marker, width=1.6, size=5.0), name))
+    drawn = {
+        name: [(point.x, point.y, point.y_std) for point in sorted(line)]
+        for name, line in lines.items()
+    }
+    entries = draw_series(axes, drawn.items(), width=1.6, size=5.0)
+    for handle, name in entries:
         for stop in stops.get(name, []):
-            _draw_stop(axes, stop, colour)
+            _draw_stop(axes, stop, handle.get_color())
     if stops:
         (star,) = axes.plot([], [], color="#AAAAAA", **_STAR)
         entries.append((star, "stopping point"))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import cycle
 from math import isfinite, nan
 from os import PathLike
 from pathlib import Path
 
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.reports.plots import (
-    COLOURS,
-    MARKERS,
     checked_path,
     draw_legend,
-    draw_line,
+    draw_series,
     new_figure,
     save_figure,
 )
@@ -52,15 +49,16 @@ def plot_loss_curves(
             "Expected loss curves to draw, got none: shrink with allocation='measured'."
         )
     figure, axes = new_figure("fraction of the units removed", "loss", title)
-    entries = []
-    for curve, colour, marker in zip(curves, cycle(COLOURS), cycle(MARKERS), strict=False):
-        points = [
-            (removed / curve.units, loss, nan)
-            for removed, loss in zip(curve.removed, curve.loss, strict=True)
-            if isfinite(loss)
-        ]
-        entries.append((draw_line(axes, points, colour, marker), curve.group))
+    entries = draw_series(axes, ((curve.group, _points(curve)) for curve in curves))
     axes.set_yscale("log")
     draw_legend(axes, entries)
     save_figure(figure, path)
     return path
+
+
+def _points(curve: LossCurve) -> list[tuple[float, float, float]]:
+    return [
+        (removed / curve.units, loss, nan)
+        for removed, loss in zip(curve.removed, curve.loss, strict=True)
+        if isfinite(loss)
+    ]

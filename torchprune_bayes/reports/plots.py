@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes._extras import optional
@@ -23,7 +23,8 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC3D8F", "#E69F00", "#4B3B9B",
     "#56B4E9", "#8C1C13", "#8FB339", "#B07AA1", "#7A5230", "#111111",
 )  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "h")
+Points: TypeAlias = Sequence[tuple[float, float, float]]  # places, values, spreads (NaN: no band)
 
 
 def plot_accuracy_against_sparsity(
@@ -73,14 +74,17 @@ def plot_accuracy_against_sparsity(
     lines, dense = lines_of(table, x, y, series)
     figure, axes = new_figure(x, y, title)
     set_sparsity_ticks(axes, sorted({point.sparsity for line in lines.values() for point in line}))
-    styles = zip(lines.items(), cycle(COLOURS), cycle(MARKERS), strict=False)
-    handles = {
-        name: draw_line(axes, [(position(p.sparsity), p.mean, p.std) for p in line], *style)
-        for (name, line), *style in styles
-    }
     # Ordered by the last value, the legend reads like the right edge of the figure.
-    order = sorted(lines, key=lambda name: -lines[name][-1].mean)
-    entries = [(handles[name], name) for name in order]
+    entries = sorted(
+        draw_series(
+            axes,
+            (
+                (name, [(position(p.sparsity), p.mean, p.std) for p in line])
+                for name, line in lines.items()
+            ),
+        ),
+        key=lambda entry: -lines[entry[1]][-1].mean,
+    )
     if dense is not None:
         reference = axes.axhline(dense, color=_GREY, linestyle=(0, (5, 3)), linewidth=1.2, zorder=1)
         entries.insert(0, (reference, "dense"))
@@ -186,9 +190,26 @@ def set_sparsity_ticks(axes: Any, sparsities: list[float]) -> None:
     axes.set_xticks(list(labels), list(labels.values()))
 
 
+def draw_series(
+    axes: Any, series: Iterable[tuple[str, Points]], **options: float
+) -> list[tuple[Any, str]]:
+    """Draw named lines, each in a colour and marker of its own; the entries of their legend.
+
+    Args:
+        axes: Where to draw.
+        series: Names, which may repeat, and what :func:`draw_line` takes.
+        **options: Its ``width`` and ``size``.
+    """
+    styles = zip(series, cycle(COLOURS), cycle(_MARKERS), strict=False)
+    return [
+        (draw_line(axes, points, colour, marker, **options), name)
+        for (name, points), colour, marker in styles
+    ]
+
+
 def draw_line(
     axes: Any,
-    points: Sequence[tuple[float, float, float]],
+    points: Points,
     colour: str,
     marker: str,
     *,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import cycle
 from math import nan
 from os import PathLike
 from pathlib import Path
 
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.reports.plots import (
-    COLOURS,
-    MARKERS,
     checked_path,
     draw_legend,
-    draw_line,
+    draw_series,
     new_figure,
     save_figure,
 )
@@ -53,12 +50,11 @@ def plot_reliability(
         raise ArgumentError("Expected the reliability of at least one model, got none.")
     figure, axes = new_figure("confidence", "accuracy", title)
     axes.plot([0, 1], [0, 1], color="#767676", linestyle=(0, (5, 3)), linewidth=1.0)
-    entries = []
-    for (name, table), colour, marker in zip(
-        models.items(), cycle(COLOURS), cycle(MARKERS), strict=False
-    ):
-        points = [(float(row["confidence"]), float(row["accuracy"]), nan) for row in table]
-        entries.append((draw_line(axes, points, colour, marker), name))
+    series = {
+        name: [(float(row["confidence"]), float(row["accuracy"]), nan) for row in table]
+        for name, table in models.items()
+    }
+    entries = draw_series(axes, series.items())
     axes.set_xlim(0, 1.02)
     axes.set_ylim(0, 1.02)
     draw_legend(axes, entries)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import cycle
 from math import nan
 from os import PathLike
 from pathlib import Path
@@ -20,11 +19,9 @@ from torchprune_bayes.calibration._functional import preserved
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.reports.evaluation import logits_of
 from torchprune_bayes.reports.plots import (
-    COLOURS,
-    MARKERS,
     checked_path,
     draw_legend,
-    draw_line,
+    draw_series,
     new_figure,
     save_figure,
 )
@@ -161,15 +158,11 @@ def plot_attacked(
     if not rows:
         raise ArgumentError("Expected rows of `evaluate_attacked` to draw, got none.")
     figure, axes = new_figure("strength of the attack", "accuracy", title)
-    entries = []
-    names = dict.fromkeys(str(row["model"]) for row in rows)
-    for name, colour, marker in zip(names, cycle(COLOURS), cycle(MARKERS), strict=False):
-        points = sorted(
-            (float(row["epsilon"]), float(row["accuracy"]), nan)
-            for row in rows
-            if row["model"] == name
-        )
-        entries.append((draw_line(axes, points, colour, marker), name))
+    series: dict[str, list[tuple[float, float, float]]] = {str(row["model"]): [] for row in rows}
+    for row in sorted(rows, key=lambda row: float(row["epsilon"])):
+        point = (float(row["epsilon"]), float(row["accuracy"]), nan)
+        series[str(row["model"])].append(point)
+    entries = draw_series(axes, series.items())
     axes.set_ylim(0, 1.02)
     draw_legend(axes, entries)
     save_figure(figure, path)
