@@ -79,3 +79,38 @@ def write_texts(folder: Path, rows: int = 64) -> Path:
                 [words[row % 2] + " indeed" * (row % 3), row % 2] for row in range(rows)
             )
     return folder
+
+
+def write_transformer(folder: Path, hub: str) -> Path:
+    """A small DistilBERT or GPT-2 with random weights, and a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        DistilBertConfig,
+        DistilBertModel,
+        GPT2Config,
+        GPT2Model,
+        PreTrainedTokenizerFast,
+    )
+
+    words = ["[PAD]", "[UNK]", "a", "good", "bad", "film", "indeed"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+    if hub.startswith("gpt2"):
+        config = GPT2Config(vocab_size=len(words), n_positions=16, n_embd=8, n_layer=2, n_head=2)
+        model = GPT2Model(config)
+    else:
+        model = DistilBertModel(
+            DistilBertConfig(
+                vocab_size=len(words),
+                max_position_embeddings=16,
+                n_layers=2,
+                n_heads=2,
+                dim=8,
+                hidden_dim=16,
+            )
+        )
+    model.save_pretrained(folder)
+    return folder

@@ -220,6 +220,24 @@ def test_prunes_along_a_schedule(regrow: bool) -> None:
         assert sum(int((~m).sum()) for m in spam.masks.values()) == zeros
 
 
+@pytest.mark.parametrize("mode", ["opd", "posterior", "obd"])
+def test_prunes_by_what_the_mode_says(mode: str) -> None:
+    model = _model()
+    spam = _spam(model, schedule=one_shot(0.5, at=1), every=1, enabled=False, mode=mode)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    scores = spam.posterior().scores(mode)
+    spam.step()
+    weights = [name for name in scores if name.endswith("weight") and before[name].ndim > 1]
+    ranked = torch.cat([scores[name].flatten() for name in weights])
+    kept = torch.cat([spam.masks[name].flatten() for name in weights])
+    assert ranked[kept].min() >= ranked[~kept].max()
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="mode"):
+        _spam(_model(), mode="weights")
+
+
 def test_what_is_pruned_does_not_enter_the_next_posterior() -> None:
     model = _model()
     spam = _spam(model, schedule=one_shot(0.5, at=1), every=1)

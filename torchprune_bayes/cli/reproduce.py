@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from torchprune_bayes._files import check_writable
+from torchprune_bayes._files import check_writable, write_whole
 from torchprune_bayes.cli._help import Parser, command_parser
 from torchprune_bayes.cli._options import checked_options, options_of
 from torchprune_bayes.cli._plan import in_words
@@ -20,7 +20,7 @@ from torchprune_bayes.cli._results import write_config
 from torchprune_bayes.cli._sources import load_checkpoint
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.experiments import EXPERIMENTS, Experiment
-from torchprune_bayes.experiments.engine import as_table, load_split, run_experiment
+from torchprune_bayes.experiments.engine import Run, as_table, load_split
 from torchprune_bayes.experiments.starts import Trained
 from torchprune_bayes.experiments.tables.cbs import PUBLISHED_NAMES
 from torchprune_bayes.experiments.trial import Setting
@@ -88,11 +88,13 @@ def run(arguments: argparse.Namespace) -> int:
     data = load_split(experiment, arguments.data, setting)
     check_writable(arguments.output)
     begin, rows = perf_counter(), list[Mapping[str, Any]]()
-    for row in run_experiment(experiment, data, setting):
-        rows.append(row)
-        files = _written(as_table(rows), arguments.output)
-    files.append(write_config(arguments))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    files, run = [write_config(arguments)], Run(experiment, data, setting)
+    for row in run.rows():
+        rows.append(row)  # written one by one: a run may take days
+        written = _written(as_table(rows), arguments.output)
     print(_shown(experiment, as_table(rows), setting))
+    files += [*(written if rows else []), *run.figures(arguments.output)]
     seconds = in_words(perf_counter() - begin)
     print(f"wrote {', '.join(map(str, files))} in {seconds}")
     return 0
@@ -177,9 +179,11 @@ def _with_options(experiment: Experiment, given: Mapping[str, Any]) -> Experimen
 
 
 def _written(table: ResultsTable, output: Path) -> list[Path]:
-    files = [output / f"reproduce.{ending}" for ending in ("json", "csv")]
+    files = [output / f"reproduce.{ending}" for ending in ("json", "csv", "tex")]
     table.to_json(files[0])
     table.to_csv(files[1])
+    latex = _summary(table).to_latex() + "\n"
+    write_whole(files[2], lambda draft: draft.write_text(latex, encoding="utf-8"))
     return files
 
 
@@ -202,7 +206,9 @@ def _summary(table: ResultsTable) -> ResultsTable:
 
 def _telling(table: ResultsTable) -> list[str]:
     """Columns that say something: no drop where none was published, no FLOPs that stay."""
-    known, names = set(table.columns), ["ours", "compression"]
+    known = set(table.columns)
+    first: list[str] = ["ours", "compression", "closed"]
+    names = [name for name in first if name in known]
     names += ["drop"] if "paper_drop" in known else []
     for name in ("flops", "training_flops"):
         changed = any(abs(float(row.get(name, 100.0)) - 100.0) > 0.05 for row in table)
@@ -221,7 +227,8 @@ def _spread(name: str, values: list[float]) -> dict[str, float]:
 def _shown(experiment: Experiment, table: ResultsTable, setting: Setting) -> str:
     on = "held-out training examples" if setting.tuning else "test examples"
     lines = [f"{experiment.title} ({experiment.paper}); accuracy on {on} in percent"]
-    lines.append(str(_summary(table)))
+    if len(table):
+        lines.append(str(_summary(table)))
     if setting.scale < 1:
         lines.append(f"At {setting.scale:g} of the epochs and calibration samples of the paper.")
     if setting.width < 1:

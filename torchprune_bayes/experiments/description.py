@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from torch import nn
@@ -112,11 +113,13 @@ class Started:
         model: The network.
         flops: FLOPs of its training so far.
         posterior: Of a training by the marginal likelihood.
+        facts: Further columns of the row, put here while it is pruned.
     """
 
     model: nn.Module
     flops: int = 0
     posterior: Posterior | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Start(Protocol):
@@ -157,13 +160,19 @@ class Row:
 class Figure(Protocol):
     """A drawing that belongs to an experiment."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name of its files."""
 
-    def rows(self, trial: Trial) -> ResultsTable:
+    @property
+    def start(self) -> Start:
+        """What is drawn is made of this network."""
+
+    def rows(self, trial: Trial, started: Started) -> list[dict[str, Any]]:
         """What is drawn of one seed."""
 
-    def draw(self, rows: ResultsTable, path: Any) -> None:
-        """Draw the rows of all seeds."""
+    def draw(self, rows: ResultsTable, folder: Path) -> Path:
+        """Draw the rows of all seeds into a folder."""
 
 
 @dataclass(frozen=True)

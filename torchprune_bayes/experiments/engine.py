@@ -43,52 +43,75 @@ def load_split(experiment: Experiment, root: Path, setting: Setting) -> Split:
     return data.with_random_labels() if setting.random_labels else data
 
 
-def run_experiment(
-    experiment: Experiment, data: Split, setting: Setting
-) -> Iterator[Mapping[str, Any]]:
-    """Run all rows of all seeds; yields each as it is done.
+class Run:
+    """An experiment on data, at a setting.
 
     Args:
         experiment: What is run.
         data: Training and test examples.
         setting: How much of it.
-
-    Yields:
-        ``label``, ``sparsity`` (the target), ``seed``, ``paper`` (accuracy in percent), ``ours``;
-        ``paper_drop``, ``paper_compression`` and ``paper_training_flops`` where they are published,
-        each with ``drop``, ``compression`` and ``training_flops`` beside it, in percent.
     """
-    starts: list[tuple[Start, int, Started]] = []
 
-    def started(start: Start, trial: Trial) -> Started:
-        for known, seed, found in starts:
+    def __init__(self, experiment: Experiment, data: Split, setting: Setting) -> None:
+        self.experiment, self.setting = experiment, setting
+        self._trials = [Trial(experiment, setting, data, seed) for seed in range(setting.seeds)]
+        self._made: list[tuple[Start, int, Started]] = []
+
+    def rows(self) -> Iterator[Mapping[str, Any]]:
+        """Run all rows of all seeds; yields each as it is done.
+
+        Yields:
+            ``label``, ``sparsity`` (the target), ``seed``, ``paper`` (accuracy in percent),
+            ``ours``; ``paper_drop``, ``paper_compression`` and ``paper_training_flops`` where they
+            are published, each with ``drop``, ``compression`` and ``training_flops`` beside it, in
+            percent.
+        """
+        for trial in self._trials if self.experiment.rows else []:
+            dense = _Dense(trial, self._started(Trained(), trial))
+            if not (self.experiment.one_network and trial.seed):
+                yield dense.row()
+            for row in self._wanted(trial.seed):
+                begin = self._started(row.start, trial)
+                for target, published in row.published.items():
+                    twin = Started(copy.deepcopy(begin.model), begin.flops, begin.posterior)
+                    with seeded(derived_seed(trial.seed, row.label, str(target))):
+                        pruned = row.pruning.run(twin, trial, target)
+                    found = dense.compared(row.label, target, published, pruned, twin)
+                    trial.facts[row.label] = found
+                    yield found
+
+    def figures(self, folder: Path) -> list[Path]:
+        """Draw all figures; what is drawn is written beside each, as JSON.
+
+        Raises:
+            MissingExtraError: If matplotlib is not installed.
+        """
+        files = []
+        for figure in self.experiment.figures:
+            rows: list[dict[str, Any]] = []
+            for trial in self._trials:
+                started = self._started(figure.start, trial)
+                with seeded(derived_seed(trial.seed, figure.name)):
+                    rows += figure.rows(trial, started)
+            table = as_table(rows)
+            table.to_json(folder / f"{figure.name}.json")
+            files += [folder / f"{figure.name}.json", figure.draw(table, folder)]
+        return files
+
+    def _started(self, start: Start, trial: Trial) -> Started:
+        for known, seed, found in self._made:
             if (known, seed) == (start, trial.training_seed):
                 return found
         found = start.make(trial)
-        starts.append((start, trial.training_seed, found))
+        self._made.append((start, trial.training_seed, found))
         return found
 
-    for seed in range(setting.seeds):
-        trial = Trial(experiment, setting, data, seed)
-        dense = _Dense(trial, started(Trained(), trial))
-        if not (experiment.one_network and seed):
-            yield trial.facts.setdefault(DENSE, dense.row())
-        for row in _rows(experiment, setting, seed):
-            begin = started(row.start, trial)
-            for target, published in row.published.items():
-                twin = Started(copy.deepcopy(begin.model), begin.flops, begin.posterior)
-                with seeded(derived_seed(seed, row.label, str(target))):
-                    pruned = row.pruning.run(twin, trial, target)
-                found = dense.compared(row.label, target, published, pruned, twin.flops)
-                trial.facts[row.label] = found
-                yield found
-
-
-def _rows(experiment: Experiment, setting: Setting, seed: int) -> Iterator[Row]:
-    for row in experiment.rows:
-        again = experiment.one_network and seed and not row.pruning.is_random
-        if not again and (setting.masks is not None or not isinstance(row.pruning, SavedMasks)):
-            yield row
+    def _wanted(self, seed: int) -> Iterator[Row]:
+        for row in self.experiment.rows:
+            again = self.experiment.one_network and seed and not row.pruning.is_random
+            masks = self.setting.masks is not None or not isinstance(row.pruning, SavedMasks)
+            if masks and not again:
+                yield row
 
 
 class _Dense:
@@ -106,9 +129,14 @@ class _Dense:
         return self._row(DENSE, 0.0) | {"paper": published.accuracy, "ours": self._accuracy}
 
     def compared(
-        self, label: str, target: Target, published: Published, model: nn.Module, flops: int
+        self,
+        label: str,
+        target: Target,
+        published: Published,
+        model: nn.Module,
+        started: Started,
     ) -> dict[str, Any]:
-        """The row of a pruned network, whose training has cost so many FLOPs."""
+        """The row of a pruned network, and what it was pruned from."""
         accuracy = self._trial.measured(model)
         found = self._row(label, target) | {
             "paper": published.accuracy,
@@ -119,10 +147,10 @@ class _Dense:
             "compression": 100.0 * (1.0 - _remaining(model) / self._parameters),
             "flops": 100.0 * self._forward(model) / self._flops,
         }
-        if self._started.flops and flops:
+        if self._started.flops and started.flops:
             found["paper_training_flops"] = published.training_flops
-            found["training_flops"] = 100.0 * flops / self._started.flops
-        return found
+            found["training_flops"] = 100.0 * started.flops / self._started.flops
+        return found | started.facts
 
     def _row(self, label: str, target: Target) -> dict[str, Any]:
         return {"label": label, "sparsity": target, "seed": self._trial.seed}

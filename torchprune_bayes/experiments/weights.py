@@ -13,10 +13,11 @@ from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.experiments.description import Started, Target
 from torchprune_bayes.experiments.training import Training
 from torchprune_bayes.experiments.trial import Trial
+from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.methods import bake, masks_of, prune_global
 from torchprune_bayes.schedules import Schedule, halving, polynomial
 from torchprune_bayes.training import GradualPruner, IterativeMagnitudePruning, keep_sparse
-from torchprune_bayes.types import Masks
+from torchprune_bayes.types import Masks, ParameterPairs
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,25 @@ class Method:
     mini_batch: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def prunable(self, trial: Trial, model: nn.Module) -> ParameterPairs:
+        """The weights that it prunes: those of the experiment, as far as a pattern fits them."""
+        pairs, pattern = trial.prunable(model), self.options.get("pattern")
+        if pattern is None:
+            return pairs
+        together = int(pattern.partition(":")[2])
+        return [
+            (module, name)
+            for module, name in pairs
+            if getattr(module, name).shape[kind_of(module).input_dim] % together == 0
+        ]
+
     def arguments(self, trial: Trial, model: nn.Module) -> dict[str, Any]:
         """Options, with calibration data where the method takes some."""
         if not self.samples:
             return dict(self.options)
         batch = max(1, min(self.mini_batch, trial.samples(self.samples) // 8))
-        found = trial.calibration(model, self.samples, mini_batch=batch)
+        params = self.prunable(trial, model)
+        found = trial.calibration(model, self.samples, mini_batch=batch, params=params)
         return {**self.options, "calibration": found}
 
 
@@ -69,7 +83,8 @@ class OneShot:
         options = self.method.arguments(trial, model)
         if started.posterior is not None and self.method.name == "opd":
             options["posterior"] = started.posterior
-        prune_global(trial.prunable(model), self.method.name, amount=target, **options)
+        params = self.method.prunable(trial, model)
+        prune_global(params, self.method.name, amount=target, **options)
         return trained_on(started, trial, self.tune, self.rate) if self.tune else bake(model)
 
 

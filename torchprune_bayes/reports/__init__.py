@@ -54,6 +54,7 @@ from torchprune_bayes.reports.compression import (
 from torchprune_bayes.reports.compression_plot import plot_accuracy_against_compression
 from torchprune_bayes.reports.energy import Energy, EnergyMeter, measure_energy
 from torchprune_bayes.reports.evaluation import collect_sums, evaluate
+from torchprune_bayes.reports.gate_histogram import plot_gate_means
 from torchprune_bayes.reports.html_report import HtmlReport, LayerChange, versions
 from torchprune_bayes.reports.loss_curves import plot_loss_curves
 from torchprune_bayes.reports.metrics import (
@@ -97,6 +98,7 @@ __all__ = [
     "plot_accuracy_against_sparsity",
     "plot_attacked",
     "plot_comparison",
+    "plot_gate_means",
     "plot_loss_curves",
     "plot_reliability",
     "rank_correlations",

@@ -20,13 +20,14 @@ from torchprune_bayes.types import Masks
 
 
 class OnlinePruning:
-    """Set the weights of least posterior damage to zero, along a schedule.
+    """Set the weights that the posterior ranks lowest to zero, along a schedule.
 
     Args:
         space: Tensors under the prior; those that are weights of layers are pruned.
         optimizer: Its state is held at zero where the weights are.
         schedule: Sparsity of these weights by number of the call; ``None`` prunes nothing.
         regrow: Whether zeros may come back.
+        mode: What ranks the weights, see :meth:`~torchprune_bayes.laplace.Posterior.scores`.
 
     Attributes:
         masks: Boolean masks of what has been pruned for good.
@@ -42,8 +43,10 @@ class OnlinePruning:
         schedule: Schedule | None,
         *,
         regrow: bool,
+        mode: str = "opd",
     ) -> None:
         self.masks: Masks = {}
+        self._mode = mode
         self._space, self._optimizer = space, optimizer
         self._schedule, self._regrow = schedule, regrow
         self._names = [] if schedule is None else _weights_in(space)
@@ -68,7 +71,7 @@ class OnlinePruning:
         """Masks of the sparsity that is due; changes nothing."""
         assert self._schedule is not None
         space = self.space.subset(self._names)
-        scores = posterior.scores()
+        scores = posterior.scores(self._mode)
         masks = space.at(scores[self._names[0]].device).masks()
         entries = sum(mask.numel() for mask in masks.values())
         gone = sum(int((~mask).sum()) for mask in masks.values())

@@ -19,7 +19,7 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.laplace.evidence import SOLVERS
 from torchprune_bayes.laplace.fitting import LaplaceOptions, fit_posterior
-from torchprune_bayes.laplace.posterior import Posterior
+from torchprune_bayes.laplace.posterior import MODES, Posterior
 from torchprune_bayes.laplace.priors import PriorPrecision, PriorStructure
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.training._online_pruning import OnlinePruning
@@ -85,6 +85,9 @@ class SpaM:
             ``None`` prunes nothing.
         regrow: Whether what the schedule prunes is set to zero once and may come back, as in the
             paper; else it stays zero.
+        mode: What the schedule ranks weights by: ``"opd"``, the posterior damage, or
+            ``"posterior"``, their posterior precision alone; the paper's code calls these
+            ``posterior_and_weights`` and ``posterior``. ``"obd"`` leaves the prior out.
         patience: Updates without higher evidence after which :attr:`finished` is true; ``None`` for
             never.
         enabled: ``False`` gives the MAP baseline: the prior stays as it is at first.
@@ -141,11 +144,13 @@ class SpaM:
         decoupled: bool = False,
         schedule: Schedule | None = None,
         regrow: bool = False,
+        mode: str = "opd",
         patience: int | None = None,
         enabled: bool = True,
         **options: Any,
     ) -> None:
         check_choice("solver", solver, SOLVERS)
+        check_choice("mode", mode, MODES)
         check_count("burn_in", burn_in, minimum=0)
         check_count("every", every)
         check_positive("labels_per_sample", labels_per_sample)
@@ -167,7 +172,7 @@ class SpaM:
         self.history: list[dict[str, Any]] = []
         self._step = 0
         self._best: dict[str, Any] | None = None
-        self._pruning = OnlinePruning(self._space, optimizer, schedule, regrow=regrow)
+        self._pruning = OnlinePruning(self._space, optimizer, schedule, regrow=regrow, mode=mode)
         self._decay = PriorDecay(optimizer, self._precisions(), self._factor(), decoupled=decoupled)
 
     @property
