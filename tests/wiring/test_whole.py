@@ -91,9 +91,9 @@ class Parts(nn.Module):
         return self.b(one.relu()) + self.c(other.relu())
 
 
-def test_uneven_parts_are_named() -> None:
+def test_parts_of_which_the_code_names_the_sizes_are_left_whole() -> None:
     units = find_units(Parts(), torch.ones(2, 4))
-    assert units.left_out["a"].endswith("cuts them into uneven parts")
+    assert "split_sizes=[5, 4]" in units.left_out["a"]
 
 
 class Scaled(nn.Module):

@@ -146,8 +146,10 @@ def _whole_units(
     family = family_of(inner)
     if family is not None:
         try:
-            groups = without_ignored(inner, family.groups(inner), ignored)
-            return Units(groups), [group for group in groups if group.kind == "head"]
+            known = family.groups(inner)
+            if example_inputs is None or all(group.units > 1 for group in known):
+                groups = without_ignored(inner, known, ignored)
+                return Units(groups), [group for group in groups if group.kind == "head"]
         except ParameterError:  # another version of its blocks, or a variant
             if example_inputs is None:
                 raise

@@ -8,7 +8,7 @@ pairs of atoms and sorted out at the end. Atom 0 stands for what stays in any ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import TypeAlias
@@ -198,13 +198,25 @@ def solve(ledger: Ledger, atoms: int) -> Tensor:
     alike; a dimension that is cut up in another way stays. Where dimensions of heads are told apart
     neither is asked for, since queries and values in one tensor are chosen apart; they are tried.
     """
+    whole: set[int] = set()
+    while True:
+        classes = _settled(ledger, atoms, whole)
+        uneven = _uneven(ledger.cuts, classes) if ledger.whole_heads else set()
+        if uneven <= whole:
+            return classes
+        whole |= uneven
+
+
+def _settled(ledger: Ledger, atoms: int, untouched: Collection[int]) -> Tensor:
+    """Classes when all layers are straight and even, but for cuts of the layers ``untouched``."""
     pairs = list(ledger.pairs)
+    cuts = [cut for cut in ledger.cuts if id(cut.layer) not in untouched]
     while True:
         classes = components(pairs, atoms)
         if not ledger.whole_heads:
             return classes
         found = [pair for layer in ledger.rectangles for pair in _straighten(classes[layer], layer)]
-        found += _even(ledger.cuts, classes)
+        found += _even(cuts, classes)
         if not found:
             return classes
         pairs += found
@@ -244,4 +256,25 @@ def _even(cuts: Sequence[Cut], classes: Tensor) -> list[tuple[Tensor, Tensor]]:
         other = other.expand_as(rows)
         if not torch.equal(rows, other):
             found.append((rows.reshape(-1), other.reshape(-1)))
+    return found
+
+
+def _uneven(cuts: Sequence[Cut], classes: Tensor) -> set[int]:
+    """Layers of one dimension that lie in parts of several sizes, and so would be left whole.
+
+    A trial tells whether the code takes the sizes of the parts from attributes that can follow.
+    """
+    parts: dict[int, list[Cut]] = {}
+    for cut in cuts:
+        parts.setdefault(id(cut.layer), []).append(cut)
+    found = set()
+    for key, group in parts.items():
+        layer = group[0].layer
+        spans = sorted({(part.start, part.stop) for part in group})
+        ends = [0, *(stop for _, stop in spans)]
+        side_by_side = ends[:-1] == [start for start, _ in spans] and ends[-1] == layer.numel()
+        labels = classes[layer].reshape(-1)
+        sizes = {stop - start for start, stop in spans}
+        if side_by_side and len(sizes) > 1 and bool((labels == labels[0]).all()):
+            found.add(key)
     return found

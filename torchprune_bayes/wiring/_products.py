@@ -63,6 +63,10 @@ def _product(call: Call, one: Tensor, other: Tensor) -> State:
     if paired:
         left = [ledger.join(a, [_INNER]) if both <= varying(a) else a for a in left]
         right = [ledger.join(b, [_INNER]) if both <= varying(b) else b for b in right]
+    by_heads = any(varying(a) == {_BATCH} for a in left) and ledger.whole_heads
+    if by_heads and other.dim() == 3 and not call.state_of(other).weight:
+        right = [_own_value(call, b) for b in right]
+        ledger.heads += [a.reshape(-1) for a in left if varying(a) == {_BATCH}]
     outer = [layer for layer in [*left, *right] if _INNER not in varying(layer)]
     merged = [_output(layer, call.output.dim(), one, other) for layer in ledger.merge(outer)]
     weight = call.state_of(one).weight and call.state_of(other).weight
@@ -280,6 +284,8 @@ def attended(call: Call) -> State | list[State]:
         _pair_dimensions(call, query, key)
         scores = []
         values = [ledger.join(layer, range(dims - 2)) for layer in values]
+    elif any(varying(layer) for layer in scores):
+        values = [_own_value(call, layer) for layer in values]
     masks = [
         tensor for tensor in tensors_of([*call.args[3:], *call.kwargs.values()]) if tensor.dim() > 1
     ]
@@ -292,6 +298,13 @@ def attended(call: Call) -> State | list[State]:
     state = State(ledger.keep(ledger.merge([*scores, *values])))
     count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
     return [state] + [State()] * (count - 1) if count > 1 else state
+
+
+def _own_value(call: Call, layer: Layer) -> Layer:
+    """Leave a value whole that all heads share, so that heads can go without it."""
+    if varying(layer) == {layer.dim() - 1}:
+        return call.ledger.stiffen(layer, varying(layer), f"all heads in `{call.module}` share it")
+    return layer
 
 
 def _pair_dimensions(call: Call, query: Tensor, key: Tensor) -> None:

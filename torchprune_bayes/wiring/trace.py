@@ -52,8 +52,8 @@ class Wiring:
         reshapes: Views in which code named sizes, with classes for labels.
         used: Names of the parameters that some operation has read.
         called: Names of the modules that were called; others lend their tensors.
-        widths: Modules that cut a dimension into parts, with the classes along it and the sizes of
-            the parts.
+        widths: Modules that cut a dimension into parts, with the classes along it, and where each
+            part starts and stops.
         numbers: Module, attribute and the classes of the entries that it counts.
         reasons: Atoms that stay, and why.
         parts: For each atom the smallest one that goes with it, whether they stay or not.
@@ -67,7 +67,7 @@ class Wiring:
     reshapes: tuple[Reshape, ...]
     used: frozenset[str]
     called: frozenset[str]
-    widths: tuple[tuple[str, Tensor, int], ...]
+    widths: tuple[tuple[str, Tensor, int, int], ...]
     numbers: tuple[tuple[str, str, Tensor], ...]
     reasons: tuple[tuple[Tensor, str], ...]
     parts: Tensor
@@ -142,7 +142,7 @@ def observe(
         used,
         frozenset(recorder.called),
         tuple(
-            (cut.module, classes[cut.layer].reshape(-1), cut.stop - cut.start)
+            (cut.module, classes[cut.layer].reshape(-1), cut.start, cut.stop)
             for cut in ledger.cuts
             if cut.layer.shape[cut.dim] == cut.layer.numel()
         ),

@@ -43,6 +43,9 @@ HEADS_WIDTHS = (
 )
 """Attributes in which modules keep how wide all their heads are together."""
 
+SHARING = ("num_key_value_groups", "n_rep")
+"""Attributes that say how many heads share a key: all of them, where there is only one."""
+
 WIDTHS = (
     *HEADS_WIDTHS,
     "dim",
@@ -172,20 +175,24 @@ def _rules(
         for name, key, labels in wiring.numbers
         if bool((labels == classes[0]).any())
     ]
+    counts: dict[str, list[int]] = {}
     for each in wiring.reshapes:
         labels = compressed(each.labels)
         if len(varying(labels)) == 1 and bool((labels == classes[0]).any()):
-            rules += _head_rules(model, each.module, group, labels.numel())
-    for name, labels, width in wiring.widths:
-        if bool((labels == classes[0]).any()):
-            rules += _width_rules(model, name, group, {len(labels), width})
+            counts.setdefault(each.module, []).append(labels.numel())
+    for name, found in counts.items():
+        rules += _head_rules(model, name, group, found)
+    for name, labels, start, stop in wiring.widths:
+        whole = (labels, labels[start:stop])
+        sizes = {len(part) for part in whole if bool(torch.isin(part, classes).all())}
+        rules += _width_rules(model, name, group, sizes)
     yield from dict.fromkeys([*rules, *_model_numbers(model, group)])
 
 
 def _head_rules(
-    model: nn.Module, name: str, group: UnitGroup, count: int
+    model: nn.Module, name: str, group: UnitGroup, counts: Sequence[int]
 ) -> Iterator[AttributeRule]:
-    """Yield what a module that views ``count`` heads keeps about their number and width.
+    """Yield what a module that views so many heads keeps about their number and width.
 
     Modules inside of it, such as one that makes a bias for every head, keep the number too.
     """
@@ -197,7 +204,8 @@ def _head_rules(
             if type(value) is not int or not value or value % group.units:
                 continue
             width = inner == name and key in WIDTHS and value in sizes
-            if width or (key in COUNTS and value == count):
+            shared = key in SHARING and value == max(counts)
+            if width or shared or (key in COUNTS and value in counts):
                 yield AttributeRule(inner, key, value // group.units)
 
 

@@ -64,7 +64,7 @@ def _reason(wiring: Wiring, part: int) -> str | None:
 def _cut_up(wiring: Wiring, side: Side) -> str:
     """What lets units stay or go only all together."""
     one = int(wiring.classes[side.start])
-    module = next((name for name, labels, _ in wiring.widths if _meets(labels, one)), None)
+    module = next((name for name, labels, *_ in wiring.widths if _meets(labels, one)), None)
     return "all of them go together" + (
         "" if module is None else f", since `{module or 'the model'}` cuts them into uneven parts"
     )
