@@ -57,5 +57,5 @@ def test_queries_of_a_shared_key_are_heads(stem: str, attention: str, tmp_path: 
     assert any(group.units.after < 4 for group in report.groups if group.kind == "head")
     tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     save_shrunk(model, tmp_path)
-    again = load_shrunk(built(stem, attention), tmp_path)
+    again: Any = load_shrunk(built(stem, attention), tmp_path)
     assert torch.equal(again.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
