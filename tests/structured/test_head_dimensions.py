@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torchprune_bayes.structured import (
     load_shrunk,
     measure_curves,
     plan_of,
+    repair,
     save_shrunk,
     shrink,
     zero_units,
@@ -254,20 +256,75 @@ def test_gates_are_those_on_products_of_queries_and_keys() -> None:
     assert torch.allclose(found, 0.5 * derivatives.square().mean(0))
 
 
+def taken_over(model: Any, inputs: Tensor, kept: Tensor, ridge: float) -> Any:
+    """A copy without some dimensions of queries and keys, of which the keys take over the rest.
+
+    ``q_Z ≈ B q_K`` by least squares over all tokens, and ``k_K + Bᵀ k_Z``, head by head, slowly.
+    """
+    result = copy.deepcopy(model)
+    gone = torch.tensor([dim for dim in range(4) if dim not in kept.tolist()])
+    with torch.no_grad():
+        queries = model[0].q(inputs).reshape(-1, 2, 4)
+        for head in range(2):
+            q = queries[:, head]
+            inner = q[:, kept].T @ q[:, kept] / len(q)
+            inner += ridge * inner.diagonal().mean() * torch.eye(len(kept))
+            b = (q[:, gone].T @ q[:, kept] / len(q)) @ torch.linalg.inv(inner)
+            for tensor in (result[0].k.weight.view(2, 4, 5), result[0].k.bias.view(2, 4, 1)):
+                tensor[head, kept] += b.T @ tensor[head, gone]
+        for layer in (result[0].q, result[0].k):
+            layer.weight.view(2, 4, 5)[:, gone] = 0.0
+            layer.bias.view(2, 4)[:, gone] = 0.0
+    return result
+
+
 def test_curves_of_queries_and_keys_are_losses_without_them() -> None:
     model, inputs = attention_case()
     target = torch.randn(3, 2, dtype=torch.float64)
     calibration = Calibration(model, [(inputs, target)], mse_loss)
     [group] = [each for each in find_groups(model, inputs, heads="dimensions") if each.unread]
     [curve] = measure_curves(calibration, [group], {group.name: torch.arange(4)})
-    cut = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer in (cut[0].q, cut[0].k):
-            layer.weight.view(2, 4, 5)[:, :3] = 0.0
-            layer.bias.view(2, 4)[:, :3] = 0.0
-        expected = float(mse_loss(cut(inputs), target))
     assert curve.removed[-1] == 3
-    assert curve.loss[-1] == pytest.approx(expected, rel=1e-6)
+    expected = taken_over(model, inputs, torch.tensor([3]), 1e-3)(inputs).detach()
+    assert curve.loss[-1] == pytest.approx(float(mse_loss(expected, target)), rel=1e-9)
+
+
+def test_keys_take_over_what_goes_of_the_queries() -> None:
+    model, inputs = attention_case()
+    calibration = Calibration(model, [(inputs, inputs[:, 0, :2])], mse_loss)
+    [group] = [each for each in find_groups(model, inputs, heads="dimensions") if each.unread]
+    kept = {group.name: torch.tensor([0, 2])}
+    found = repair(calibration, [group], kept, damping=1e-6)
+    expected = taken_over(model, inputs, kept[group.name], 1e-6)
+    assert [layer.name for layer in found.layers] == ["0.k"]
+    assert 0 < found.layers[0].error < found.layers[0].cut_error
+    apply_plan(model, plan_of(model, [group], kept), values=found.values)
+    assert torch.allclose(model(inputs), expected(inputs), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt2-lm", "hf-vit"])
+def test_what_queries_have_twice_costs_nothing(name: str) -> None:
+    model, inputs = build(name).double(), inputs_of(name)
+    inputs = tree_map(lambda x: x.double() if x.is_floating_point() else x, inputs)
+    groups = [each for each in find_groups(model, inputs, heads="dimensions") if each.parts]
+    with torch.no_grad():
+        for group in groups:  # the last three dimensions repeat the first three
+            for place in group.parts[0].slices:
+                piece = group.slices[place]
+                tensor = model.get_parameter(piece.name).movedim(piece.dim, 0)
+                tensor[piece.positions[3:].flatten()] = tensor[piece.positions[:3].flatten()]
+    parts = [replace(group, slices=tuple(group.slices[at] for at in group.parts[0].slices),
+                     parts=group.parts[:1]) for group in groups]  # fmt: skip
+    kept = {group.name: torch.arange(3) for group in parts}
+    before = output_of(model, inputs)
+    batch = {**inputs, "labels": torch.zeros(3, dtype=torch.long)}
+    batch["labels"] = inputs["input_ids"] if "input_ids" in inputs else batch["labels"]
+    found = repair(Calibration(model, [batch]), parts, kept, damping=1e-9)
+    zero = copy.deepcopy(model)
+    for name, value in found.values.items():
+        zero.get_parameter(name).data.copy_(value)
+    zero_units(zero, plan_of(zero, parts, kept))
+    assert torch.allclose(output_of(zero, inputs), before, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "bert"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -250,6 +250,25 @@ def survey(calibration: Calibration, sample: Batch, readers: Sequence[Reader]) -
                 stack.callback(module.register_forward_hook(note).remove)
         calibration.loss(None, sample)
     return largest
+
+
+@contextmanager
+def watched(readers: Iterable[Reader], samples: int) -> Iterator[None]:
+    """Let readers observe what they are called with, of so many samples in all."""
+
+    def watching(reader: Reader) -> Any:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = first_tensor(args, kwargs)
+            if inputs is not None:
+                reader.observe(inputs, samples)
+
+        return watch
+
+    with ExitStack() as stack:
+        for reader in readers:
+            handle = reader.module.register_forward_pre_hook(watching(reader), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def first_samples(calibration: Calibration, most: int) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ from torchprune_bayes.structured.slicing import first_names
 logger = logging.getLogger("torchprune_bayes")
 
 _LIVE_ACTIVATIONS = 4  # of the largest layer, inputs and outputs, in a pass without gradients
-_LEAST_SAMPLES, _MOST_SAMPLES = 256, 4096
+_LEAST_SAMPLES, MOST_SAMPLES = 256, 4096
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Walk:
     With a single batch this is one pass: a layer is settled when the pass comes to it, and the pass
     goes on with its new weights. With several batches each layer takes a pass over all of them that
     ends there, because its fit needs them all. Dimensions of queries and keys that go, which are
-    read by no layer, are zero from the start.
+    read by no layer, are zero from the start, and what takes their place stands in ``tensors``.
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class Walk:
         readers: Mapping[str, Reader],
         keeps: Mapping[str, Tensor],
         damping: float | str,
+        tensors: Tensors,
         rows: Mapping[nn.Module, Rows],
     ) -> None:
         self._calibration, self._damping, self._keeps = calibration, damping, keeps
@@ -116,7 +117,8 @@ class Walk:
         self._sites: list[Reader | _Norm] = [*readers.values(), *norms]
         self._rows = rows
         self._tensors: Tensors = {site.module: {} for site in self._sites}
-        self._tensors |= {module: without_rows(module, each, {}) for module, each in rows.items()}
+        self._tensors |= tensors
+        self._names = {module: path for path, module in calibration.model.named_modules()}
         self._open = {site.module for site in self._sites}
         self._current: Reader | _Norm | None = None
         self._samples, self._whole = 0, False
@@ -145,9 +147,9 @@ class Walk:
         """All new tensors by first qualified name."""
         first, _ = first_names(self._calibration.model)
         return {
-            first[f"{site.path}.{key}" if site.path else key]: tensor
-            for site in self._sites
-            for key, tensor in self._tensors[site.module].items()
+            first[f"{self._names[module]}.{key}".lstrip(".")]: tensor
+            for module, tensors in self._tensors.items()
+            for key, tensor in tensors.items()
         }
 
     def _take_reference(self, batches: Sequence[Batch]) -> None:
@@ -207,7 +209,7 @@ class Walk:
 
     def _batches(self) -> list[Batch]:
         """As many samples as fit into memory at once, as one batch; a least number in any case."""
-        pieces = list(first_samples(self._calibration, _MOST_SAMPLES))
+        pieces = list(first_samples(self._calibration, MOST_SAMPLES))
         readers = [site for site in self._sites if isinstance(site, Reader)]
         largest = survey(self._calibration, cut(pieces[0], 0, 1), readers)
         room = self._calibration.memory.gradients_bytes

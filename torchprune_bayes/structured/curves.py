@@ -9,29 +9,29 @@ groups are compared by.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration._batches import cut
 from torchprune_bayes.errors import ArgumentError, CalibrationError
+from torchprune_bayes.structured._pairs import Pairs
 from torchprune_bayes.structured._readers import (
     Reader,
     Tensors,
     first_samples,
-    first_tensor,
     installed,
     matched,
     readers_of,
     rows_that_go,
     survey,
+    watched,
     without_rows,
 )
 from torchprune_bayes.structured._space import space_of
@@ -161,6 +161,7 @@ class _Trials:
         self._samples = sum(batch_size(batch) for batch in self._batches)
         self._tried = list(_first(self._batches, tried))
         self._readers: dict[str, Reader] = {}
+        self._pairs = Pairs(calibration.model, [])
         self._first, _ = first_names(calibration.model)
 
     def loss(self, tensors: Tensors) -> float:
@@ -181,7 +182,8 @@ class _Trials:
         parts: list[list[UnitGroup]] = [[]]
         for group in groups:
             readers, _ = readers_of(self._calibration.model, [group])
-            needed = sum(reader.moment_bytes for reader in readers.values())
+            pairs = Pairs(self._calibration.model, [group]).readers
+            needed = sum(each.moment_bytes for each in [*readers.values(), *pairs.values()])
             if parts[-1] and held + needed > room:
                 parts, held = [*parts, []], 0
             parts[-1].append(group)
@@ -193,17 +195,14 @@ class _Trials:
         self._readers, _ = readers_of(self._calibration.model, groups)
         readers = list(self._readers.values())
         survey(self._calibration, cut(self._batches[0], 0, 1), readers)
-        with ExitStack() as stack:
-            for reader in readers:
-                hook = _watching(reader, self._samples)
-                handle = reader.module.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+        self._pairs = Pairs(self._calibration.model, groups)
+        with watched([*readers, *self._pairs.readers.values()], self._samples):
             self._mean_loss(self._batches, {})
 
     def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
         """Readers that do without some units, with the batch norms directly behind them."""
         rows = rows_that_go(self._calibration.model, [group], {group.name: gone})
-        found = {module: without_rows(module, each, {}) for module, each in rows.items()}
+        found = self._pairs.without([group], {group.name: gone}, self._damping)
         keeps: dict[str, Tensor] = {}
         for piece in group.slices:
             reader = self._readers.get(self._first.get(piece.name, ""))
@@ -229,15 +228,6 @@ def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
         if samples > 0:
             yield cut(batch, 0, samples)
         samples -= batch_size(batch)
-
-
-def _watching(reader: Reader, samples: int) -> Any:
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = first_tensor(args, kwargs)
-        if inputs is not None:
-            reader.observe(inputs, samples)
-
-    return watch
 
 
 def _counts(removable: int, points: int) -> tuple[int, ...]:

@@ -20,11 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice, check_positive
-from torchprune_bayes.calibration import Calibration, MeanLoss
-from torchprune_bayes.structured._readers import Reader, readers_of, rows_that_go
+from torchprune_bayes._numerics.input_moments import Fit
+from torchprune_bayes.calibration import Calibration, MeanLoss, batch_size
+from torchprune_bayes.structured._pairs import Pairs
+from torchprune_bayes.structured._readers import (
+    Reader,
+    Tensors,
+    first_samples,
+    readers_of,
+    rows_that_go,
+    watched,
+)
 from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured._space import space_of
-from torchprune_bayes.structured._walk import LayerRepair, Walk
+from torchprune_bayes.structured._walk import MOST_SAMPLES, LayerRepair, Walk
 from torchprune_bayes.structured.groups import Kept, UnitGroup
 from torchprune_bayes.structured.slicing import ShrinkPlan, apply_plan, plan_of
 
@@ -68,6 +77,10 @@ def repair(
     directly behind it swallows the mean. Layers are fitted in the order of the forward pass, each
     on the inputs that the repaired layers before it give. Running statistics of batch norms are
     taken again, such that the outputs of each have the mean and variance that they had before.
+
+    Dimensions of queries and keys are read by each other: of one side ``k_Z ≈ B k_K`` is fitted, on
+    the inputs in the whole model and without a mean, and the layer of the other makes
+    ``q_K + Bᵀ q_Z``.
 
     The model is not changed: hand ``values`` to
     :func:`~torchprune_bayes.structured.apply_plan`. :func:`~torchprune_bayes.structured.shrink`
@@ -116,11 +129,14 @@ def repair(
     readers, skipped = readers_of(model, groups)
     keeps = _keeps(model, groups, kept, readers)
     readers = {name: reader for name, reader in readers.items() if name in keeps}
-    if not readers:
+    pairs = Pairs(model, [group for group in groups if group.name in kept])
+    if not readers and not pairs.readers:
         return Repair({}, (), tuple(skipped))
     space, _ = space_of(model, [p for group in groups for p in group.slices if p.role != "norm"])
-    rows = rows_that_go(model, groups, _gone(groups, kept))
-    walk = Walk(calibration.with_space(space), readers, keeps, damping, rows)
+    calibration = calibration.with_space(space)
+    gone = _gone(groups, kept)
+    tensors = _without_dimensions(calibration, pairs, groups, gone, damping)
+    walk = Walk(calibration, readers, keeps, damping, tensors, rows_that_go(model, groups, gone))
     walk.run()
     done = {fit.name for fit in walk.fits}
     skipped += [reader.path for reader in readers.values() if reader.path not in done]
@@ -130,7 +146,8 @@ def repair(
             ", ".join(skipped),
         )
     seconds = time.perf_counter() - start
-    return Repair(walk.values(), tuple(walk.fits), tuple(skipped), seconds)
+    products = (_of_product(name, fits) for name, fits in pairs.fits.items())
+    return Repair(walk.values(), (*walk.fits, *products), tuple(skipped), seconds)
 
 
 @dataclass(frozen=True)
@@ -212,6 +229,29 @@ def _held_out(calibration: Calibration, groups: Sequence[UnitGroup]) -> MeanLoss
     pieces = [piece for group in groups for piece in group.slices if piece.role != "norm"]
     space, _ = space_of(calibration.model, pieces)
     return calibration.with_space(space).held_out_loss()
+
+
+def _without_dimensions(
+    calibration: Calibration,
+    pairs: Pairs,
+    groups: Sequence[UnitGroup],
+    gone: Mapping[str, Tensor],
+    damping: float | str,
+) -> Tensors:
+    """Layers without the queries and keys that go, fitted on the inputs in the whole model."""
+    batches = list(first_samples(calibration, MOST_SAMPLES)) if pairs.readers else []
+    samples = sum(batch_size(batch) for batch in batches)
+    with watched(pairs.readers.values(), samples), torch.no_grad():
+        for batch in batches:
+            calibration.loss(None, batch)
+    return pairs.without(groups, gone, damping)
+
+
+def _of_product(name: str, fits: Sequence[Fit]) -> LayerRepair:
+    """What was lost of queries, or keys, in all heads together."""
+    dampings = [fit.damping for fit in fits]
+    cut, left = sum(fit.cut_error for fit in fits), sum(fit.error for fit in fits)
+    return LayerRepair(name, cut, left, sum(dampings) / len(dampings))
 
 
 def _gone(groups: Sequence[UnitGroup], kept: Kept) -> dict[str, Tensor]:
