@@ -15,12 +15,13 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tests.benchmarks.transformers_tasks import TASKS, Data, Task, part_of
 from torchprune_bayes import Calibration, keep_sparse, masks_of, prunable_parameters, prune_global
@@ -48,6 +49,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "layerwise, sequential": ("layerwise", {"solver": "sequential"}),
 }
 DEFAULT = ["magnitude", "layer-magnitude", "wanda", "sparsegpt", "opd", "layerwise"]
+SAVED_EVERY = 50  # updates of a dense training
 UNCALIBRATED = ("magnitude", "layer-magnitude")
 SCORES = ["nll", "perplexity", "accuracy", "tuned_nll", "tuned_perplexity", "tuned_accuracy"]
 
@@ -126,14 +128,16 @@ def calibration_of(task: Task, model: nn.Module, params: Any, seed: int) -> Cali
 
 
 def train_dense(name: str, task: Task, scratch: Path) -> None:
-    """Train the network, or load it."""
+    """Train the network, go on with a training that was interrupted, or load it."""
     file = scratch / f"{name}.safetensors"
     if file.is_file():
         task.model.load_state_dict(load_file(file), strict=False)
         return
     optimizer = torch.optim.AdamW(task.model.parameters(), task.rate, weight_decay=0.1)
-    _train(task, task.model, optimizer, task.updates, task.rate, seed=0)
+    partial = scratch / f"{name}-partial.pt"
+    _train(task, task.model, optimizer, task.updates, task.rate, seed=0, partial=partial)
     save_file({k: v.clone() for k, v in task.model.state_dict().items()}, file)
+    partial.unlink(missing_ok=True)
 
 
 def finetune(task: Task, model: nn.Module, seed: int) -> None:
@@ -145,24 +149,47 @@ def finetune(task: Task, model: nn.Module, seed: int) -> None:
 
 
 def _train(
-    task: Task, model: nn.Module, optimizer: Any, updates: int, rate: float, seed: int
+    task: Task,
+    model: nn.Module,
+    optimizer: Any,
+    updates: int,
+    rate: float,
+    seed: int,
+    partial: Path | None = None,
 ) -> None:
-    torch.manual_seed(seed)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, updates, pct_start=0.1)
-    samples = len(task.train["labels"]) - task.held_out
+    torch.manual_seed(seed)
+    done, parts = 0, {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if partial is not None and partial.is_file():
+        found = torch.load(partial, weights_only=True)
+        done = found["done"]
+        torch.set_rng_state(found["rng"])
+        for key, part in parts.items():
+            part.load_state_dict(found[key])
     model.train()
-    done = 0
-    while done < updates:
-        for chosen in torch.randperm(samples).split(task.batch):
-            optimizer.zero_grad()
-            model(**part_of(task.train, chosen)).loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            done += 1
-            if done == updates:
-                break
+    for update, chosen in enumerate(_batches(task, updates, seed)):
+        if update < done:
+            continue
+        optimizer.zero_grad()
+        model(**part_of(task.train, chosen)).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if partial is not None and (update + 1) % SAVED_EVERY == 0:
+            state = {key: part.state_dict() for key, part in parts.items()}
+            torch.save(state | {"done": update + 1, "rng": torch.get_rng_state()}, partial)
     model.eval()
+
+
+def _batches(task: Task, updates: int, seed: int) -> Iterator[Tensor]:
+    """Samples of each update, in another order in each epoch."""
+    samples = len(task.train["labels"]) - task.held_out
+    generator = torch.Generator().manual_seed(seed)
+    left = updates
+    while left:
+        epoch = torch.randperm(samples, generator=generator).split(task.batch)[:left]
+        yield from epoch
+        left -= len(epoch)
 
 
 @torch.no_grad()

@@ -130,7 +130,7 @@ def vit(data: Path) -> Task:
         num_labels=10,
     )
     model = ViTForImageClassification(config)
-    return Task(model, train, test, updates=600, rate=1e-3, exclude=("classifier",), batch=64)
+    return Task(model, train, test, updates=400, rate=1e-3, exclude=("classifier",), batch=64)
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {

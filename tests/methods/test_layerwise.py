@@ -109,7 +109,7 @@ def test_the_tokens_of_a_layer_are_squared_one_by_one():
             squares += kept["a"].square().mT @ g[0].square()
     expected = layer.weight.detach().double().square() * squares / 6 / 2
     found = decision.scores["transformer.h.1.mlp.c_fc.weight"]
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-12)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-12)
 
 
 def test_the_token_fisher_is_found_once_from_as_many_samples_as_have_labels_enough():
@@ -205,6 +205,9 @@ def test_patterns(pattern, kept):
     for name, mask in decision.masks.items():
         groups = mask.mT.unflatten(1, (-1, 2 * kept)).sum(-1)
         assert (groups == kept).all(), name
+    entries = sum(mask.numel() for mask in decision.masks.values())
+    rounds = [step["kept"] * 2 * kept / entries for step in decision.info["steps"]]
+    assert rounds == list(range(2 * kept - 1, kept - 1, -1))
 
 
 @pytest.mark.parametrize(

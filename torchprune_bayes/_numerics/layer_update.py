@@ -28,9 +28,9 @@ def damped(moment: Tensor, damping: float) -> Tensor:
         >>> damped(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.5).tolist()
         [[2.5, 0.0], [0.0, 0.5]]
     """
-    matrix = wide(moment)
-    shift = damping * matrix.diagonal(dim1=-2, dim2=-1).mean()
-    return matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    matrix = wide(moment.clone())
+    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    return matrix
 
 
 def solve_rows(gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:

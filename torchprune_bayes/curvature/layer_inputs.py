@@ -23,6 +23,7 @@ from torchprune_bayes.curvature.layers.inputs import (
     watched,
 )
 from torchprune_bayes.errors import CalibrationError
+from torchprune_bayes.types import Masks
 
 _BATCH = 128
 _ACTIVATIONS = 8  # tensors of the size of a layer's input that a forward pass holds, roughly
@@ -74,13 +75,17 @@ class LayerInputs:
         return found
 
     def update(
-        self, update: Update, weights: Mapping[str, Tensor] | None = None
+        self,
+        update: Update,
+        weights: Mapping[str, Tensor] | None = None,
+        masks: Masks | None = None,
     ) -> dict[str, Tensor]:
         """New weights layer by layer, in the order of the calls: later ones see what these give.
 
         Args:
             update: Called once for each tensor of :attr:`names`.
             weights: Values to begin with; default the model's own.
+            masks: Which of their entries are not zero; default all.
 
         Returns:
             The new values of the tensors, in the calibration's dtype.
@@ -89,7 +94,7 @@ class LayerInputs:
         their activations; where the calibration's budget does not hold these, or batches have
         other lengths, one forward pass for each set of layers with the same input.
         """
-        run = _Run(self, weights)
+        run = _Run(self, weights, masks)
         batches, calls = self._batches(_BATCH), run.calls_of_one()
         whole = joined(batches) if calls.entries * self._bytes() <= self._room() else None
         stages = [list(calls.names)] if whole is not None else calls.stages
@@ -126,12 +131,21 @@ class _Calls:
 class _Run:
     """Passes at weights that change on the way."""
 
-    def __init__(self, inputs: LayerInputs, weights: Mapping[str, Tensor] | None) -> None:
+    def __init__(
+        self,
+        inputs: LayerInputs,
+        weights: Mapping[str, Tensor] | None,
+        masks: Masks | None = None,
+    ) -> None:
         self._inputs = inputs
         self._functional = inputs.calibration._functional
         self._randomness = inputs.calibration._randomness()
         values = inputs.calibration.space.values() if weights is None else weights
-        self.weights = {n: self._functional.move(v).clone() for n, v in values.items()}
+        move = self._functional.move
+        self.weights = {
+            name: move(value).clone() if masks is None else move(value) * move(masks[name])
+            for name, value in values.items()
+        }
         _, self._constants = self._functional.bind(None)
 
     def calls_of_one(self) -> _Calls:

@@ -12,15 +12,14 @@ from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import LayerCurvature
 from torchprune_bayes.errors import ArgumentError, CalibrationError
-from torchprune_bayes.methods._obd import obd_scores
 from torchprune_bayes.methods._pattern import Pattern, kept_by
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import find_method
 from torchprune_bayes.params import ParameterSpace
-from torchprune_bayes.types import Decision
+from torchprune_bayes.types import Decision, Masks
 
 TOKEN_FISHER = "token-fisher"
-_BATCH = 32
+_BATCH = 8  # activations for a backward pass are most of the memory
 _OWN = ("amount", "calibration", "curvature", "model", "pattern", "posterior", "scope")
 
 
@@ -63,10 +62,9 @@ class TokenFisher:
         check_count("labels", labels)
         check_positive("damping", damping)
         self.calibration, self.scope, self.damping = calibration, scope, damping
-        self._curvature = LayerCurvature(
-            kind, positions="independent", most_terms=labels, batch_size=_BATCH
-        )
-        self._diagonal: dict[str, Tensor] | None = None
+        self.kind, self.labels = kind, labels
+        self._diagonal: dict[str, Tensor] = {}
+        self._samples = 0
 
     def decide(self, space: ParameterSpace, amount: Any, pattern: Pattern | None) -> Decision:
         """Rank the remaining entries.
@@ -76,17 +74,28 @@ class TokenFisher:
         """
         assert self.calibration is not None
         weights, masks = space.values(), space.masks()
-        if self._diagonal is None:
-            self._curvature.fit(self.calibration, weights, masks)
-            self._diagonal = _damped(self._curvature.diagonal(), self.damping)
-        scores = obd_scores(weights, self._diagonal)
+        if not self._diagonal:
+            self._fit(self.calibration, weights, masks)
+        scores = {
+            name: weight.to(diagonal).square().mul_(diagonal).div_(2).to(weight.device)
+            for name, weight in weights.items()
+            for diagonal in [self._diagonal[name]]
+        }
         amount = amount if pattern is None else pattern.amount(amount)
         kept = kept_by(space, scores, amount, pattern=pattern, scope=self.scope)
-        return Decision(kept, scores=scores, info={"samples": self._curvature.count})
+        return Decision(kept, scores=scores, info={"samples": self._samples})
+
+    def _fit(self, calibration: Calibration, weights: Mapping[str, Tensor], masks: Masks) -> None:
+        curvature = LayerCurvature(
+            self.kind, positions="independent", most_terms=self.labels, batch_size=_BATCH
+        )
+        curvature.fit(calibration, weights, masks)
+        self._diagonal = _damped(curvature.diagonal(), self.damping)
+        self._samples = curvature.count
 
 
-def _damped(diagonal: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-    """``F_ii`` plus ``damping`` times the mean of all.
+def _damped(diagonal: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
+    """``F_ii`` plus ``damping`` times the mean of all, in place.
 
     Raises:
         CalibrationError: If all are zero.
@@ -98,7 +107,9 @@ def _damped(diagonal: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]
             "check the loss and its labels."
         )
     shift = damping * total / sum(value.numel() for value in diagonal.values())
-    return {name: value + shift for name, value in diagonal.items()}
+    for value in diagonal.values():
+        value.add_(shift)
+    return diagonal
 
 
 class Registered:

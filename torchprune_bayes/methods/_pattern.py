@@ -164,7 +164,7 @@ def kept_by(
     target = pattern.target(masks, dims, amount, steps=1, scope=scope)
     ranks = {}
     for name, dim in dims.items():
-        finite = scores[name].clamp_max(torch.finfo(torch.float64).max / 4)
+        finite = scores[name].clamp_max(torch.finfo(scores[name].dtype).max / 4)
         along, remaining = (tensor.movedim(dim, -1) for tensor in (finite, masks[name]))
         ranks[name] = pattern.ranks(along, remaining).movedim(-1, dim)
     return target.keep(0, ranks, masks)

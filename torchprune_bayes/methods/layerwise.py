@@ -54,14 +54,15 @@ class Layerwise(PruningMethod):
             (``"empirical"`` or ``"monte_carlo"``), ``labels``, how many are enough (2048), and
             ``damping``, ``λ`` in units of the mean of ``F_ii`` (1).
         steps: Rounds.
-        path: Sparsity over the rounds, ``"cubic"``, ``"geometric"`` or ``"linear"``.
+        path: Sparsity over the rounds, ``"cubic"``, ``"geometric"`` or ``"linear"``; a pattern
+            has few sparsities on the way to its own, which follow evenly.
         solver: ``"iterative"`` takes ten steps of conjugate gradients for all rows of a layer
             together, which is nearly exact; ``"exact"`` factorises the moment of each row's own
             mask; ``"sequential"`` goes through the columns once for all rows.
         damping: Relative to the mean square of a layer's inputs.
         ignore_padding: Whether tokens that the ``attention_mask`` leaves out do not count.
-        pattern: ``"N:M"``; a registered method must know patterns. Rounds then go from ``M−1`` to
-            ``N`` kept of every ``M``.
+        pattern: ``"N:M"``; a registered method must know patterns. Rounds then go down to ``N``
+            kept of every ``M``, by one where there are as many ``steps``: 7, 6, 5 and 4 for 4:8.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
 
     Raises:
@@ -128,17 +129,19 @@ class Layerwise(PruningMethod):
             CalibrationError: If the data gave no usable scores or inputs.
         """
         weights, masks, reports = space.values(), space.masks(), []
-        found, moved = Decision(masks), False
+        scores, moved = None, False
         scorer = self._scorer(self.required_calibration)
         for amount, pattern in self._rounds(space, masks):
             seen = space.with_masks(masks).with_values(weights)
+            scores = None  # before the next ones are made
             found = scorer.decide(seen, amount, pattern)
-            masks = found.masks
+            masks, scores = found.masks, found.scores
+            reports.append({"kept": _count(masks), "scores": found.info})
+            del found
             weights = self._solved(seen, weights, masks)
             moved = True
-            reports.append({"kept": _count(masks), "scores": found.info})
         info = {"steps": reports, "scores": self.scores, "damping": self.damping}
-        return Decision(masks, weights if moved else None, found.scores, info)
+        return Decision(masks, weights if moved else None, scores, info)
 
     def _rounds(self, space: ParameterSpace, masks: Masks) -> list[tuple[Any, Pattern | None]]:
         """What each round prunes of what the one before left."""
@@ -146,8 +149,8 @@ class Layerwise(PruningMethod):
             dims = self.pattern.dims(space)
             self.pattern.target(masks, dims, self.amount, steps=1, scope=self.scope)  # checks
             size, gone = self.pattern.size, self.pattern.size - self.pattern.kept
-            shares = sparsity_path(self.path, 1.0, self.steps) if self.steps > 1 else [1.0]
-            kept = dict.fromkeys(size - max(1, round(share * gone)) for share in shares)
+            rounds = min(self.steps, gone)
+            kept = [size - round(gone * step / rounds) for step in range(1, rounds + 1)]
             return [(None, Pattern(size, n)) for n in kept]
         groups = ranked_groups(masks, self.amount, self.scope, self._sparsities)
         amounts: list[tuple[Any, Pattern | None]] = []
@@ -179,10 +182,9 @@ class Layerwise(PruningMethod):
     def _solved(
         self, space: ParameterSpace, weights: Mapping[str, Tensor], masks: Masks
     ) -> dict[str, Tensor]:
-        start = {name: value * masks[name] for name, value in weights.items()}
         calibration = self.required_calibration.with_space(space)
         inputs = LayerInputs(calibration, ignore_padding=self.ignore_padding)
-        unsolved = [name for name in start if name not in inputs.names]
+        unsolved = [name for name in weights if name not in inputs.names]
 
         def update(name: str, moment: InputMoment) -> Tensor | None:
             if not moment.tokens:
@@ -190,9 +192,12 @@ class Layerwise(PruningMethod):
                 return None
             return self._new_weight(moment, weights[name], masks[name])
 
-        found = inputs.update(update, start)
+        found = inputs.update(update, weights, masks)
         _warn_of(unsolved)
-        return {name: found.get(name, value).to(value) for name, value in start.items()}
+        return {
+            name: found[name].to(value) if name in found else value * masks[name]
+            for name, value in weights.items()
+        }
 
     def _new_weight(self, moment: InputMoment, weight: Tensor, mask: Tensor) -> Tensor:
         module, place = moment.module, moment.total.device
