@@ -16,7 +16,7 @@ from torchprune_bayes.structured.ranking import (
     blocks_below,
     blocks_to_reach,
     left_to_reach,
-    line_up,
+    rank_units,
 )
 from torchprune_bayes.structured.unit_costs import TensorSize, UnitCosts
 
@@ -73,13 +73,13 @@ def test_the_line_is_that_of_removing_one_by_one(units, sparsity, data):
     few = st.integers(-2, 2).map(float)
     rows = [data.draw(st.lists(few, min_size=count, max_size=count)) for count in units]
     scores = {group.name: torch.tensor(row) for group, row in zip(groups, rows, strict=True)}
-    line = line_up(groups, scores)
-    least = costs.parameters(line.left(len(line.group)))
+    ranking = rank_units(groups, scores)
+    least = costs.parameters(ranking.left(len(ranking.group)))
     if least > (1 - sparsity) * costs.parameters({}):
         with pytest.raises(ArgumentError, match="a sparsity of at most"):
-            blocks_to_reach(line, costs, "params", sparsity)
+            blocks_to_reach(ranking, costs, "params", sparsity)
         return
-    kept = line.kept(blocks_to_reach(line, costs, "params", sparsity))
+    kept = ranking.kept(blocks_to_reach(ranking, costs, "params", sparsity))
     expected = slowly(groups, scores, costs, sparsity)
     for group in groups:
         found = kept.get(group.name, torch.arange(group.units))
@@ -94,11 +94,11 @@ def test_one_unit_less_would_not_be_enough(resource, sparsity):
     costs = chain_costs(groups)
     generator = torch.Generator().manual_seed(0)
     scores = {group.name: torch.rand(group.units, generator=generator) for group in groups}
-    line = line_up(groups, scores)
-    blocks = blocks_to_reach(line, costs, resource, sparsity)
+    ranking = rank_units(groups, scores)
+    blocks = blocks_to_reach(ranking, costs, resource, sparsity)
     budget = (1 - sparsity) * costs.total(resource, {}) * (1 + 1e-9)
-    assert costs.total(resource, line.left(blocks)) <= budget
-    assert blocks == 0 or costs.total(resource, line.left(blocks - 1)) > budget
+    assert costs.total(resource, ranking.left(blocks)) <= budget
+    assert blocks == 0 or costs.total(resource, ranking.left(blocks - 1)) > budget
 
 
 @given(
@@ -112,14 +112,14 @@ def test_no_group_loses_a_block_in_vain(units, sparsity, round_to, seed):
     costs = chain_costs(groups)
     generator = torch.Generator().manual_seed(seed)
     scores = {group.name: torch.rand(group.units, generator=generator) for group in groups}
-    line = line_up(groups, scores, round_to=round_to)
+    ranking = rank_units(groups, scores, round_to=round_to)
     budget = (1 - sparsity + 1e-12) * costs.parameters({})
-    if costs.parameters(line.left(len(line.group))) > budget:
+    if costs.parameters(ranking.left(len(ranking.group))) > budget:
         return
-    blocks = blocks_to_reach(line, costs, "params", sparsity)
-    left = left_to_reach(line, costs, "params", sparsity)
+    blocks = blocks_to_reach(ranking, costs, "params", sparsity)
+    left = left_to_reach(ranking, costs, "params", sparsity)
     assert costs.parameters(left) <= budget
-    assert all(left[name] >= count for name, count in line.left(blocks).items())
+    assert all(left[name] >= count for name, count in ranking.left(blocks).items())
     for group in groups:
         missing = group.units - left[group.name]
         if missing:
@@ -127,7 +127,7 @@ def test_no_group_loses_a_block_in_vain(units, sparsity, round_to, seed):
             back = rest if missing == rest else round_to
             more = {**left, group.name: left[group.name] + back}
             assert costs.parameters(more) > budget
-    kept = line.best(left)
+    kept = ranking.best(left)
     assert all(len(kept[name]) == count for name, count in left.items() if name in kept)
 
 
@@ -139,24 +139,24 @@ def test_a_large_last_block_gives_the_smaller_ones_back():
     }
     costs = UnitCosts({"g0": 2, "g1": 100}, sizes, {}, {}, 0)
     scores = {"g0": torch.tensor([0.305, 9.0]), "g1": torch.arange(100.0) / 100}
-    line = line_up(groups, scores)
-    assert blocks_to_reach(line, costs, "params", 0.2) == 32  # 31 units and the head, 81 of 200
-    assert left_to_reach(line, costs, "params", 0.2) == {"g0": 1, "g1": 100}
-    assert left_to_reach(line, costs, "params", 0.26) == {"g0": 1, "g1": 98}
+    ranking = rank_units(groups, scores)
+    assert blocks_to_reach(ranking, costs, "params", 0.2) == 32  # 31 units and the head, 81 of 200
+    assert left_to_reach(ranking, costs, "params", 0.2) == {"g0": 1, "g1": 100}
+    assert left_to_reach(ranking, costs, "params", 0.26) == {"g0": 1, "g1": 98}
 
 
 def test_channels_are_counted_exactly():
     groups = groups_of(7, 3)
-    line = line_up(groups, {"g0": torch.arange(7.0), "g1": torch.arange(3.0)})
+    ranking = rank_units(groups, {"g0": torch.arange(7.0), "g1": torch.arange(3.0)})
     for gone in range(9):
-        assert blocks_to_reach(line, chain_costs(groups), "channels", gone / 10) == gone
+        assert blocks_to_reach(ranking, chain_costs(groups), "channels", gone / 10) == gone
 
 
 def test_ties_go_by_group_then_by_index():
     groups = groups_of(3, 3)
-    line = line_up(groups, {"g0": torch.ones(3), "g1": torch.ones(3)})
-    assert line.group.tolist() == [0, 0, 1, 1]
-    assert {name: units.tolist() for name, units in line.kept(3).items()} == {
+    ranking = rank_units(groups, {"g0": torch.ones(3), "g1": torch.ones(3)})
+    assert ranking.group.tolist() == [0, 0, 1, 1]
+    assert {name: units.tolist() for name, units in ranking.kept(3).items()} == {
         "g0": [2],
         "g1": [1, 2],
     }
@@ -164,37 +164,37 @@ def test_ties_go_by_group_then_by_index():
 
 def test_floors_hold_in_every_group():
     groups = groups_of(5, 2, 3)
-    line = line_up(groups, {f"g{i}": torch.arange(float(g.units)) for i, g in enumerate(groups)},
-                   min_keep=3)  # fmt: skip
-    assert line.left(len(line.group)) == {"g0": 3, "g1": 2, "g2": 3}
+    scores = {f"g{i}": torch.arange(float(g.units)) for i, g in enumerate(groups)}
+    ranking = rank_units(groups, scores, min_keep=3)
+    assert ranking.left(len(ranking.group)) == {"g0": 3, "g1": 2, "g2": 3}
 
 
 @given(units=st.integers(1, 40), round_to=st.integers(1, 9), min_keep=st.integers(1, 12))
 def test_what_is_left_is_a_multiple(units, round_to, min_keep):
     [group] = groups = groups_of(units)
     generator = torch.Generator().manual_seed(units)
-    line = line_up(
+    ranking = rank_units(
         groups,
         {"g0": torch.rand(units, generator=generator)},
         min_keep=min_keep,
         round_to=round_to,
     )
-    for blocks in range(1, len(line.group) + 1):
-        left = line.left(blocks)[group.name]
+    for blocks in range(1, len(ranking.group) + 1):
+        left = ranking.left(blocks)[group.name]
         assert left % round_to == 0
         assert left >= min_keep
-        assert line.left(blocks - 1)[group.name] - left <= round_to
-    last = line.left(len(line.group))["g0"]
+        assert ranking.left(blocks - 1)[group.name] - left <= round_to
+    last = ranking.left(len(ranking.group))["g0"]
     assert last - round_to < min_keep or last in (units, round_to)
 
 
 def test_blocks_are_ranked_by_their_mean():
     groups = groups_of(5, 2)
     scores = {"g0": torch.tensor([9.0, 1.0, 3.0, 5.0, 2.0]), "g1": torch.tensor([2.6, 2.4])}
-    line = line_up(groups, scores, round_to=2)
+    ranking = rank_units(groups, scores, round_to=2)
     # g0: first the one above a multiple of two, then the pair (2, 3), then (5, 9) is the floor.
-    assert line.score.tolist() == [1.0, 2.5]
-    assert line.left(2) == {"g0": 2, "g1": 2}
+    assert ranking.score.tolist() == [1.0, 2.5]
+    assert ranking.left(2) == {"g0": 2, "g1": 2}
 
 
 def test_in_a_layer_scope_all_groups_lose_the_same_fraction():
@@ -204,19 +204,19 @@ def test_in_a_layer_scope_all_groups_lose_the_same_fraction():
         group.name: 10.0**place * torch.rand(group.units, generator=generator)
         for place, group in enumerate(groups)
     }
-    line = line_up(groups, scores, scope="layer")
-    blocks = blocks_to_reach(line, chain_costs(groups), "channels", 0.3)
-    assert line.left(blocks) == {"g0": 7, "g1": 14, "g2": 28}
-    for name, units in line.kept(blocks).items():
+    ranking = rank_units(groups, scores, scope="layer")
+    blocks = blocks_to_reach(ranking, chain_costs(groups), "channels", 0.3)
+    assert ranking.left(blocks) == {"g0": 7, "g1": 14, "g2": 28}
+    for name, units in ranking.kept(blocks).items():
         gone = torch.ones(len(scores[name]), dtype=torch.bool)
         gone[units] = False
         assert scores[name][gone].max() < scores[name][units].min()
 
 
 def test_groups_without_scores_stay_whole():
-    line = line_up(groups_of(4, 4), {"g1": torch.arange(4.0)})
-    assert line.left(3) == {"g0": 4, "g1": 1}
-    nothing = line_up(groups_of(4), {})
+    ranking = rank_units(groups_of(4, 4), {"g1": torch.arange(4.0)})
+    assert ranking.left(3) == {"g0": 4, "g1": 1}
+    nothing = rank_units(groups_of(4), {})
     assert nothing.kept(0) == {}
     assert blocks_below(nothing, 0.0) == 0
 
@@ -224,15 +224,15 @@ def test_groups_without_scores_stay_whole():
 def test_what_scores_below_a_threshold():
     groups = groups_of(3, 3)
     scores = {"g0": torch.tensor([-1.0, 0.0, 2.0]), "g1": torch.tensor([-3.0, -2.0, -1.0])}
-    line = line_up(groups, scores)
-    assert blocks_below(line, 0.0) == 3
-    assert line.left(3) == {"g0": 2, "g1": 1}
+    ranking = rank_units(groups, scores)
+    assert blocks_below(ranking, 0.0) == 3
+    assert ranking.left(3) == {"g0": 2, "g1": 1}
 
 
 def test_infinite_scores_have_their_places():
-    line = line_up(groups_of(4), {"g0": torch.tensor([INF, 0.0, -INF, INF])}, round_to=2)
-    assert line.kept(1)["g0"].tolist() == [0, 3]
-    single = line_up(groups_of(4), {"g0": torch.tensor([INF, 0.0, -INF, INF])})
+    ranking = rank_units(groups_of(4), {"g0": torch.tensor([INF, 0.0, -INF, INF])}, round_to=2)
+    assert ranking.kept(1)["g0"].tolist() == [0, 3]
+    single = rank_units(groups_of(4), {"g0": torch.tensor([INF, 0.0, -INF, INF])})
     assert single.score.tolist() == [-INF, 0.0, INF]
 
 
@@ -247,4 +247,4 @@ def test_infinite_scores_have_their_places():
 )
 def test_impossible_scores_are_refused(scores, message):
     with pytest.raises(ArgumentError, match=message):
-        line_up(groups_of(4), {"g0": scores})
+        rank_units(groups_of(4), {"g0": scores})

@@ -21,7 +21,7 @@ from torchprune_bayes.structured.allocation import (
 )
 from torchprune_bayes.structured.curves import LossCurve, measure_curves
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.ranking import Line, line_up
+from torchprune_bayes.structured.ranking import Ranking, rank_units
 from torchprune_bayes.structured.unit_costs import Costs, Resource
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Recipe:
             scorer, calibration, allocation or "global", repair, evaluations, min_keep, round_to
         )
 
-    def line(
+    def ranking(
         self,
         model: nn.Module,
         groups: Sequence[UnitGroup],
@@ -113,8 +113,8 @@ class Recipe:
         costs: Costs,
         resource: Resource | None,
         step: int,
-    ) -> tuple[Line, list[LossCurve]]:
-        """Put all units in one line, and return the curves that were measured for it.
+    ) -> tuple[Ranking, list[LossCurve]]:
+        """Rank all units together, and return the curves that were measured for it.
 
         Args:
             model: The model as it is.
@@ -143,7 +143,7 @@ class Recipe:
             values = {name: score.cpu().double().sort().values for name, score in scores.items()}
         if values is not None and self.allocation != "isomorphic" and resource is not None:
             values = per_price(values, unit_prices(costs, groups, resource))
-        line = line_up(
+        ranking = rank_units(
             groups,
             scores,
             values=values,
@@ -151,4 +151,4 @@ class Recipe:
             min_keep=self.min_keep,
             round_to=self.round_to,
         )
-        return line, curves
+        return ranking, curves

@@ -16,7 +16,7 @@ from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.ranking import (
-    Line,
+    Ranking,
     blocks_below,
     blocks_to_reach,
     left_to_reach,
@@ -74,10 +74,10 @@ class Shrinking:
             if (found := importance.score(group, self.model)) is not None
         }
         resource = None if target == "evidence" else target
-        line, self.curves = self.recipe.line(
+        ranking, self.curves = self.recipe.ranking(
             self.model, self.groups, scores, self.measured or self.costs, resource, self.steps
         )
-        kept = line.best(self._left(line, target, sparsity))
+        kept = ranking.best(self._left(ranking, target, sparsity))
         if kept:
             self._cut(kept)
 
@@ -126,13 +126,13 @@ class Shrinking:
         for change in self.changes:
             change.redo()
 
-    def _left(self, line: Line, target: Target, sparsity: float | None) -> dict[str, int]:
+    def _left(self, ranking: Ranking, target: Target, sparsity: float | None) -> dict[str, int]:
         if target == "evidence" or sparsity is None:
             threshold = self.recipe.importance.threshold
-            return line.left(0 if threshold is None else blocks_below(line, threshold))
+            return ranking.left(0 if threshold is None else blocks_below(ranking, threshold))
         if self.measured is not None:  # every look costs a measurement, and noise would put back
-            return line.left(blocks_to_reach(line, self.measured, target, sparsity))
-        return left_to_reach(line, self.costs, target, sparsity)
+            return ranking.left(blocks_to_reach(ranking, self.measured, target, sparsity))
+        return left_to_reach(ranking, self.costs, target, sparsity)
 
     def _cut(self, kept: Mapping[str, Tensor]) -> None:
         values = self.recipe.importance.update(self.model, self.groups, kept)

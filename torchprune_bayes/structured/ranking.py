@@ -1,8 +1,8 @@
 """Choosing which units stay, exactly: the least important go until a sparsity is reached.
 
-In plain words: all units stand in one line, the least important first, and the shortest piece of
-the line is removed with which the model is as small as was asked. What a floor protects never
-stands in the line.
+In plain words: all units are ranked together, the least important first, and the fewest from the
+front are removed with which the model is as small as was asked. What a floor protects is not
+ranked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Scope: TypeAlias = Literal["global", "layer"]
 
 
 @dataclass(frozen=True)
-class Line:
+class Ranking:
     """Blocks of units in the order in which they are removed.
 
     Attributes:
@@ -62,7 +62,7 @@ class Line:
         }
 
 
-def line_up(
+def rank_units(
     groups: Sequence[UnitGroup],
     scores: Mapping[str, Tensor],
     *,
@@ -70,8 +70,8 @@ def line_up(
     scope: Scope = "global",
     min_keep: int = 1,
     round_to: int = 1,
-) -> Line:
-    """Put the units of all groups in one line, the least important first.
+) -> Ranking:
+    """Rank the units of all groups together, the least important first.
 
     Ties go by the order of the groups, then by the index of the unit. A group is removed in blocks
     after which the number of its units is a multiple of ``round_to``; blocks are ranked by the mean
@@ -88,7 +88,7 @@ def line_up(
         round_to: Multiple for the units that are left in a group that loses some.
 
     Returns:
-        The line.
+        The ranking.
 
     Raises:
         ArgumentError: If scores have another length, are no floating point numbers, or hold NaN.
@@ -98,8 +98,8 @@ def line_up(
     Example:
         >>> groups = [UnitGroup("a", "hidden", 3, ()), UnitGroup("b", "hidden", 2, ())]
         >>> scores = {"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([1.0, 9.0])}
-        >>> line = line_up(groups, scores)
-        >>> line.score, line.kept(2)
+        >>> ranking = rank_units(groups, scores)
+        >>> ranking.score, ranking.kept(2)
         (tensor([1., 1., 2.], dtype=torch.float64), {'a': tensor([0, 2]), 'b': tensor([1])})
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -115,22 +115,22 @@ def line_up(
         parts.append((torch.full_like(sizes, index), sizes, keys))
     if not parts:
         empty = torch.zeros(0, dtype=torch.long)
-        return Line(groups, empty, empty, empty.double(), order)
+        return Ranking(groups, empty, empty, empty.double(), order)
     group_of, size, score = (torch.cat(columns) for columns in zip(*parts, strict=True))
     score, places = score.sort(stable=True)
-    return Line(groups, group_of[places], size[places], score, order)
+    return Ranking(groups, group_of[places], size[places], score, order)
 
 
 def blocks_to_reach(
-    line: Line,
+    ranking: Ranking,
     costs: Costs,
     resource: Resource,
     sparsity: float,
 ) -> int:
-    """Return how many blocks of the line must go until a sparsity of the whole is reached.
+    """Return how many blocks of the ranking must go until a sparsity of the whole is reached.
 
     Args:
-        line: The units, least important first.
+        ranking: The units, least important first.
         costs: Costs of the model at the start, to which the sparsity refers, counted or measured.
         resource: What is counted.
         sparsity: Fraction of the resource at the start that is to be gone.
@@ -139,16 +139,16 @@ def blocks_to_reach(
         The smallest number with which it is.
 
     Raises:
-        ArgumentError: If the whole line is not enough.
+        ArgumentError: If removing all that is ranked is not enough.
 
     Cost: a logarithmic number of evaluations of the cost.
     """
 
     def left_of(blocks: int) -> float:
-        return costs.total(resource, line.left(blocks)) / costs.total(resource, {})
+        return costs.total(resource, ranking.left(blocks)) / costs.total(resource, {})
 
     budget = 1.0 - sparsity + 1e-12
-    low, high = 0, len(line.group)
+    low, high = 0, len(ranking.group)
     if left_of(high) > budget:
         most = 1.0 - left_of(high)
         raise ArgumentError(
@@ -164,43 +164,45 @@ def blocks_to_reach(
     return low
 
 
-def left_to_reach(line: Line, costs: Costs, resource: Resource, sparsity: float) -> dict[str, int]:
+def left_to_reach(
+    ranking: Ranking, costs: Costs, resource: Resource, sparsity: float
+) -> dict[str, int]:
     """Return how many units each group has when a sparsity is reached and no block is wasted.
 
     The last block may be a large one, as a head, that removes more than it takes. Then the blocks
     before it are put back, those that went last first, as long as the sparsity is still reached.
 
     Args:
-        line: The units, least important first.
+        ranking: The units, least important first.
         costs: Costs of the model at the start, to which the sparsity refers, counted or measured.
         resource: What is counted.
         sparsity: Fraction of the resource at the start that is to be gone.
 
     Raises:
-        ArgumentError: If the whole line is not enough.
+        ArgumentError: If removing all that is ranked is not enough.
 
     Cost: that of :func:`blocks_to_reach`, and an evaluation of the cost for each group and for each
     block that is put back.
     """
-    blocks = blocks_to_reach(line, costs, resource, sparsity)
-    left, budget = line.left(blocks), (1.0 - sparsity + 1e-12) * costs.total(resource, {})
+    blocks = blocks_to_reach(ranking, costs, resource, sparsity)
+    left, budget = ranking.left(blocks), (1.0 - sparsity + 1e-12) * costs.total(resource, {})
     closed: set[int] = set()
-    removed = zip(line.group[:blocks].tolist(), line.size[:blocks].tolist(), strict=True)
+    removed = zip(ranking.group[:blocks].tolist(), ranking.size[:blocks].tolist(), strict=True)
     for index, size in reversed(list(removed)):
-        name = line.groups[index].name
+        name = ranking.groups[index].name
         more = {**left, name: left[name] + size}
         if index not in closed and costs.total(resource, more) <= budget:
             left = more
         else:  # the earlier blocks of a group come back after its later ones only
             closed.add(index)
-        if len(closed) == len(line.groups):
+        if len(closed) == len(ranking.groups):
             break
     return left
 
 
-def blocks_below(line: Line, threshold: float) -> int:
-    """Return how many blocks of the line score below a threshold."""
-    return int((line.score < threshold).sum())
+def blocks_below(ranking: Ranking, threshold: float) -> int:
+    """Return how many blocks of the ranking score below a threshold."""
+    return int((ranking.score < threshold).sum())
 
 
 def _checked(group: UnitGroup, scores: Tensor) -> Tensor:

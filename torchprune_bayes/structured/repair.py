@@ -178,9 +178,9 @@ class RepairReport:
         return bool(self.layers) and self.loss_repaired <= self.loss_cut
 
     def __str__(self) -> str:
-        verdict = "repaired" if self.taken else "repair not taken"
+        outcome = "repaired" if self.taken else "repair not taken"
         return (
-            f"{verdict}: loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
+            f"{outcome}: loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
             f"{len(self.layers)} layers were fitted anew in {self.seconds:.1f} s"
         )
 

@@ -12,7 +12,7 @@ from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._shrinking import Target
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.ranking import blocks_to_reach, line_up
+from torchprune_bayes.structured.ranking import blocks_to_reach, rank_units
 from torchprune_bayes.structured.tracing import (
     Heads,
     Units,
@@ -83,9 +83,9 @@ which ignored layers and floors allow, got 0.9.
     units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
     if sparsity and target in ("params", "flops", "channels"):
         scores = {group.name: torch.zeros(group.units) for group in units.groups}
-        line = line_up(units.groups, scores, min_keep=min_keep, round_to=round_to)
+        ranking = rank_units(units.groups, scores, min_keep=min_keep, round_to=round_to)
         costs = UnitCosts.measure(inner, units.groups, example_inputs, forward_fn)
-        blocks_to_reach(line, costs, target, sparsity)
+        blocks_to_reach(ranking, costs, target, sparsity)
     return units
 
 

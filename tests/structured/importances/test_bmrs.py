@@ -143,8 +143,8 @@ def test_what_is_closed_is_cut_out_and_the_output_stays(family):
 
 def unwrapped(importance: BMRSImportance) -> BMRSImportance:
     importance._taken = {
-        (name.removeprefix("model."), dim): verdict
-        for (name, dim), verdict in importance._taken.items()
+        (name.removeprefix("model."), dim): decision
+        for (name, dim), decision in importance._taken.items()
     }
     return importance
 

@@ -23,7 +23,7 @@ class BMRSImportance(UnitImportance):
     what writes to the stream says so, which no gate could decide on its own. Criteria that do not
     add up need every gate to agree. Gates that are closed already cost nothing more.
 
-    Make it before the gates are folded: it takes their verdicts and keeps nothing of the model.
+    Make it before the gates are folded: it takes their decisions and keeps nothing of the model.
     With ``shrink(..., target="evidence")`` what has a score below zero goes, and no more.
 
     Args:
@@ -61,7 +61,7 @@ class BMRSImportance(UnitImportance):
         else:
             margins = gates.margins(found)
         self._taken = {
-            _place(gates.model, site): _Verdict(
+            _place(gates.model, site): _Decision(
                 site, margins[name].detach().cpu().double(), gates[name].mask.detach().cpu().clone()
             )
             for name, site in gates.sites.items()
@@ -69,7 +69,7 @@ class BMRSImportance(UnitImportance):
         self._current = dict(self._taken)
 
     def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
-        """Start from the verdicts as they were taken."""
+        """Start from the decisions as they were taken."""
         self._current = dict(self._taken)
 
     def score(self, group: UnitGroup, model: nn.Module) -> Tensor | None:
@@ -89,8 +89,8 @@ class BMRSImportance(UnitImportance):
         gated = list(self._gated(group))
         if not _holds_all(group, gated):
             return None
-        margins = torch.stack([verdict.of_units(owned.positions) for owned, verdict in gated])
-        silent = torch.stack([verdict.closed(owned.positions) for owned, verdict in gated])
+        margins = torch.stack([decision.of_units(owned.positions) for owned, decision in gated])
+        silent = torch.stack([decision.closed(owned.positions) for owned, decision in gated])
         if self.additive:
             joint = margins.masked_fill(silent, 0.0).sum(0)
         else:
@@ -112,14 +112,14 @@ class BMRSImportance(UnitImportance):
                 torch.cat([p.flatten() for p in pieces])
             )
 
-    def _gated(self, group: UnitGroup) -> Iterator[tuple[UnitSlice, _Verdict]]:
+    def _gated(self, group: UnitGroup) -> Iterator[tuple[UnitSlice, _Decision]]:
         for owned in group.slices:
-            verdict = self._current.get((owned.name, owned.dim))
-            if verdict is not None:
-                yield owned, verdict
+            decision = self._current.get((owned.name, owned.dim))
+            if decision is not None:
+                yield owned, decision
 
 
-class _Verdict:
+class _Decision:
     """Margins and masks of the gates at one site."""
 
     def __init__(self, site: Site, margins: Tensor, mask: Tensor) -> None:
@@ -133,10 +133,10 @@ class _Verdict:
         """Whether all gates of a unit are closed."""
         return ~(self._owned(positions) & self.mask).any(1)
 
-    def without(self, entries: Tensor) -> _Verdict:
+    def without(self, entries: Tensor) -> _Decision:
         """The gates but for those of these entries."""
         stay = ~self._owned(entries[:, None]).any(0)
-        return _Verdict(self.site, self.margins[stay], self.mask[stay])
+        return _Decision(self.site, self.margins[stay], self.mask[stay])
 
     def _owned(self, positions: Tensor) -> Tensor:
         # [units, gates], whether an entry of the unit belongs to the gate.
@@ -158,12 +158,12 @@ def _place(model: nn.Module, site: Site) -> tuple[str, int]:
     return name, weight_dim(module, site.side) if weight.ndim > 1 else 0
 
 
-def _holds_all(group: UnitGroup, gated: Sequence[tuple[UnitSlice, _Verdict]]) -> bool:
+def _holds_all(group: UnitGroup, gated: Sequence[tuple[UnitSlice, _Decision]]) -> bool:
     # A unit is silent when all that writes it is, or all that reads it does not hear it. A gate on
     # a norm stands for the one layer in front of it.
     def weights(role: str) -> int:
         return sum(s.role == role and s.name.endswith("weight") for s in group.slices)
 
-    sides = [verdict.site.side for _, verdict in gated]
+    sides = [decision.site.side for _, decision in gated]
     written, read = weights("producer"), weights("consumer")
     return (0 < written <= sides.count("out")) or (0 < read <= sides.count("in"))
