@@ -98,6 +98,13 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
 }
 """Configured beside :data:`SIZES`."""
 
+_TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "ConvNext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     "ConvNextV2": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
@@ -106,11 +113,14 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
              "window_size": 4},
     "Swinv2": {"image_size": 64, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
                "window_size": 4},
-    "CLIP": {"text_config": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                             "num_attention_heads": 4, "vocab_size": 99, "eos_token_id": 2},
-             "vision_config": {"hidden_size": 32, "intermediate_size": 48, "image_size": 32,
-                               "num_hidden_layers": 2, "num_attention_heads": 4,
-                               "patch_size": 8}},
+    "CLIP": {"text_config": {**_TINY, "vocab_size": 99, "eos_token_id": 2},
+             "vision_config": {**_TINY, "image_size": 32, "patch_size": 8}},
+    "Siglip": {"text_config": {**_TINY, "vocab_size": 99, "max_position_embeddings": 12},
+               "vision_config": {**_TINY, "image_size": 32, "patch_size": 8}},
+    "Detr": {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "num_queries": 6,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+             "decoder_ffn_dim": 48, "backbone": "resnet18", "use_timm_backbone": True,
+             "use_pretrained_backbone": False, "image_size": 64},
 }  # fmt: skip
 """Configurations that say their sizes in another way; others of :data:`SIZES` are not given."""
 
@@ -143,7 +153,8 @@ def architectures() -> Iterator[Architecture]:
     yield from _transformers(IMAGES, "Model", _picture)
     yield from _transformers(SEQUENCES, "ForConditionalGeneration", _pair, generates=True)
     yield from _transformers("Whisper", "ForConditionalGeneration", _speech)
-    yield from _transformers("CLIP", "Model", _captioned)
+    yield from _transformers("CLIP Siglip", "Model", _captioned)
+    yield from _transformers("Detr", "Model", _picture)
     yield from _transformers(WAVES, "Model", _wave)
     for name in TIMM.split():
         yield Architecture(f"timm {name}", partial(_timm, name), partial(_timm_images, name))
