@@ -302,6 +302,20 @@ def test_keys_take_over_what_goes_of_the_queries() -> None:
     assert torch.allclose(model(inputs), expected(inputs), rtol=1e-9)
 
 
+def test_all_queries_that_share_a_key_take_over_what_goes_of_it() -> None:
+    model, inputs = attention_case(shared=2)
+    with torch.no_grad():  # the last two dimensions of a key are sums of the first two
+        for tensor in (model[0].k.weight.view(2, 4, 5), model[0].k.bias.view(2, 4, 1)):
+            tensor[:, 2:] = tensor[:, :1] + tensor[:, 1:2]
+    before = model(inputs).detach()
+    calibration = Calibration(model, [(inputs, inputs[:, 0, :2])], mse_loss)
+    [group] = [each for each in find_groups(model, inputs, heads="dimensions") if each.unread]
+    kept = {group.name: torch.arange(2)}
+    found = repair(calibration, [group], kept, damping=1e-10)
+    apply_plan(model, plan_of(model, [group], kept), values=found.values)
+    assert torch.allclose(model(inputs), before, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gpt2-lm", "hf-vit"])
 def test_what_queries_have_twice_costs_nothing(name: str) -> None:
     model, inputs = build(name).double(), inputs_of(name)

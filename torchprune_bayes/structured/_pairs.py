@@ -99,14 +99,13 @@ class Pairs:
         matrix = wide(as_matrix(taking.module, weight.detach())).clone()
         shift = None if bias is None else wide(bias.detach()).clone()
         fits = self.fits.setdefault(self._names[taking.module], [])
-        for head in range(given.positions.shape[1]):
-            moments = [_of_outputs(given, head, half) for half in halves]
-            eye = torch.eye(len(keep), dtype=torch.float64, device=matrix.device)
-            fit = least_squares(
-                eye, keep.to(eye.device), (moments[0], moments[1]), intercept=False, damping=damping
-            )
+        eye = torch.eye(len(keep), dtype=torch.float64, device=matrix.device)
+        keep = keep.to(eye.device)
+        moments = zip(*(_of_outputs(given, half) for half in halves), strict=True)
+        for head, (one, other) in zip(taking.positions.unbind(1), moments, strict=True):
+            fit = least_squares(eye, keep, (one, other), intercept=False, damping=damping)
             fits.append(fit)
-            for rows in taking.positions[:, head].T:
+            for rows in head.T:
                 matrix[rows] = fit.weight.T @ matrix[rows]
                 if shift is not None:
                     shift[rows] = fit.weight.T @ shift[rows]
@@ -116,18 +115,23 @@ class Pairs:
         return found
 
 
-def _of_outputs(side: Side, head: int, inputs: Moments) -> Moments:
-    """Moments of a head's queries or keys, all that share it, from those of the layer's inputs."""
-    matrix = wide(as_matrix(side.module, side.module._parameters["weight"].detach()))  # type: ignore[union-attr]
-    bias = side.module._parameters.get("bias")
+def _of_outputs(side: Side, inputs: Moments) -> list[Moments]:
+    """Moments of the queries or keys of each head, all that share it, from the layer's inputs'."""
+    weight, bias = side.module._parameters["weight"], side.module._parameters.get("bias")
+    assert weight is not None
+    matrix = wide(as_matrix(side.module, weight.detach()))
     shift = matrix.new_zeros(len(matrix)) if bias is None else wide(bias.detach())
-    found = Moments.zeros(len(side.positions), matrix.device)
-    for rows in side.positions[:, head].T:
-        own, moved = matrix[rows], shift[rows]
-        total = own @ inputs.total
-        products = own @ inputs.products @ own.T + torch.outer(total, moved)
-        products = products + torch.outer(moved, total + inputs.count * moved)
-        found = found + Moments(inputs.count, total + inputs.count * moved, products)
+    found = []
+    for head in side.positions.unbind(1):
+        moments = Moments.zeros(len(head), matrix.device)
+        for rows in head.T:
+            own, moved = matrix[rows], shift[rows]
+            total = own @ inputs.total
+            products = own @ inputs.products @ own.T + torch.outer(total, moved)
+            total = total + inputs.count * moved
+            products = products + torch.outer(moved, total)
+            moments = moments + Moments(inputs.count, total, products)
+        found.append(moments)
     return found
 
 
