@@ -119,6 +119,7 @@ def test_expanding_then_cutting_gives_the_tensor_back(size, dims, data):
     assert int((back != 0).sum()) == small.numel()
     assert torch.equal(back[back != 0], whole[back != 0])
     assert plan.cut("other", whole) is whole
+    assert torch.equal(plan.masked("w", whole), back)
 
 
 def test_what_a_parameter_carries_is_carried_over():

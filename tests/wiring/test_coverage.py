@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.coverage import chosen, examine
+from tests.benchmarks.coverage import Row, chosen, examine, known_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "coverage.md"
 CELLS = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| t")]
@@ -40,3 +40,15 @@ def test_every_architecture_has_its_day():
     days = range(TODAY, TODAY + 12)
     seen = {case.name for day in days for case in chosen("transformers ", Fraction(1, 12), day)}
     assert seen == {case.name for case in chosen("transformers ", Fraction(1), 0)}
+
+
+def test_a_run_goes_on_from_its_rows(tmp_path):
+    file = tmp_path / "rows.md"
+    assert known_rows(file) == {}
+    rows = [
+        Row("torch LSTM, 1 layers", "served", "2 of hidden units", 0.5, 2e-16, "none: why", "8"),
+        Row("timm x", "refused", "Expected units, got none.", 0.1),
+        Row("timm x", "served", "1 of channels", 0.2, 0.0),
+    ]
+    file.write_text("".join(f"{row}\n" for row in rows))
+    assert known_rows(file) == {rows[0].name: rows[0], "timm x": rows[2]}

@@ -83,7 +83,7 @@ class Twin:
         finally:
             change.undo()
         _, tensors = first_names(self.model)
-        padded = {name: plan.expand(name, plan.cut(name, tensors[name])) for name in plan.kept}
+        padded = {name: plan.masked(name, tensors[name].detach()) for name in plan.kept}
         change = replacement(self.model, padded, lambda name, gradient: gradient, {})
         try:
             masked, inner = self._outputs()

@@ -75,6 +75,15 @@ class ShrinkPlan:
             tensor = tensor.new_zeros(shape).index_copy_(dim, indices.to(tensor.device), tensor)
         return tensor
 
+    def masked(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy in which what would be cut off is zero: what it is cut to, expanded."""
+        tensor = tensor.clone()
+        for dim, indices in self.kept.get(name, {}).items():
+            gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+            gone[indices] = False
+            tensor.index_fill_(dim, gone.nonzero()[:, 0].to(tensor.device), 0)
+        return tensor
+
 
 def plan_of(model: nn.Module, groups: Sequence[UnitGroup], kept: Kept) -> ShrinkPlan:
     """Work out which indices of which tensors stay.
@@ -219,7 +228,7 @@ def zero_units(model: nn.Module, plan: ShrinkPlan) -> None:
     _check_shapes(plan, tensors)
     with torch.no_grad():
         for name in plan.kept:
-            tensors[name].copy_(plan.expand(name, plan.cut(name, tensors[name])))
+            tensors[name].copy_(plan.masked(name, tensors[name]))
 
 
 def first_names(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:
