@@ -144,21 +144,24 @@ def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
 
 
 def _make(group: UnitGroup) -> tuple[object, ...]:
-    """What groups have in common that the same code makes: names but for numbers, and sizes."""
-    return tuple(
-        (re.sub(r"\d+", "0", piece.name), piece.dim, piece.positions.shape)
-        for piece in group.slices
-    )
+    """What groups have in common that the same code makes: names but for numbers."""
+    return tuple((re.sub(r"\d+", "0", piece.name), piece.dim) for piece in group.slices)
 
 
 def _alike(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
-    """Tell which groups fail that are made like one that does: as a rule all, or none of them."""
+    """Tell which groups fail that are made like one that does: as a rule all, or none of them.
+
+    If they fail together and so do the first, the middle and the last on their own, all count as
+    failing; if not, they are told apart.
+    """
     if not groups or _failure(twin, groups) is None:
         return {}
-    ends = {group.name: _failure(twin, [group]) for group in (groups[0], groups[-1])}
-    failure = ends[groups[0].name]
-    if failure is None or ends[groups[-1].name] is None:
-        return _halved(twin, groups)
+    failure = ""
+    for place in dict.fromkeys((len(groups) - 1, len(groups) // 2, 0)):
+        found = _failure(twin, [groups[place]])
+        if found is None:
+            return _halved(twin, groups)
+        failure = found
     return {group.name: failure for group in groups}
 
 
