@@ -241,13 +241,18 @@ class Rewinding:
             optimizer=training.optimizer,
             rewind="weights",
         )
-        training.run(max(1, round(training.epochs * self.remember / training.recipe.epochs)))
+        first, length = (
+            max(1, round(training.epochs * full / training.recipe.epochs))
+            for full in (self.remember, self.rounds)
+        )
+        training.run(first)
         pruner.remember()
-        length = max(1, round(training.epochs * self.rounds / training.recipe.epochs))
+        left = training.epochs - first
         while not pruner.finished:
             training.run(length)
+            left -= length
             pruner.prune_and_rewind()
-        training.run()
+        training.run(max(left, 1))
         started.flops += training.flops.total
         return started.model
 

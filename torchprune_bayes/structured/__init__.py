@@ -48,6 +48,7 @@ __all__ = [
     "Kept",
     "L1FilterImportance",
     "LaplaceEvidenceImportance",
+    "LargestWeightImportance",
     "LayerRepair",
     "LossCurve",
     "MeasuredCosts",
@@ -64,6 +65,7 @@ __all__ = [
     "UnitImportance",
     "UnitSlice",
     "Units",
+    "WeightsAndUnits",
     "WoodFisherImportance",
     "apply_plan",
     "check_shrinkable",
@@ -74,6 +76,7 @@ __all__ = [
     "load_shrunk",
     "measure_curves",
     "plan_of",
+    "prune_weights_and_units",
     "repair",
     "repairing",
     "save_shrunk",
@@ -90,11 +93,16 @@ if TYPE_CHECKING:
         ConsumerGateFisherImportance,
         L1FilterImportance,
         LaplaceEvidenceImportance,
+        LargestWeightImportance,
         OPDImportance,
         RandomImportance,
         SNAPitImportance,
         WoodFisherImportance,
         halving_path,
+    )
+    from torchprune_bayes.structured.weights_and_units import (
+        WeightsAndUnits,
+        prune_weights_and_units,
     )
 
 _IMPORTANCES = (
@@ -102,6 +110,7 @@ _IMPORTANCES = (
     "ConsumerGateFisherImportance",
     "L1FilterImportance",
     "LaplaceEvidenceImportance",
+    "LargestWeightImportance",
     "OPDImportance",
     "RandomImportance",
     "SNAPitImportance",
@@ -109,6 +118,8 @@ _IMPORTANCES = (
     "halving_path",
 )
 _NEEDS_HOST = {
+    "WeightsAndUnits": "torchprune_bayes.structured.weights_and_units",
+    "prune_weights_and_units": "torchprune_bayes.structured.weights_and_units",
     "UnitImportance": "torchprune_bayes.structured.importance",
     **dict.fromkeys(_IMPORTANCES, "torchprune_bayes.structured.importances"),
 }

@@ -15,11 +15,13 @@ from torchprune_bayes.training.gates import GateTraining, gate_parameter_groups
 from torchprune_bayes.training.gradual import GradualPruner
 from torchprune_bayes.training.hard_concrete import HardConcreteGate, expected_l0
 from torchprune_bayes.training.keep_sparse import keep_sparse
+from torchprune_bayes.training.l0_gates import attach_l0_gates, fold_l0_gates
 from torchprune_bayes.training.penalties import count_below, group_hoyer_square, hoyer_square
 from torchprune_bayes.training.prior_decay import PriorDecay
 from torchprune_bayes.training.rewinding import IterativeMagnitudePruning
 from torchprune_bayes.training.shrinking import GradualShrinking
 from torchprune_bayes.training.spam import SpaM
+from torchprune_bayes.training.tick_tock import TickTock
 from torchprune_bayes.training.tracking import PruningLog
 
 __all__ = [
@@ -32,7 +34,9 @@ __all__ = [
     "PriorDecay",
     "PruningLog",
     "SpaM",
+    "TickTock",
     "TrainingFlops",
+    "attach_l0_gates",
     "bare_optimizer",
     "close_gates",
     "collect_scores",
@@ -40,6 +44,7 @@ __all__ = [
     "decorate_norms",
     "expected_l0",
     "fold_gates",
+    "fold_l0_gates",
     "gate_parameter_groups",
     "gate_penalty",
     "group_hoyer_square",

@@ -27,7 +27,8 @@ class HardConcreteGate(nn.Module):
 
     Args:
         units: Number of gates.
-        dim: Dimension of the input that the gates multiply.
+        dim: Dimension of the input that the gates multiply; -1 for the last.
+        repeat: Neighbouring entries along it that share a gate.
         weights_per_unit: How many weights a gate switches off, the weight of its probability.
         keep_probability: ``σ(log α)`` at the start.
         temperature: ``β``.
@@ -53,6 +54,7 @@ class HardConcreteGate(nn.Module):
         units: int,
         *,
         dim: int = 1,
+        repeat: int = 1,
         weights_per_unit: float = 1.0,
         keep_probability: float = 0.5,
         temperature: float = 2.0 / 3.0,
@@ -61,7 +63,9 @@ class HardConcreteGate(nn.Module):
     ) -> None:
         super().__init__()
         check_count("units", units)
-        check_count("dim", dim, minimum=1 if per_sample else 0)
+        if dim != -1:
+            check_count("dim", dim, minimum=1 if per_sample else 0)
+        check_count("repeat", repeat)
         check_positive("weights_per_unit", weights_per_unit)
         check_positive("keep_probability", keep_probability)
         check_fraction("keep_probability", keep_probability, closed=False)
@@ -70,6 +74,7 @@ class HardConcreteGate(nn.Module):
         if not low < 0.0 < 1.0 < high:
             raise ArgumentError(f"Expected `stretch` around [0, 1], got {stretch}.")
         self.dim, self.per_sample, self.stretch = dim, per_sample, (float(low), float(high))
+        self.repeat = repeat
         self.temperature, self.weights_per_unit = float(temperature), float(weights_per_unit)
         location = math.log(keep_probability / (1.0 - keep_probability))
         self.log_alpha = nn.Parameter(location + _SPREAD * torch.randn(units))
@@ -81,18 +86,19 @@ class HardConcreteGate(nn.Module):
             ArgumentError: If ``x`` has another number of units.
         """
         units = self.log_alpha.numel()
-        if x.ndim <= self.dim or x.shape[self.dim] != units:
+        entries = units * self.repeat
+        if x.ndim <= self.dim or x.shape[self.dim] != entries:
             raise ArgumentError(
-                f"Expected {units} units in dimension {self.dim}, got shape {tuple(x.shape)}."
+                f"Expected {entries} units in dimension {self.dim}, got shape {tuple(x.shape)}."
             )
         shape = [1] * x.ndim
-        shape[self.dim] = units
+        shape[self.dim] = entries
         if not self.training:
-            return x * self.expected_gate().view(shape)
+            return x * self._repeated(self.expected_gate()).view(shape)
         rows = len(x) if self.per_sample else 1
         uniform = torch.rand(rows, units, dtype=self.log_alpha.dtype, device=self.log_alpha.device)
         shape[0] = rows if self.per_sample else shape[0]
-        return x * self.gate_at(uniform).view(shape)
+        return x * self._repeated(self.gate_at(uniform)).view(shape)
 
     def gate_at(self, uniform: Tensor) -> Tensor:
         """Gates ``z`` for uniform numbers ``[..., units]`` in [0, 1)."""
@@ -124,6 +130,9 @@ class HardConcreteGate(nn.Module):
     def extra_repr(self) -> str:
         """What the module's representation shows."""
         return f"{self.log_alpha.numel()}, dim={self.dim}, temperature={self.temperature:.3g}"
+
+    def _repeated(self, gate: Tensor) -> Tensor:
+        return gate if self.repeat == 1 else gate.repeat_interleave(self.repeat, dim=-1)
 
     def _clipped(self, s: Tensor) -> Tensor:
         low, high = self.stretch

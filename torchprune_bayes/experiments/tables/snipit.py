@@ -13,6 +13,12 @@ from torchprune_bayes.experiments.description import (
 )
 from torchprune_bayes.experiments.networks import vgg16
 from torchprune_bayes.experiments.published_networks import resnet18
+from torchprune_bayes.experiments.regularised import (
+    Decorated,
+    L0Gates,
+    Penalised,
+    WeightsAndUnits,
+)
 from torchprune_bayes.experiments.starts import Trained, Untrained
 from torchprune_bayes.experiments.units import Cut, CutDuring, Importance
 from torchprune_bayes.experiments.weights import Before, During, Halving, Method, Rewinding
@@ -23,7 +29,7 @@ _RECIPE = Recipe(80, "adam", 2e-3, 512, weight_decay=5e-5, clip=10.0, flip=0.2)
 _COURSE = Halving(delay=4, every=4)
 _SAMPLES = 2560
 
-_UNITS = 0.93
+_UNITS, _WEIGHTS = 0.93, 0.98
 _STRUCTURED = (
     # README: a point of accuracy lost, an eighth of the FLOPs of all forward passes.
     Row(
@@ -47,9 +53,22 @@ _STRUCTURED = (
         *("efficient ConvNets, after 70 epochs", Trained(epochs=70)),
         *(Cut(Importance("l1"), by_layer=True, tune=10), without_numbers(_UNITS)),
     ),
+    Row("gate decorators, tick-tock", Trained(), Decorated(), without_numbers(_UNITS)),
+    # These take a factor in the place of a sparsity.
+    Row("group Hoyer-square", Untrained(), Penalised(1e-3), without_numbers(None)),
+    Row("L0 gates", Untrained(), L0Gates(), without_numbers(None)),
+    # Weights and units together: SNIP-it's sparsity of weights.
+    Row("CNIP-it, before training", Untrained(), WeightsAndUnits(), without_numbers(_WEIGHTS)),
+    Row(
+        *("CNIP, before training", Untrained(), WeightsAndUnits(stepwise=False)),
+        without_numbers(_WEIGHTS),
+    ),
+    Row(
+        *("IMP, rewound to epoch 6", Untrained(), Rewinding(remember=6, rounds=4)),
+        without_numbers(_WEIGHTS),
+    ),
 )
 
-_WEIGHTS = 0.98
 _UNSTRUCTURED = (
     # README: no accuracy lost, and four points.
     Row(
@@ -77,6 +96,7 @@ _UNSTRUCTURED = (
         *("IMP, rewound to epoch 6", Untrained(), Rewinding(remember=6, rounds=4)),
         without_numbers(_WEIGHTS),
     ),
+    Row("Hoyer-square", Untrained(), Penalised(1e-5, units=False), without_numbers(None)),
 )
 
 _DENSE = (

@@ -5,6 +5,7 @@ from torchprune_bayes.structured.importances.consumer_gate_fisher import (
     ConsumerGateFisherImportance,
 )
 from torchprune_bayes.structured.importances.laplace_evidence import LaplaceEvidenceImportance
+from torchprune_bayes.structured.importances.largest import LargestWeightImportance
 from torchprune_bayes.structured.importances.magnitude import L1FilterImportance
 from torchprune_bayes.structured.importances.opd import OPDImportance
 from torchprune_bayes.structured.importances.random import RandomImportance
@@ -16,6 +17,7 @@ __all__ = [
     "ConsumerGateFisherImportance",
     "L1FilterImportance",
     "LaplaceEvidenceImportance",
+    "LargestWeightImportance",
     "OPDImportance",
     "RandomImportance",
     "SNAPitImportance",

@@ -23,7 +23,8 @@ from torchprune_bayes.structured.importances._calibrated import (
 )
 from torchprune_bayes.structured.importances._gates import Gates
 
-_EPSILON = 1e-8  # the published code's, against a loss of zero
+EPSILON = 1e-8
+"""The published code's, against a loss of zero."""
 
 
 class SNAPitImportance(CalibratedImportance):
@@ -94,7 +95,7 @@ class SNAPitImportance(CalibratedImportance):
         of_gates = _by_hooks if self.gate == "activation" else self._by_weights
         with normalising_by(self.batch_norm, calibration.model):
             changes = of_gates(calibration, groups)
-            unit = abs(mean_loss(calibration, {}) + _EPSILON)
+            unit = abs(mean_loss(calibration, {}) + EPSILON)
         return {name: change.abs() / unit for name, change in changes.items()}
 
     def _by_weights(
