@@ -9,6 +9,7 @@ import pytest
 
 from tests.docs.pages import ROOT
 from torchprune_bayes.cli._options import options_of
+from torchprune_bayes.experiments import EXPERIMENTS
 from torchprune_bayes.methods import PruningMethod
 
 PAGE = (ROOT / "docs" / "originals.md").read_text()
@@ -24,6 +25,7 @@ ELSEWHERE = {
     "report_to",
     "loss_fn",
     "max_iterations",
+    "AveragedModel",
 }  # of Python, of others, arguments
 
 
@@ -54,3 +56,10 @@ def test_arguments_exist(name, argument):
 def test_there_is_something_to_test():
     assert len(CALLS) > 30
     assert len(NAMES) > 40
+
+
+def test_every_published_table_is_listed():
+    text = PAGE.partition("### The headlines")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`((?:woodfisher|cbs|bmrs|spam|snipit)-[^`]+)`", text)) == set(
+        EXPERIMENTS
+    )

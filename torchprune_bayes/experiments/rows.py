@@ -57,7 +57,9 @@ def _from_file(path: Path, *, has_header: bool) -> Rows:
             cells = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         else:
             cells = list(csv.reader(file))
-    names = cells[0] if cells and has_header else [str(n) for n in range(len(cells[0]))]
+    if not cells:
+        return []
+    names = cells[0] if has_header else [str(n) for n in range(len(cells[0]))]
     return [dict(zip(names, row, strict=False)) for row in cells[has_header:] if row]
 
 
