@@ -132,7 +132,7 @@ def _pairs(root: Path, split: str) -> tuple[list[str], list[str]]:
 
 def _rows(path: Path) -> Rows:
     rows = read_rows(str(path), has_header=True)
-    if rows and not any(name in rows[0] for name in _LABEL):
+    if rows and "label" not in rows[0]:
         plain = read_rows(str(path), has_header=False)
         # Without a header, the first label is one of the others'; a header never is.
         if plain[0].get("1") in {row.get("1") for row in plain[1:]} - {None}:
