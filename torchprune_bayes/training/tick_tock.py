@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchprune_bayes._checks import check_count, check_fraction, check_positive
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.structured import LargestWeightImportance, ShrinkReport, shrink
+from torchprune_bayes.structured import ShrinkReport, shrink
 from torchprune_bayes.training.gate_decorators import (
     GateDecorator,
     close_gates,
@@ -144,6 +144,8 @@ class TickTock:
             example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
             options: Further arguments of it, such as ``ignored``.
         """
+        from torchprune_bayes.structured import LargestWeightImportance  # loads torch-pruning
+
         fold_gates(self._model)
         self.phase = "done"
         importance = LargestWeightImportance("norm", threshold=1e-12)
