@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchprune_bayes import structured
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.experiments.description import Started, Target
 from torchprune_bayes.experiments.trial import Trial, seeded
@@ -20,7 +21,7 @@ from torchprune_bayes.reports import (
     plot_accuracy_against_compression,
     plot_gate_means,
 )
-from torchprune_bayes.structured import BMRSImportance, shrink
+from torchprune_bayes.structured import shrink
 from torchprune_bayes.training import GateTraining, gate_parameter_groups
 
 TUNING = 10
@@ -92,7 +93,7 @@ class Gated:
         gating.restore_best()
         gates = gates_of(model)
         started.facts["closed"] = 100.0 * gates.closed / gates.units
-        importance = BMRSImportance(gates, criterion=None)
+        importance = structured.BMRSImportance(gates, criterion=None)
         fold_gates(model)
         shrink(model, trial.example(), importance, target="evidence")
         return model

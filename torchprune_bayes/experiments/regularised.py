@@ -7,13 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from torchprune_bayes import structured
 from torchprune_bayes.experiments.description import Started, Target
 from torchprune_bayes.experiments.trial import Trial
-from torchprune_bayes.structured import (
-    LargestWeightImportance,
-    prune_weights_and_units,
-    shrink,
-)
+from torchprune_bayes.structured import shrink
 from torchprune_bayes.training import (
     TickTock,
     attach_l0_gates,
@@ -98,7 +95,7 @@ class Penalised:
         training = trial.training(model, self.before)
         training.run(penalty=lambda: self.strength * penalty(params))
         if self.units:
-            importance = LargestWeightImportance(threshold=self.threshold)
+            importance = structured.LargestWeightImportance(threshold=self.threshold)
             shrink(model, trial.example(), importance, target="evidence")
         tuning = trial.training(model, self.tune)
         if not self.units:
@@ -133,7 +130,12 @@ class L0Gates:
 
         training.run(penalty=lambda: factor * expected_l0(model), after_step=constrain)
         fold_l0_gates(model)
-        shrink(model, trial.example(), LargestWeightImportance("any", _CLOSED), target="evidence")
+        shrink(
+            model,
+            trial.example(),
+            structured.LargestWeightImportance("any", _CLOSED),
+            target="evidence",
+        )
         started.flops += training.flops.total
         return model
 
@@ -156,7 +158,7 @@ class WeightsAndUnits:
         """Prune, cut and train."""
         assert target is not None
         model = started.model
-        found = prune_weights_and_units(
+        found = structured.prune_weights_and_units(
             *(model, trial.example(), lambda model: trial.calibration(model, self.samples)),
             target,
             steps=5 if self.stepwise else 0,

@@ -7,18 +7,12 @@ from typing import Any, Literal
 
 from torch import nn
 
+from torchprune_bayes import structured
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.experiments.description import Started, Target
 from torchprune_bayes.experiments.trial import Trial
 from torchprune_bayes.experiments.weights import Halving
-from torchprune_bayes.structured import (
-    L1FilterImportance,
-    OPDImportance,
-    RandomImportance,
-    SNAPitImportance,
-    halving_path,
-    shrink,
-)
+from torchprune_bayes.structured import shrink
 from torchprune_bayes.training import GradualShrinking
 
 
@@ -37,14 +31,14 @@ class Importance:
     def of(self, trial: Trial, started: Started, model: nn.Module) -> Any:
         """Make it for a model as it is."""
         if self.name == "snap-it":
-            return SNAPitImportance(trial.calibration(model, self.samples))
+            return structured.SNAPitImportance(trial.calibration(model, self.samples))
         if self.name == "random":
-            return RandomImportance(trial.seed)
+            return structured.RandomImportance(trial.seed)
         if self.name == "l1":
-            return L1FilterImportance()
+            return structured.L1FilterImportance()
         if started.posterior is None:
             raise ArgumentError("Expected a start with a posterior for `opd`, got none.")
-        return OPDImportance(started.posterior)
+        return structured.OPDImportance(started.posterior)
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class Cut:
             self.importance.of(trial, started, model),
             sparsity=target,
             target="channels",
-            steps=halving_path(target) if self.stepwise else 1,
+            steps=structured.halving_path(target) if self.stepwise else 1,
             allocation="layer" if self.by_layer else "global",
             repair="none",
         )
