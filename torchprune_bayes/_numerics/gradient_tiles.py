@@ -119,7 +119,7 @@ def transposed_times(gradients: Gradients, rows: Tensor) -> Tensor:
 
 def mean_squares(gradients: Gradients) -> Tensor:
     """``(1/N) Σ_n g_n²`` of every column, float64 ``[..., B]``."""
-    sums = [wide(tile).square().sum(-2) for _, tile in tiles(gradients)]
+    sums = [wide(tile.square().sum(-2)) for _, tile in tiles(gradients)]
     return torch.cat(sums, dim=-1) / gradients.shape[-2]
 
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.gradient_tiles import Gradients, gram, times
+from torchprune_bayes._numerics.gradient_tiles import Gradients, gram
+from torchprune_bayes._numerics.obs import removed_change
 from torchprune_bayes._numerics.precision import wide
 
 
@@ -35,15 +36,6 @@ class KeptBlock(NamedTuple):
     """``U``, ``[n, r]``; zero where an eigenvalue is zero."""
     change: Tensor
     """``y``, ``[n]``."""
-
-
-class HeldOutErrors(NamedTuple):
-    """Errors of the predictions of samples that were left out, for ``k`` dampings."""
-
-    rise: Tensor
-    """``½ mean (y − sŷ)²`` at the best share ``s`` of the update, ``[k]``."""
-    scale: Tensor
-    """That share, in [0, 1], ``[k]``."""
 
 
 def kept_block(
@@ -64,7 +56,7 @@ def kept_block(
 
     Cost: ``NB min(N, B) + 9r³`` operations, ``r = min(n, B)``.
     """
-    change = times(gradients, torch.where(keep, 0.0, weights).unsqueeze(-1))[0, :count, 0]
+    change = removed_change(gradients, weights, keep)[0, :count]
     if isinstance(gradients, Tensor) and gradients.shape[-1] < count:
         kept = wide(gradients[0, :count] * keep[0])
         values, right = _spectrum(kept.mT @ kept)
@@ -74,7 +66,7 @@ def kept_block(
     return KeptBlock(values, vectors, change)
 
 
-def leave_one_out(blocks: Iterable[KeptBlock], ridges: Tensor) -> HeldOutErrors:
+def leave_one_out(blocks: Iterable[KeptBlock], ridges: Tensor) -> Tensor:
     """Predicted rises of the loss on samples that were left out of the update.
 
     The prediction for a sample is the sum of those of all blocks.
@@ -84,16 +76,15 @@ def leave_one_out(blocks: Iterable[KeptBlock], ridges: Tensor) -> HeldOutErrors:
         ridges: ``κ > 0``, float64 ``[k]``.
 
     Returns:
-        Errors for every ridge.
+        ``½ mean (y − sŷ)²`` at the best share ``s`` in [0, 1] of the update, ``[k]``.
 
     Cost: ``2knr`` operations per block.
 
     Example:
         >>> eye, one = torch.eye(2).double(), torch.ones(2).double()
         >>> unlike = KeptBlock(one, eye, one)  # samples without anything in common
-        >>> found = leave_one_out([unlike], torch.tensor([0.5]).double())
-        >>> found.rise, found.scale
-        (tensor([0.5000], dtype=torch.float64), tensor([0.], dtype=torch.float64))
+        >>> leave_one_out([unlike], torch.tensor([0.5]).double())
+        tensor([0.5000], dtype=torch.float64)
     """
     blocks = list(blocks)
     total = torch.stack([block.change for block in blocks]).sum(0).unsqueeze(-1)  # [n, 1]
@@ -102,7 +93,7 @@ def leave_one_out(blocks: Iterable[KeptBlock], ridges: Tensor) -> HeldOutErrors:
     power = predicted.square().sum(0)
     scale = (total * predicted).sum(0) / power.clamp_min(torch.finfo(power.dtype).tiny)
     scale = scale.clamp(0.0, 1.0)
-    return HeldOutErrors(0.5 * (total - scale * predicted).square().mean(0), scale)
+    return 0.5 * (total - scale * predicted).square().mean(0)
 
 
 def _left_out_errors(block: KeptBlock, ridges: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class RemainingVector:
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
-        counts = [mask.sum() for mask in masks.values()]  # fetched from the device together
+        counts = [torch.count_nonzero(mask) for mask in masks.values()]  # fetched together
         self.sizes: list[int] = torch.stack(counts).tolist() if counts else []
         self._full = {
             name: size == mask.numel()

@@ -28,7 +28,7 @@ from torchprune_bayes._numerics.gradient_tiles import (
     transposed_times,
 )
 from torchprune_bayes._numerics.grouped_vector import GroupedVector
-from torchprune_bayes._numerics.leave_one_out import HeldOutErrors, kept_block, leave_one_out
+from torchprune_bayes._numerics.leave_one_out import kept_block, leave_one_out
 from torchprune_bayes._numerics.obs import (
     Directions,
     joint_directions,
@@ -228,6 +228,19 @@ class EmpiricalFisher:
         other.blocks = other._cut()
         return other
 
+    def few_blocks(self, damping: float) -> EmpiricalFisher:
+        """The Fisher of up to 16 of its blocks, evenly spread, with another damping.
+
+        In the order of a pattern, where no entry may be left out, it is the whole.
+        """
+        stride = -(-len(self.blocks) // _SAMPLED_BLOCKS)
+        if stride == 1 or not self.active_only:
+            return self.damped(damping)
+        chosen = torch.zeros(self.remaining.numel, dtype=torch.bool, device=self.store.device)
+        for start, stop in self.blocks[::stride]:
+            chosen[start:stop] = True
+        return self.restricted(self.remaining.scatter(chosen), damping)
+
     def with_blocks_in_memory(self) -> EmpiricalFisher:
         """The same, cut further where the gradients of a block are more than the budget holds.
 
@@ -318,9 +331,7 @@ class EmpiricalFisher:
             parts.append([part.flatten() for part in found])
         return Directions(*(_joined(part) for part in zip(*parts, strict=True)))
 
-    def held_out_errors(
-        self, weights: Tensor, keep: Tensor, dampings: Sequence[float]
-    ) -> HeldOutErrors:
+    def held_out_errors(self, weights: Tensor, keep: Tensor, dampings: Sequence[float]) -> Tensor:
         """How the joint update does on gradients that it did not see, for several dampings.
 
         By leaving out one gradient at a time, see :mod:`torchprune_bayes._numerics.leave_one_out`.
@@ -331,6 +342,9 @@ class EmpiricalFisher:
             weights: ``[D]``.
             keep: Boolean ``[D]``.
             dampings: ``λ``, ``k`` of them.
+
+        Returns:
+            Rise of the quadratic model of the loss, at the best share of the update, ``[k]``.
         """
         chosen = self.blocks[:: -(-len(self.blocks) // _SAMPLED_BLOCKS)]
         entries = sum(stop - start for start, stop in chosen)
@@ -479,10 +493,12 @@ class EmpiricalFisher:
 
     def _kept_counts(self, keep: Tensor) -> dict[int, int]:
         """Kept entries of every block, by its start; the device is asked once for all."""
-        stops = torch.tensor([stop - 1 for _, stop in self.blocks], device=keep.device)
-        upto = [0, *keep.cumsum(0)[stops].tolist()]
-        starts = [start for start, _ in self.blocks]
-        return {start: upto[at + 1] - upto[at] for at, start in enumerate(starts)}
+        runs = [
+            torch.count_nonzero(keep[start : start + number * size].view(number, size), dim=1)
+            for start, number, size in runs_of_equal_size(self.blocks)
+        ]
+        counts = torch.cat(runs).tolist()
+        return {start: count for (start, _), count in zip(self.blocks, counts, strict=True)}
 
     def _reorder(self, layout: GroupLayout) -> None:
         row_major = self.remaining

@@ -11,7 +11,7 @@ Legend: ``D`` remaining entries where the step begins, in the order of its Fishe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.cholesky import checked_once
-from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.calibration import Calibration, MeanLoss
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.params import ParameterSpace
@@ -199,6 +199,7 @@ class Pruned:
         scores: Those of the last stage.
         moved: The weights once what is pruned is made up for, by name; zero where pruned.
         newton: The move down the gradient, by name, if it may be taken.
+        losses: Held-out losses measured so far, by the shares of both moves.
     """
 
     step: Step
@@ -207,6 +208,7 @@ class Pruned:
     scores: Scores
     moved: dict[str, Tensor]
     newton: dict[str, Tensor] | None
+    losses: dict[tuple[float, float], MeanLoss] = field(default_factory=dict, repr=False)
 
     def weights(self, scale: float, gradient_step: float) -> dict[str, Tensor]:
         """The kept weights after a share of both moves, by name; zero where pruned."""
@@ -218,12 +220,6 @@ class Pruned:
                 moved = moved + gradient_step * self.newton[name]
             found[name] = torch.where(mask, moved, 0.0)
         return found
-
-    def updated(self, damping: float, procedure: Procedure) -> Pruned:
-        """The same masks in one stage, with the update of another damping."""
-        stage = _whole_stage(self.step, damping, self.step.stages[-1])
-        moved, newton = _moved(stage, self.masks, procedure)
-        return replace(self, fisher=stage.fisher, moved=moved, newton=newton)
 
     def again(self, procedure: Procedure) -> Pruned:
         """The same step with the same damping and blocks by another procedure."""

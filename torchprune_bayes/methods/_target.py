@@ -45,43 +45,72 @@ class Target:
         """Masks after ``step`` (from 0), pruning the smallest scores of the remaining entries."""
         if self.flops_target is not None:
             return self._within_flops(step, scores, masks)
-        groups = [[name] for name in masks] if self.scope == "layer" else [list(masks)]
         kept: Masks = {}
-        for names in groups:
+        for names in self._groups:
             found = self._keep_in_group(step, names, scores, masks)
             kept |= dict(zip(names, found, strict=True))
         return kept
+
+    def share(self, step: int, masks: Masks) -> float:
+        """The share of the remaining entries that ``step`` prunes; with FLOPs, of their FLOPs."""
+        if self.flops_target is not None:
+            budget, spent = self._budget(step, masks)
+            return min(max(1.0 - budget / spent, 0.0), 1.0) if spent else 0.0
+        counts = _count([list(self.initial.values()), list(masks.values())])
+        starts = _count([[self.initial[name] for name in names] for names in self._groups])
+        goals = zip(self._groups, starts, strict=True)
+        goal = sum(self._goal(step, names, start)[1] for names, start in goals)
+        return max(goal - (counts[0] - counts[1]), 0) / max(counts[1], 1)
+
+    @property
+    def _groups(self) -> list[list[str]]:
+        names = list(self.initial)
+        return [[name] for name in names] if self.scope == "layer" else [names]
 
     def _keep_in_group(
         self, step: int, names: list[str], scores: Scores, masks: Masks
     ) -> list[Tensor]:
         ranked, remaining = [scores[name] for name in names], [masks[name] for name in names]
         start, left = _count([[self.initial[name] for name in names], remaining])
+        share, goal = self._goal(step, names, start)
+        if self.strict:
+            pruned = 1.0 - start / sum(mask.numel() for mask in remaining)
+            return keep_strictly_above(ranked, share + (1.0 - share) * pruned, remaining)
+        return smallest_k(ranked, max(goal - (start - left), 0), remaining)
+
+    def _goal(self, step: int, names: list[str], start: int) -> tuple[float, int]:
+        """Share and number of the entries remaining at first that are pruned after ``step``."""
         amount = self._amount_of(names)
         total = count_to_prune(amount, start)
         is_count = isinstance(amount, numbers.Integral)
         final = total / max(start, 1) if is_count else float(amount)
         share = sparsity_path(self.path, final, self.steps)[step]
-        if self.strict:
-            pruned = 1.0 - start / sum(mask.numel() for mask in remaining)
-            return keep_strictly_above(ranked, share + (1.0 - share) * pruned, remaining)
-        goal = total if self._is_last(step) else round(share * start)
-        return smallest_k(ranked, max(goal - (start - left), 0), remaining)
+        return share, total if self._is_last(step) else round(share * start)
 
     def _within_flops(self, step: int, scores: Scores, masks: Masks) -> Masks:
-        assert self.costs is not None
+        costs, (budget, _) = self._costs_of(masks), self._budget(step, masks)
+        ranked = [scores[name] for name in masks]
+        found = within_budget(ranked, costs, budget, list(masks.values()))
+        return dict(zip(masks, found, strict=True))
+
+    def _budget(self, step: int, masks: Masks) -> tuple[float, float]:
+        """FLOPs that the kept entries may have after ``step``, and those of ``masks``."""
         assert self.flops_target is not None
-        costs = [self.costs[name] for name in masks]
+        costs = self._costs_of(masks)
+        entries = _count([[self.initial[name]] for name in masks] + [[m] for m in masks.values()])
         dense = sum(c * mask.numel() for c, mask in zip(costs, masks.values(), strict=True))
-        start = sum(c * int(self.initial[n].sum()) for c, n in zip(costs, masks, strict=True))
+        start = sum(c * n for c, n in zip(costs, entries[: len(masks)], strict=True))
+        spent = sum(c * n for c, n in zip(costs, entries[len(masks) :], strict=True))
         budget = self.flops_target * dense
         if budget < start and not self._is_last(step):
             # The share of FLOPs to remove plays the part of the sparsity on the path.
             share = sparsity_path(self.path, 1.0 - budget / start, self.steps)[step]
             budget = (1.0 - share) * start
-        ranked = [scores[name] for name in masks]
-        found = within_budget(ranked, costs, budget, list(masks.values()))
-        return dict(zip(masks, found, strict=True))
+        return budget, spent
+
+    def _costs_of(self, masks: Masks) -> list[float]:
+        assert self.costs is not None
+        return [self.costs[name] for name in masks]
 
     def _amount_of(self, names: list[str]) -> float | int:
         if not isinstance(self.amount, Mapping):
@@ -99,6 +128,8 @@ class Target:
 def _count(groups: Sequence[Sequence[Tensor]]) -> list[int]:
     """Remaining entries of each group of masks, fetched from the device together."""
     place = groups[0][0].device
-    totals = [torch.stack([m.sum().to(place) for m in masks]).sum() for masks in groups]
+    totals = [
+        torch.stack([torch.count_nonzero(m).to(place) for m in masks]).sum() for masks in groups
+    ]
     counts: list[int] = torch.stack(totals).tolist()
     return counts

@@ -15,13 +15,16 @@ from dataclasses import dataclass, replace
 from itertools import product
 from warnings import warn
 
+import torch
 from torch import Tensor
 
+from torchprune_bayes._numerics.selection import smallest_k
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods._obs_step import (
     Procedure,
     Pruned,
+    Stage,
     State,
     Step,
     StepReport,
@@ -53,7 +56,7 @@ class Move:
         return self.pruned.weights(self.scale, self.gradient_step)
 
     def measured(self) -> Move:
-        """The same with its held-out loss."""
+        """The same with its held-out loss, which is measured once."""
         if self.loss is not None:
             return self
         held_out = self.pruned.step.held_out
@@ -62,7 +65,10 @@ class Move:
                 "Expected numbers for `damping` and `update_scale` with a curvature alone: "
                 "choosing them needs `calibration=`."
             )
-        found = held_out.held_out_loss(self.weights)
+        at, losses = (self.scale, self.gradient_step), self.pruned.losses
+        if at not in losses:
+            losses[at] = held_out.held_out_loss(self.weights)
+        found = losses[at]
         return replace(self, loss=found.value, in_sample=found.in_sample)
 
     def after(self, state: State) -> State:
@@ -70,7 +76,7 @@ class Move:
         pruned = self.pruned
         total = sum(mask.numel() for mask in pruned.masks.values())
         report = StepReport(
-            1.0 - int(sum(mask.sum() for mask in pruned.masks.values())) / total,
+            1.0 - int(sum(torch.count_nonzero(mask) for mask in pruned.masks.values())) / total,
             pruned.fisher.block_size,
             pruned.fisher.damping,
             pruned.step.known_unit,
@@ -106,10 +112,10 @@ class Tuning:
         Raises:
             CalibrationError: If no held-out loss is finite.
 
-        Cost: a Gram matrix of the gradients and its spectrum. Up to two million entries, one stage
-        and a few held-out losses for either kind of blocks and for two to three dampings, and the
-        step itself for either; beyond, one stage and one loss for either, and the step for one of
-        them. Then two to eight held-out losses for the lengths of the moves.
+        Cost: the spectra of a few Gram matrices. Up to two million entries, one stage and a few
+        held-out losses for either kind of blocks and for two to three dampings, and the step itself
+        for either; beyond, the step alone. Then two to eight held-out losses for the lengths of the
+        moves.
         """
         if not isinstance(self.damping, str):
             return self._with_blocks(step, procedure, [float(self.damping)])
@@ -122,13 +128,13 @@ class Tuning:
 
     def _with_blocks(self, step: Step, procedure: Procedure, dampings: list[float]) -> Move:
         cuts = block_choices(step)
+        if step.fisher.remaining.numel > _MOST_FOR_TRIALS:
+            damping = dampings[_least_left_out_error(cuts[0], dampings, procedure)]
+            return self._best_lengths(prune_step(cuts[0], damping, procedure))
         if len(cuts) == len(dampings) == 1:
             return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
         quick = procedure.screening(step.stages)
         found = [self._screened(cut, dampings, quick) for cut in cuts]
-        if step.fisher.remaining.numel > _MOST_FOR_TRIALS:
-            best = found[0] if len(found) == 1 else min(found, key=_loss)
-            return self._best_lengths(best.pruned.again(procedure))
         if quick is not procedure:
             found = [replace(move, pruned=move.pruned.again(procedure)) for move in found]
         moves = [self._best_lengths(move.pruned) for move in found]
@@ -138,19 +144,12 @@ class Tuning:
         """The best of several dampings in one stage: left-out gradients first, then trials.
 
         The update that does best on gradients that were left out of it says where to begin; from
-        there dampings are tried as long as the held-out loss falls, unless there are so many
-        entries that a trial costs more than their gradients did.
+        there dampings are tried as long as the held-out loss falls.
         """
-        trials = step.fisher.remaining.numel <= _MOST_FOR_TRIALS
-        if trials and len(dampings) == 1:
+        if len(dampings) == 1:
             return Move(
                 prune_step(step, dampings[0], quick), self.scales[-1], self.gradient_steps[0]
             )
-        pruned = prune_step(step, dampings[len(dampings) // 2], replace(quick, update="none"))
-        at, scale = self._promising(pruned, dampings)
-        if not trials:
-            nearest = min(self.scales, key=lambda one: abs(one - scale))
-            return Move(pruned.updated(dampings[at], quick), nearest, 0.0)
         moves: dict[int, Move] = {}
 
         def loss_at(index: int) -> float:
@@ -158,15 +157,8 @@ class Tuning:
                 moves[index] = self._at_full_length(prune_step(step, dampings[index], quick))
             return _loss(moves[index])
 
-        return moves[falling(loss_at, at, len(dampings))]
-
-    def _promising(self, pruned: Pruned, dampings: list[float]) -> tuple[int, float]:
-        """Which damping's update does best on gradients that were left out, and its best share."""
-        step = pruned.step
-        keep = step.fisher.remaining.gather(pruned.masks)
-        errors = step.fisher.held_out_errors(step.flat, keep, dampings)
-        at = int(errors.rise.argmin())
-        return at, float(errors.scale[at])
+        start = _least_left_out_error(step, dampings, quick)
+        return moves[falling(loss_at, start, len(dampings))]
 
     def _at_full_length(self, pruned: Pruned) -> Move:
         return self._by_coordinates(pruned, (self.scales[-1], self.gradient_steps[0]))
@@ -225,17 +217,39 @@ def warn_of_a_rise(start: State, end: State, held_out: Calibration | None) -> No
         )
 
 
+def _least_left_out_error(step: Step, dampings: list[float], procedure: Procedure) -> int:
+    """Which damping's update does best on gradients that were left out of it.
+
+    On a few blocks, pruned to the sparsity that the whole step is pruned to.
+    """
+    if len(dampings) == 1:
+        return 0
+    index = step.stages[-1]
+    fisher = step.fisher.few_blocks(dampings[len(dampings) // 2])
+    masks = fisher.remaining.masks
+    weights = fisher.remaining.gather(step.weights)
+    scores = procedure.score(Stage(step, fisher, index, masks, weights))
+    count = round(step.target.share(index, step.masks) * fisher.remaining.numel)
+    keep = smallest_k([scores], count)[0].to(weights.device)
+    return int(fisher.held_out_errors(weights, keep, dampings).argmin())
+
+
 def block_choices(step: Step) -> list[Step]:
     """The step with the blocks to choose from.
 
     One block over the whole network uses all interactions, and is best where gradients are many;
-    where they are few, smaller blocks do not fit their noise.
+    where they are few, as always in a network of millions of weights, smaller blocks do not fit
+    their noise.
     """
     fisher = step.fisher
     if fisher.block_size != "auto" or step.held_out is None:
         return [step]
-    small = max(2 * fisher.count, _SMALLEST_BLOCKS)
-    sizes: list[int | str] = ["full"] if small >= fisher.remaining.numel else ["full", small]
+    small, entries = max(2 * fisher.count, _SMALLEST_BLOCKS), fisher.remaining.numel
+    sizes: list[int | str] = ["full", small]
+    if small >= entries:
+        sizes = ["full"]
+    elif entries > _MOST_FOR_TRIALS:
+        sizes = [small]
     return [replace(step, fisher=fisher.with_blocks(size)) for size in sizes]
 
 
