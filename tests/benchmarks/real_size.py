@@ -1,7 +1,8 @@
 """What pruning costs on networks of ten million weights and more, in training passes.
 
     python -m tests.benchmarks.real_size resnet18 --samples 16 64 256
-    python -m tests.benchmarks.real_size resnet50 gpt2 encoder --samples 64
+    python -m tests.benchmarks.real_size resnet50 gpt2 --samples 64
+    python -m tests.benchmarks.real_size encoder --samples 128 --mini-batch 8
 
 Random weights and data, of which cost does not depend much; one thread; ``woodfisher`` with
 everything at its default. A training pass is forward and backward over the same samples in batches
@@ -77,7 +78,7 @@ def _of_next_tokens(output: Any, target: Tensor) -> Tensor:
 CASES = {"resnet18": resnet18, "resnet50": resnet50, "encoder": encoder, "gpt2": gpt2}
 
 
-def measure(name: str, samples: int, method: str, sparsity: float) -> str:
+def measure(name: str, samples: int, mini_batch: int, method: str, sparsity: float) -> str:
     """One row: what the call cost beside training passes over the same samples."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -86,7 +87,7 @@ def measure(name: str, samples: int, method: str, sparsity: float) -> str:
     before = min(_training_pass(model, inputs, target, loss_fn, samples) for _ in range(2))
     params, start = prunable_parameters(model), _peak_mib()
     calibration = Calibration(
-        model, [(inputs, target)], loss_fn, params, num_samples=samples, mini_batch=1
+        model, [(inputs, target)], loss_fn, params, num_samples=samples, mini_batch=mini_batch
     )
     began = time.process_time()
     decision = prune_global(params, method, amount=sparsity, calibration=calibration)
@@ -96,7 +97,8 @@ def measure(name: str, samples: int, method: str, sparsity: float) -> str:
     step = decision.info["steps"][-1]
     weights = sum(getattr(module, leaf).numel() for module, leaf in params)
     return (
-        f"| {name} | {weights / 1e6:.1f} M | {samples} | {seconds / one:.1f} | {seconds:.1f} | "
+        f"| {name} | {weights / 1e6:.1f} M | {samples} | {calibration.num_gradients} | "
+        f"{seconds / one:.1f} | {seconds:.1f} | "
         f"{one:.2f} | {memory:.0f} | {calibration.engine} | {step['block_size']} |"
     )
 
@@ -125,19 +127,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="+", choices=CASES)
     parser.add_argument("--samples", nargs="+", type=int, default=[64])
+    parser.add_argument("--mini-batch", type=int, default=1, help="samples per gradient")
     parser.add_argument("--method", default="woodfisher")
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--here", action="store_true", help="in this process: one cell alone")
     args = parser.parse_args()
     if args.here:
-        print(measure(args.cases[0], args.samples[0], args.method, args.sparsity), flush=True)
+        cell = (args.cases[0], args.samples[0], args.mini_batch)
+        print(measure(*cell, args.method, args.sparsity), flush=True)
         return
-    print("| network | weights | N | passes | CPU s | one pass, s | MiB | engine | blocks |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    head = ["network", "weights", "samples", "gradients", "passes", "CPU s", "one pass, s"]
+    head += ["MiB", "engine", "blocks"]
+    print(f"| {' | '.join(head)} |")
+    print(f"|{'---|' * len(head)}", flush=True)
     for name in args.cases:
         for samples in args.samples:
             cell = [name, "--samples", str(samples), "--here"]
             options = ["--method", args.method, "--sparsity", str(args.sparsity)]
+            options += ["--mini-batch", str(args.mini_batch)]
             subprocess.run(
                 [sys.executable, "-m", "tests.benchmarks.real_size", *cell, *options], check=True
             )

@@ -51,6 +51,20 @@ class Unreached(nn.Module):
         return self.inner(inputs)
 
 
+class Named(Tokens):
+    """Returns more than one thing, as the models of Hugging Face do."""
+
+    def forward(self, inputs: Tensor) -> Any:
+        logits = super().forward(inputs)
+        return {"logits": logits, "pooled": (inputs.mean(), None), "scale": 2.0}
+
+
+def _loss(output: Any, target: Tensor) -> Tensor:
+    if isinstance(output, dict):
+        return cross_entropy(output["scale"] * output["logits"], target)
+    return cross_entropy(output, target)
+
+
 def _images(*layers: nn.Module, size: int = 7, dimensions: int = 2) -> tuple[nn.Module, Tensor]:
     model = nn.Sequential(*layers, nn.Tanh(), nn.Flatten(), nn.LazyLinear(3))
     x = torch.randn(SAMPLES, 4, *[size] * dimensions)
@@ -73,6 +87,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear": _linear,
     "twice": lambda: (Twice(), torch.randn(SAMPLES, 6)),
     "tokens": lambda: (Tokens(), torch.randn(SAMPLES, 4, 6)),
+    "a mapping": lambda: (Named(), torch.randn(SAMPLES, 4, 6)),
     "unreached": lambda: (Unreached(), torch.randn(SAMPLES, 6)),
     "pruned by a hook": _hooked,
     "convolution": lambda: _images(nn.Conv2d(4, 6, 3, stride=2, padding=1)),
@@ -90,7 +105,7 @@ def _calibration(case: str, **options: Any) -> Calibration:
     model, inputs = CASES[case]()
     model.double().eval()
     data = [(inputs.double(), torch.arange(SAMPLES) % 3)]
-    return Calibration(model, data, cross_entropy, prunable_parameters(model), **options)
+    return Calibration(model, data, _loss, prunable_parameters(model), **options)
 
 
 @pytest.mark.parametrize("mini_batch", [1, 3])

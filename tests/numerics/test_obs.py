@@ -9,7 +9,7 @@ from torchprune_bayes._numerics.gradient_tiles import TiledGradients, gram
 from torchprune_bayes._numerics.obs import (
     Directions,
     joint_directions,
-    joint_directions_in_primal,
+    joint_directions_from_kept,
     joint_directions_in_sample_space,
     single_directions,
 )
@@ -17,7 +17,13 @@ from torchprune_bayes._numerics.obs import (
 
 def joint_directions_over_the_kept(gradients, damping, weights, keep):
     kept = int(keep.sum(-1).max())
-    return joint_directions_in_primal(gradients, damping, weights, keep, kept)
+    return joint_directions_from_kept(gradients, damping, weights, keep, kept)
+
+
+def joint_directions_with_known_change(gradients, damping, weights, keep):
+    kept = int(keep.sum(-1).max())
+    change = (gradients @ weights.unsqueeze(-1)).squeeze(-1)
+    return joint_directions_from_kept(gradients, damping, weights, keep, kept, change=change)
 
 
 def joint_directions_with_known_gram(gradients, damping, weights, keep):
@@ -45,6 +51,7 @@ JOINT = [
     joint_directions_with_known_gram,
     joint_directions_tile_by_tile,
     joint_directions_over_the_kept,
+    joint_directions_with_known_change,
     joint_directions_in_sample_space,
 ]
 

@@ -71,6 +71,7 @@ def joint_directions(
     *,
     kept: int | None = None,
     inner: Tensor | None = None,
+    change: Tensor | None = None,
     descent: bool = True,
 ) -> Directions:
     """Exact joint update in the cheaper of its two forms.
@@ -82,17 +83,26 @@ def joint_directions(
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         kept: Most entries that a block keeps, if it is known; asking the device takes time.
         inner: ``G_K G_Kᵀ``, if it is known.
+        change: ``Gw``, float64 ``[blocks, N]``, if it is known.
         descent: Whether the first-order part is wanted; else it is zero.
 
     Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``.
     """
     kept = int(keep.sum(-1).max()) if kept is None else kept
-    if kept <= gradients.shape[-2]:
-        return joint_directions_in_primal(gradients, damping, weights, keep, kept, descent=descent)
+    if needs_kept_columns(gradients, kept):
+        return joint_directions_from_kept(
+            gradients, damping, weights, keep, kept, change=change, descent=descent
+        )
     inner = kept_inner(gradients, keep, kept) if inner is None else inner
     return joint_directions_in_sample_space(
         gradients, damping, weights, keep, inner, descent=descent
     )
+
+
+def needs_kept_columns(gradients: Gradients, kept: int) -> bool:
+    """Whether the update is found from the columns of the kept weights, copied side by side."""
+    blocks, count, size = gradients.shape
+    return kept <= count or (blocks > 1 and 2 * kept <= size)
 
 
 def kept_inner(
@@ -107,7 +117,7 @@ def kept_inner(
         inner: ``GGᵀ`` of all entries; if it is known, a single block costs the smaller part.
     """
     if inner is None or len(keep) > 1 or 2 * kept <= keep.numel():
-        return gram(*_kept_columns(gradients, keep, kept))
+        return gram(gradients, keep)
     return inner - gram(gradients, ~keep)
 
 
@@ -136,22 +146,26 @@ def joint_directions_in_sample_space(
         inner: ``G_K G_Kᵀ``, if it is known.
         descent: Whether the first-order part is wanted.
     """
-    right = _right_hand_side(gradients, weights, keep, descent)
+    right = _right_hand_side(removed_change(gradients, weights, keep), descent)
     inner = gram(gradients, keep) if inner is None else inner
     dual = torch.cholesky_solve(right, damped_factor(inner, gradients.shape[-2] * damping))
     return _on_support(transposed_times(gradients, dual), weights, keep)
 
 
-def joint_directions_in_primal(
+def joint_directions_from_kept(
     gradients: Gradients,
     damping: float,
     weights: Tensor,
     keep: Tensor,
     kept: int,
     *,
+    change: Tensor | None = None,
     descent: bool = True,
 ) -> Directions:
-    """``δ_K = (λI + G_KᵀG_K/N)⁻¹G_KᵀR/N``: least squares over the kept weights.
+    """The same from the columns of the kept weights side by side, which are all it needs.
+
+    With ``G_P w_P = Gw − G_K w_K``; in the form of least squares over the kept weights where they
+    are fewer than the samples.
 
     Args:
         gradients: ``[blocks, N, B]``.
@@ -159,24 +173,27 @@ def joint_directions_in_primal(
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         kept: Most entries that a block keeps.
+        change: ``Gw``, float64 ``[blocks, N]``, if it is known.
         descent: Whether the first-order part is wanted.
     """
-    right, count = _right_hand_side(gradients, weights, keep, descent), gradients.shape[-2]
-    indices, valid = _positions(keep, kept)
-    columns = chosen_columns(gradients, indices) * valid.unsqueeze(1)  # padding solves to zero
-    factor = damped_factor(gram(columns.mT) / count, damping)
-    solved = torch.cholesky_solve(transposed_times(columns, right) / count, factor)
+    count, (indices, valid) = gradients.shape[-2], _positions(keep, kept)
+    # Padding has columns of zero, which solve to zero.
+    columns = wide(chosen_columns(gradients, indices) * valid.unsqueeze(1))
+    if change is None:
+        residual = removed_change(gradients, weights, keep)
+    else:
+        rest = wide(weights.gather(-1, indices)).unsqueeze(-1)
+        residual = change - (columns @ rest).squeeze(-1)
+    right = _right_hand_side(residual, descent)
+    if kept <= count:
+        factor = damped_factor(gram(columns.mT) / count, damping)
+        solved = torch.cholesky_solve(transposed_times(columns, right) / count, factor)
+    else:
+        factor = damped_factor(gram(columns), count * damping)
+        solved = transposed_times(columns, torch.cholesky_solve(right, factor))
     moved = solved.new_zeros((*keep.shape, solved.shape[-1]))
     moved.scatter_(1, indices.to(solved.device).unsqueeze(-1).expand_as(solved), solved)
     return _on_support(moved, weights, keep)
-
-
-def _kept_columns(gradients: Gradients, keep: Tensor, kept: int) -> tuple[Gradients, Tensor | None]:
-    # Of several blocks the kept columns side by side where that is less work than all columns.
-    if len(keep) == 1 or 2 * kept > keep.shape[-1]:
-        return gradients, keep
-    indices, valid = _positions(keep, kept)
-    return chosen_columns(gradients, indices) * valid.unsqueeze(1), None
 
 
 def _positions(keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -185,8 +202,7 @@ def _positions(keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return order, keep.gather(-1, order)
 
 
-def _right_hand_side(gradients: Gradients, weights: Tensor, keep: Tensor, descent: bool) -> Tensor:
-    residual = removed_change(gradients, weights, keep)
+def _right_hand_side(residual: Tensor, descent: bool) -> Tensor:
     columns = [residual, -torch.ones_like(residual)]
     return torch.stack(columns if descent else columns[:1], dim=-1)  # [blocks, N, 2 or 1]
 

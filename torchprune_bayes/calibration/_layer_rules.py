@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from torchprune_bayes.calibration._batches import Batch, batch_size, cut
 from torchprune_bayes.calibration._functional import FunctionalModel
@@ -80,12 +81,22 @@ def _layers_with(functional: FunctionalModel, names: set[str]) -> Sequence[Layer
 def _sum_of_losses(
     functional: FunctionalModel, output: Any, target: Any, count: int, mini_batch: int
 ) -> Tensor:
-    if functional.loss_fn is None or not isinstance(output, Tensor):
-        raise RuntimeError("outputs that are no tensor, or a loss within the model")
-    starts = range(0, count * mini_batch, mini_batch)
-    targets = [cut(target, start, start + mini_batch) for start in starts]
-    parts = zip(output.split(mini_batch), targets, strict=True)
-    return torch.stack([functional.loss_of(*part) for part in parts]).sum()
+    if functional.loss_fn is None:
+        raise RuntimeError("a loss within the model is that of all samples together")
+    samples, losses = count * mini_batch, []
+    for start in range(0, samples, mini_batch):
+        part = _samples_of(output, slice(start, start + mini_batch), samples)
+        losses.append(functional.loss_of(part, cut(target, start, start + mini_batch)))
+    return torch.stack(losses).sum()
+
+
+def _samples_of(output: Any, where: slice, samples: int) -> Any:
+    """Some samples of what a model returns, which may be a tensor or an object that holds some."""
+
+    def chosen(tensor: Tensor) -> Tensor:
+        return tensor[where] if tensor.ndim and len(tensor) == samples else tensor
+
+    return tree_map_only(Tensor, chosen, output)
 
 
 def _mask(

@@ -33,6 +33,7 @@ from torchprune_bayes._numerics.obs import (
     Directions,
     joint_directions,
     kept_inner,
+    needs_kept_columns,
     single_directions,
 )
 from torchprune_bayes._numerics.partition import partition, runs_of_equal_size
@@ -69,10 +70,23 @@ class _Products:
     Attributes:
         spaces: ``GGᵀ`` of batches of blocks, by their start.
         kept: What was kept of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
+        weights: The weights ``[D]`` whose ``changes`` are known.
+        changes: ``Gw`` of batches of blocks, by their start.
     """
 
     spaces: dict[int, SampleSpace] = field(default_factory=dict)
     kept: tuple[Tensor, Tensor] | None = None
+    weights: Tensor | None = None
+    changes: dict[int, Tensor] = field(default_factory=dict)
+
+    def change(self, where: slice, gradients: Gradients, weights: Tensor) -> Tensor:
+        """``Gw`` of a batch of blocks, kept as long as it is asked of the same weights ``[D]``."""
+        if self.weights is not weights:
+            self.weights, self.changes = weights, {}
+        if where.start not in self.changes:
+            part = wide(weights[where]).unflatten(0, gradients.shape[::2]).unsqueeze(-1)
+            self.changes[where.start] = times(gradients, part).squeeze(-1)
+        return self.changes[where.start]
 
     def inner_of(self, keep: Tensor) -> Tensor | None:
         """``G_K G_Kᵀ``, if it is known."""
@@ -325,8 +339,18 @@ class EmpiricalFisher:
             else:
                 most = max(kept[start] for start in range(where.start, where.stop, shape[1]))
                 inner = self._kept_inner(gradients, k, most)
+                change = None
+                if needs_kept_columns(gradients, most):
+                    change = self._products.change(where, gradients, weights)
                 found = joint_directions(
-                    gradients, self.damping, w, k, kept=most, inner=inner, descent=descent
+                    gradients,
+                    self.damping,
+                    w,
+                    k,
+                    kept=most,
+                    inner=inner,
+                    change=change,
+                    descent=descent,
                 )
             parts.append([part.flatten() for part in found])
         return Directions(*(_joined(part) for part in zip(*parts, strict=True)))
