@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="in this process: one cell alone")
     args = parser.parse_args()
     if args.here:
-        cell = (args.cases[0], args.samples[0], args.mini_batch)
-        print(measure(*cell, args.method, args.sparsity), flush=True)
+        sampling = (args.samples[0], args.mini_batch)
+        print(measure(args.cases[0], *sampling, args.method, args.sparsity), flush=True)
         return
     head = ["network", "weights", "samples", "gradients", "passes", "CPU s", "one pass, s"]
     head += ["MiB", "engine", "blocks"]

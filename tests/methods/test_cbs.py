@@ -128,7 +128,7 @@ def test_earlier_pruning_stays():
     prune.random_unstructured(model[0], "weight", 0.5)
     before = model[0].weight_mask.bool()
     for active_only in (True, False):
-        _, decision = decide(model=model, active_only=active_only)
+        _, decision = decide(model=model, compat={"active_only": active_only})
         assert not (decision.masks["0.weight"] & ~before).any()
         assert count(decision.masks) == 40  # of the 100 that were left
 

@@ -11,7 +11,14 @@ from tests.methods.pattern_cases import all_groups, calibration_of, mixed, place
 from torchprune_bayes import Calibration, prune_global
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.errors import ArgumentError, ParameterError
-from torchprune_bayes.methods import CBS, GreedyOBS, PostUpdateCBS, WoodFisher, WoodTaylor
+from torchprune_bayes.methods import (
+    CBS,
+    GreedyOBS,
+    PaperVariant,
+    PostUpdateCBS,
+    WoodFisher,
+    WoodTaylor,
+)
 from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.methods.cbs import INITIALS
 from torchprune_bayes.schedules import linear, one_shot
@@ -240,7 +247,11 @@ def test_what_is_no_pattern_is_refused(text):
         ({"pattern": "1x4", "amount": 7}, ArgumentError, "a multiple of 4 entries for `amount`"),
         ({"pattern": "1x4"}, ArgumentError, "either `amount` or `flops_target`"),
         ({"pattern": "2:3"}, ParameterError, "a multiple of 3 inputs in `0.0.weight`"),
-        ({"pattern": "2:4", "flops_power": 1.0}, ArgumentError, "no `flops_power` with a pattern"),
+        (
+            {"pattern": "2:4", "compat": PaperVariant(flops_power=1.0)},
+            ArgumentError,
+            "no `flops_power` with a pattern",
+        ),
         ({"pattern": "2:4", "flops_target": 0.5}, ArgumentError, "no `flops_target` with"),
         ({"pattern": "2:4", "compat": "paper"}, ArgumentError, "no `compat` with a pattern"),
         ({"pattern": "2:4", "curvature": EmpiricalFisher()}, ArgumentError, "no `curvature` with"),

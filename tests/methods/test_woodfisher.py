@@ -13,6 +13,7 @@ from tests.references.mlpnet import accuracy, load_mlpnet, load_mnist
 from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher, WoodTaylor, prune_global
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
+from torchprune_bayes.methods import PaperVariant
 
 FIXED = {"damping": 1e-2, "update_scale": 1.0, "stages": 1, "block_size": "full"}
 METHODS = [WoodFisher, WoodTaylor]
@@ -154,7 +155,7 @@ def test_a_calibration_without_further_samples_says_so():
 def test_flops_power_and_target_count_the_work_of_each_layer():
     calibration = make_calibration()
     plain = WoodFisher(0.5, calibration=calibration, **FIXED).decide(calibration.space)
-    aware = WoodFisher(0.5, calibration=calibration, flops_power=1.0, **FIXED)
+    aware = WoodFisher(0.5, calibration=calibration, compat=PaperVariant(flops_power=1.0), **FIXED)
     aware_decision = aware.decide(calibration.space)
     costs = flops_per_weight(calibration)
 
@@ -225,7 +226,7 @@ def test_a_curvature_of_other_entries_is_refused():
         ({"stages": 0}, "`stages`"),
         ({"path": "straight"}, "`path` to be one of"),
         ({"scope": "model"}, "`scope` to be one of"),
-        ({"compat": "code"}, "`compat` to be one of"),
+        ({"compat": "code"}, "`compat` to be None, 'paper', or a PaperVariant"),
         ({"flops_target": 0.5}, "either `amount` or `flops_target`"),
         ({"block_size": 0}, "`block_size`"),
     ],

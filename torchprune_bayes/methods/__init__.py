@@ -22,6 +22,7 @@ from torchprune_bayes.methods.laplace_evidence import LaplaceEvidence
 from torchprune_bayes.methods.layerwise import Layerwise
 from torchprune_bayes.methods.magnitude import LayerMagnitude, Magnitude
 from torchprune_bayes.methods.opd import OPD
+from torchprune_bayes.methods.paper_variant import PaperVariant
 from torchprune_bayes.methods.random import Random
 from torchprune_bayes.methods.registry import (
     RegisteredMethod,
@@ -53,6 +54,7 @@ __all__ = [
     "LayerMagnitude",
     "Layerwise",
     "Magnitude",
+    "PaperVariant",
     "PostUpdateCBS",
     "PruningMethod",
     "Random",

@@ -9,6 +9,7 @@ import torch
 from torchprune_bayes._checks import check_choice, check_count, check_fraction
 from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.errors import AlignmentError, ArgumentError
+from torchprune_bayes.methods.paper_variant import PaperVariant
 from torchprune_bayes.types import Masks
 
 
@@ -28,17 +29,14 @@ def check_steps(
 
 
 def check_goes_with_pattern(
-    curvature: EmpiricalFisher | None,
-    flops_power: float,
-    flops_target: float | None,
-    compat: str | None,
+    curvature: EmpiricalFisher | None, flops_target: float | None, variant: PaperVariant
 ) -> None:
     """Refuse options that rank or order single weights."""
     given = {
         "curvature": curvature is not None,
-        "flops_power": bool(flops_power),
         "flops_target": flops_target is not None,
-        "compat": compat is not None,
+        "flops_power": bool(variant.flops_power),
+        "compat": variant.threshold,
     }
     for name in (name for name, found in given.items() if found):
         raise ArgumentError(f"Expected no `{name}` with a pattern, got one.")

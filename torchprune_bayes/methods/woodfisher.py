@@ -31,6 +31,7 @@ from torchprune_bayes.methods._obs_step import Procedure, Stage, State, Step, Up
 from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods._tuning import SCALES, Tuning, warn_of_a_rise
+from torchprune_bayes.methods.paper_variant import PaperVariant
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision
@@ -79,10 +80,6 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         stages: Parts of each step, or ``"auto"``: 4 for one step with the joint update, else 1.
         path: Sparsity over the steps, ``"cubic"``, ``"geometric"`` or ``"linear"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
-        across_tensors: Whether blocks of a given size may span several tensors.
-        active_only: Whether blocks are cut from the remaining entries alone.
-        centred: Whether the mean gradient is subtracted from the gradients.
-        flops_power: Scores are divided by the FLOPs per weight to this power.
         flops_target: Share of the dense FLOPs of these tensors to keep.
         pattern: ``"2:4"`` keeps two of every four inputs of an output, any ``"N:M"`` likewise;
             ``"1x4"`` keeps or prunes four inputs of an output together, and ``amount`` is a
@@ -90,8 +87,8 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             the first input channel at each place of a convolution's kernel; the number of inputs
             must be a multiple of their size. A group is scored by what its removal costs with the
             interactions within it, ``½ w_gᵀ(F⁻¹_gg)⁻¹w_g``.
-        compat: ``"paper"`` takes over the published code's threshold and its epsilon, for
-            comparison with its numbers.
+        compat: Choices of the published code, for comparison with its numbers: ``"paper"`` for its
+            threshold and epsilon, or a :class:`~torchprune_bayes.methods.PaperVariant`.
 
     Raises:
         ArgumentError: If an option has an impossible value.
@@ -133,36 +130,30 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         stages: int | Literal["auto"] = "auto",
         path: str = "cubic",
         scope: str = "global",
-        across_tensors: bool = False,
-        active_only: bool = True,
-        centred: bool = False,
-        flops_power: float = 0.0,
         flops_target: float | None = None,
         pattern: str | None = None,
-        compat: Literal["paper"] | None = None,
+        compat: Literal["paper"] | PaperVariant | None = None,
     ) -> None:
         self.pattern = None if pattern is None else Pattern.parse(pattern)
+        self.variant = PaperVariant.of(compat)
         if self.pattern is not None:
-            check_goes_with_pattern(curvature, flops_power, flops_target, compat)
+            check_goes_with_pattern(curvature, flops_target, self.variant)
             amount = self.pattern.amount(amount)
         check_targets(amount, flops_target, scope)
         amount = 0.0 if amount is None else amount
         super().__init__(amount, calibration=calibration, curvature=curvature, scope=scope)
         check_steps(steps, stages, path, curvature)
         check_choice("update", update, ("none", "single", "joint"))
-        check_choice("compat", compat, (None, "paper"))
         if damping != "auto":
             check_positive("damping", damping)
         if update_scale != "auto":
             check_fraction("update_scale", update_scale)
         self.damping, self.update, self.update_scale = damping, update, update_scale
-        self.steps, self.path, self.compat = steps, path, compat
+        self.steps, self.path, self.flops_target = steps, path, flops_target
         self.stages = _STAGES if steps == 1 and update == "joint" else 1
         if isinstance(stages, int):
             self.stages = stages
-        self.flops_power, self.flops_target = flops_power, flops_target
         self.block_size = block_size
-        self.across_tensors, self.active_only, self.centred = across_tensors, active_only, centred
         self.procedure = Procedure(self.score, smallest, update)
         self.tuning = Tuning(damping, _scales(update, update_scale))
         self._new_fisher(None)  # checks its options
@@ -209,7 +200,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         weights = wide(stage.weights)
         if self.pattern is not None:
             scores = self.pattern.scores(stage.fisher, weights, stage.remaining)
-        elif self.compat == "paper":
+        elif self.variant.threshold:
             diagonal = stage.fisher.inverse_diagonal()
             scores = weights.square() / (diagonal + _PAPER_EPSILON) + _PAPER_EPSILON
         else:
@@ -217,12 +208,12 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         return self._per_cost(stage, scores).to(stage.weights.dtype)
 
     def _per_cost(self, stage: Stage, scores: Tensor) -> Tensor:
-        costs = stage.step.target.costs
-        if costs is None or not self.flops_power:
+        costs, power = stage.step.target.costs, self.variant.flops_power
+        if costs is None or not power:
             return scores
         shapes = stage.fisher.remaining.masks
         each = {
-            name: torch.full(mask.shape, costs[name] ** self.flops_power, device=mask.device)
+            name: torch.full(mask.shape, costs[name] ** power, device=mask.device)
             for name, mask in shapes.items()
         }
         return scores / stage.fisher.remaining.gather(each).to(scores)
@@ -240,9 +231,9 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
     def _new_fisher(self, layout: GroupLayout | None) -> EmpiricalFisher:
         return EmpiricalFisher(
             block_size=self.block_size,
-            across_tensors=self.across_tensors,
-            active_only=self.active_only,
-            centred=self.centred,
+            across_tensors=self.variant.across_tensors,
+            active_only=self.variant.active_only,
+            centred=self.variant.centred,
             layout=layout,
         )
 
@@ -253,7 +244,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             return self.pattern.target(
                 masks, dims, self.amount, steps=steps, scope=self.scope, path=self.path
             )
-        needs_costs = self.flops_power or self.flops_target is not None
+        needs_costs = self.variant.flops_power or self.flops_target is not None
         return Target(
             masks,
             self.amount,
@@ -262,7 +253,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             path=self.path,
             costs=flops_per_weight(self.required_calibration) if needs_costs else None,
             flops_target=self.flops_target,
-            strict=self.compat == "paper",
+            strict=self.variant.threshold,
         )
 
 
