@@ -3,99 +3,40 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import check_count, check_positive
-from torchprune_bayes._files import read_tensors, reading, save_tensors
-from torchprune_bayes._numerics.fisher_blocks import (
-    InverseFisher,
-    SampleSpace,
-    in_sample_space,
-    invert,
-)
-from torchprune_bayes._numerics.gradient_tiles import (
-    Gradients,
-    TiledGradients,
-    mean,
-    mean_squares,
-    times,
-    transposed_times,
-)
-from torchprune_bayes._numerics.grouped_vector import GroupedVector
+from torchprune_bayes._files import reading
+from torchprune_bayes._numerics.fisher_blocks import InverseFisher, SampleSpace, invert
+from torchprune_bayes._numerics.gradient_tiles import mean, mean_squares, times, transposed_times
 from torchprune_bayes._numerics.leave_one_out import kept_block, leave_one_out
 from torchprune_bayes._numerics.obs import (
     Directions,
     joint_directions,
-    kept_inner,
     needs_kept_columns,
     single_directions,
 )
-from torchprune_bayes._numerics.partition import partition, runs_of_equal_size
+from torchprune_bayes._numerics.partition import partition
 from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.curvature._fisher_files import StoredFisher
+from torchprune_bayes.curvature.blocked_gradients import BlockedGradients, SharedProducts
 from torchprune_bayes.curvature.gradient_store import GradientStore, Placement
+from torchprune_bayes.curvature.group_layout import GroupLayout
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.memory import MemoryBudget
 from torchprune_bayes.types import Masks
 
 _SAMPLED_BLOCKS = 16
-_CACHED_BYTES = 1 << 23  # of blocks whose float64 copies stay in a processor's cache
 _FEWEST_SAMPLES = 64
 
 
-@dataclass(frozen=True)
-class GroupLayout:
-    """An order of entries in which groups of a pattern are consecutive; blocks hold whole groups.
-
-    Attributes:
-        dims: The dimension of the groups in each tensor.
-        size: Entries of a group; divides the length of every tensor along its dimension.
-    """
-
-    dims: Mapping[str, int]
-    size: int
-
-
-@dataclass
-class _Products:
-    """Products of the gradients that several dampings share.
-
-    Attributes:
-        spaces: ``GGᵀ`` of batches of blocks, by their start.
-        kept: What was kept of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
-        weights: The weights ``[D]`` whose ``changes`` are known.
-        changes: ``Gw`` of batches of blocks, by their start.
-    """
-
-    spaces: dict[int, SampleSpace] = field(default_factory=dict)
-    kept: tuple[Tensor, Tensor] | None = None
-    weights: Tensor | None = None
-    changes: dict[int, Tensor] = field(default_factory=dict)
-
-    def change(self, where: slice, gradients: Gradients, weights: Tensor) -> Tensor:
-        """``Gw`` of a batch of blocks, kept as long as it is asked of the same weights ``[D]``."""
-        if self.weights is not weights:
-            self.weights, self.changes = weights, {}
-        if where.start not in self.changes:
-            part = wide(weights[where]).unflatten(0, gradients.shape[::2]).unsqueeze(-1)
-            self.changes[where.start] = times(gradients, part).squeeze(-1)
-        return self.changes[where.start]
-
-    def inner_of(self, keep: Tensor) -> Tensor | None:
-        """``G_K G_Kᵀ``, if it is known."""
-        if self.kept is None or not torch.equal(self.kept[0], keep):
-            return None
-        return self.kept[1]
-
-
-class EmpiricalFisher:
+class EmpiricalFisher(BlockedGradients):
     """``F = λI + (1/N) Σ_n g_n g_nᵀ`` of the remaining weights, block by block.
 
     The gradients are taken in one pass over the data and kept where there is room: on the device,
@@ -149,7 +90,7 @@ class EmpiricalFisher:
         self.damping = damping
         self.layout = layout
         self.calibration: Calibration | None = None
-        self._products = _Products()
+        self.products = SharedProducts()
 
     def fit(
         self,
@@ -178,7 +119,7 @@ class EmpiricalFisher:
             raise ArgumentError("Expected remaining weights, got none: everything is pruned.")
         self.count = calibration.num_gradients
         self.calibration, self.budget = calibration, calibration.memory
-        self._products = _Products()
+        self.products = SharedProducts()
         self.store = GradientStore.filled(
             lambda out: calibration.gradients(weights, self.remaining, out=out),
             (self.count, self.remaining.numel),
@@ -189,7 +130,7 @@ class EmpiricalFisher:
         if self.centred:
             self.store.subtract_mean()
         if self.layout is not None:
-            self._reorder(self.layout)
+            self.remaining, self.store = self.layout.reordered(self.remaining, self.store)
         if not self.active_only:
             self.store = self.store.with_active(self._active(masks))
         self.blocks = self._cut()
@@ -206,7 +147,7 @@ class EmpiricalFisher:
         other.damping = damping
         if not self.active_only:
             other.store = self.store.with_active(self._active(masks))
-            other._products = _Products()
+            other.products = SharedProducts()
             return other
         keep = self.remaining.gather(masks)
         other.remaining = RemainingVector(masks)
@@ -214,9 +155,9 @@ class EmpiricalFisher:
             return other
         other.store = self.store.restricted(keep, self.budget.copy_bytes)
         other.blocks = other._cut()
-        other._products = _Products()
-        if len(other.blocks) == 1 and (inner := self._products.inner_of(keep)) is not None:
-            other._products.spaces[0] = SampleSpace(inner)
+        other.products = SharedProducts()
+        if len(other.blocks) == 1 and (inner := self.products.inner_of(keep)) is not None:
+            other.products.spaces[0] = SampleSpace(inner)
         return other
 
     def damped(self, damping: float) -> EmpiricalFisher:
@@ -231,14 +172,14 @@ class EmpiricalFisher:
         if device == self.store.device:
             return self
         other = copy.copy(self)
-        other.store, other._products = self.store.to(device), _Products()
+        other.store, other.products = self.store.to(device), SharedProducts()
         return other
 
     def with_blocks(self, block_size: int | str) -> EmpiricalFisher:
         """The same gradients cut into other blocks."""
         _check_block_size(block_size)
         other = copy.copy(self)
-        other.block_size, other._products = block_size, _Products()
+        other.block_size, other.products = block_size, SharedProducts()
         other.blocks = other._cut()
         return other
 
@@ -262,33 +203,7 @@ class EmpiricalFisher:
         """
         room = max(self.budget.gradients_bytes // (self.store.dtype.itemsize * self.count), 1)
         largest = max(stop - start for start, stop in self.blocks)
-        return self if largest <= room or self._in_place else self.with_blocks(room)
-
-    def sweep(self) -> Iterator[tuple[slice, Gradients]]:
-        """Yield batches of equally large blocks of the gradients.
-
-        Yields:
-            The range of the vector, and its gradients ``[blocks, N, B]``; a block that is larger
-            than the budget's share is read tile by tile.
-        """
-        for start, number, size in runs_of_equal_size(self.blocks):
-            at_once = max(self._entries_at_once // size, 1)
-            for first in range(0, number, at_once):
-                begin, taken = start + first * size, min(at_once, number - first)
-                where = slice(begin, begin + taken * size)
-                if taken == 1:
-                    yield where, self._gradients_of(begin, size)
-                else:
-                    rows = self.store.read(where.start, where.stop)
-                    yield where, rows.unflatten(1, (taken, size)).transpose(0, 1)
-
-    def whole_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """As :meth:`sweep`, with all gradients of the blocks in one tensor each."""
-        for where, gradients in self.sweep():
-            if isinstance(gradients, Tensor):
-                yield where, gradients
-            else:
-                yield where, self.store.read(where.start, where.stop).unsqueeze(0)
+        return self if largest <= room or self.in_place else self.with_blocks(room)
 
     def inverses(self) -> Iterator[tuple[slice, InverseFisher]]:
         """Yield batches of inverted blocks with their range of the vector."""
@@ -298,24 +213,6 @@ class EmpiricalFisher:
                 yield where, invert(gradients, self.damping)
             else:
                 yield where, space.inverse(gradients, self.damping)
-
-    def space_of(self, where: slice, gradients: Gradients) -> SampleSpace | None:
-        """``GGᵀ`` of a batch of blocks from :meth:`sweep`, kept for the sweeps to come.
-
-        ``None`` where it would not be used, or where all would take more than their share of the
-        budget; that of a single block is always kept.
-        """
-        spaces = self._products.spaces
-        if where.start in spaces:
-            return spaces[where.start]
-        held = sum(space.inner.nbytes for space in spaces.values())
-        needed = 8 * gradients.shape[0] * self.count**2
-        fits = len(self.blocks) == 1 or held + needed <= self.budget.factor_bytes
-        if not fits or not in_sample_space(gradients):
-            return None
-        squares = self.count * self.remaining.numel * gradients.dtype.itemsize
-        space = SampleSpace.of(gradients, keep_squares=squares <= self.budget.factor_bytes)
-        return spaces.setdefault(where.start, space)
 
     def directions(
         self, weights: Tensor, keep: Tensor, *, single: bool = False, descent: bool = True
@@ -329,19 +226,19 @@ class EmpiricalFisher:
                 WoodFisher paper does, instead of solving for all together.
             descent: Whether the first-order part is wanted; else it is zero.
         """
-        parts, kept = [], self._kept_counts(keep)
+        parts, kept = [], self.kept_counts(keep)
         for where, gradients in self.sweep():
             shape = gradients.shape[::2]
             w, k = weights[where].unflatten(0, shape), keep[where].unflatten(0, shape)
             if single:
-                space = self._products.spaces.get(where.start)
+                space = self.products.spaces.get(where.start)
                 found = single_directions(invert(gradients, self.damping, space), w, k)
             else:
                 most = max(kept[start] for start in range(where.start, where.stop, shape[1]))
-                inner = self._kept_inner(gradients, k, most)
+                inner = self.kept_inner(gradients, k, most)
                 change = None
                 if needs_kept_columns(gradients, most):
-                    change = self._products.change(where, gradients, weights)
+                    change = self.products.change(where, gradients, weights)
                 found = joint_directions(
                     gradients,
                     self.damping,
@@ -374,10 +271,10 @@ class EmpiricalFisher:
         entries = sum(stop - start for start, stop in chosen)
         room = self.count**2 * entries / (9 * len(chosen))
         count = min(self.count, max(int(room ** (1 / 3)), _FEWEST_SAMPLES))
-        parts, kept = [], self._kept_counts(keep)
+        parts, kept = [], self.kept_counts(keep)
         for start, stop in chosen:
-            gradients, k = self._gradients_of(start, stop - start), keep[None, start:stop]
-            inner = self._kept_inner(gradients, k, kept[start])
+            gradients, k = self.block(start, stop), keep[None, start:stop]
+            inner = self.kept_inner(gradients, k, kept[start])
             parts.append(kept_block(gradients, weights[None, start:stop], k, count, inner))
         ridges = self.count * torch.tensor(dampings, dtype=torch.float64)
         return leave_one_out(parts, ridges.to(parts[0].values.device))
@@ -449,7 +346,7 @@ class EmpiricalFisher:
         ):
             raise AlignmentError("Expected the same remaining entries in both Fishers, got others.")
         rows = torch.cat([self.store.whole(), other.store.whole().to(self.store.device)])
-        self.store, self._products = GradientStore(rows, self.store.device), _Products()
+        self.store, self.products = GradientStore(rows, self.store.device), SharedProducts()
         self.count += other.count
         return self
 
@@ -464,8 +361,6 @@ class EmpiricalFisher:
                 "Expected a Fisher in the order of its tensors to save, got one "
                 "in the order of a pattern: fit one without `layout`."
             )
-        tensors = {f"mask:{name}": mask for name, mask in self.remaining.masks.items()}
-        tensors["gradients"] = self.store.whole()
         settings = {
             "block_size": self.block_size,
             "across_tensors": self.across_tensors,
@@ -473,8 +368,7 @@ class EmpiricalFisher:
             "centred": self.centred,
             "damping": self.damping,
         }
-        order = json.dumps(list(self.remaining.masks))
-        save_tensors(path, tensors, {"settings": json.dumps(settings), "order": order})
+        StoredFisher(self.store.whole(), self.remaining.masks, settings).save(path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> EmpiricalFisher:
@@ -487,51 +381,14 @@ class EmpiricalFisher:
         Raises:
             ArgumentError: If the file is missing, damaged or another one.
         """
-        stored = read_tensors(path, "an empirical Fisher", device=float64_device(device))
-        with reading(path, stored.what):
-            fisher = cls(**stored.json("settings", dict))
-            masks = stored.prefixed("mask:")
-            order = stored.json("order", list)
-            fisher.remaining = RemainingVector({name: masks[name].bool() for name in order})
-            rows = stored.tensors["gradients"]
-            if rows.ndim != 2 or rows.shape[1] != fisher.remaining.numel or not len(rows):
-                raise ValueError(f"gradients of shape {tuple(rows.shape)}")
-            if not torch.isfinite(rows).all():
-                raise ValueError("gradients that are not finite")
+        stored = StoredFisher.load(path, float64_device(device))
+        with reading(path, "an empirical Fisher"):
+            fisher = cls(**stored.settings)
+        fisher.remaining, rows = RemainingVector(stored.masks), stored.rows
         fisher.store, fisher.count = GradientStore(rows, rows.device), len(rows)
         fisher.budget = MemoryBudget(max(8 * rows.nbytes, 2**24))
         fisher.blocks = fisher._cut()
         return fisher
-
-    def _kept_inner(self, gradients: Gradients, keep: Tensor, kept: int) -> Tensor | None:
-        """``G_K G_Kᵀ`` of a single block, kept for the next damping and the next restriction."""
-        if len(self.blocks) > 1 or kept <= self.count:
-            return None
-        inner = self._products.inner_of(keep[0])
-        if inner is None:
-            space = self._products.spaces.get(0)
-            known = None if space is None else space.inner
-            inner = kept_inner(gradients, keep, kept, known)
-            self._products.kept = keep[0].clone(), inner
-        return inner
-
-    def _kept_counts(self, keep: Tensor) -> dict[int, int]:
-        """Kept entries of every block, by its start; the device is asked once for all."""
-        runs = [
-            torch.count_nonzero(keep[start : start + number * size].view(number, size), dim=1)
-            for start, number, size in runs_of_equal_size(self.blocks)
-        ]
-        counts = torch.cat(runs).tolist()
-        return {start: count for (start, _), count in zip(self.blocks, counts, strict=True)}
-
-    def _reorder(self, layout: GroupLayout) -> None:
-        row_major = self.remaining
-        self.remaining = GroupedVector(row_major.masks, layout.dims)
-        if not self.remaining.is_row_major:
-            places = torch.arange(row_major.numel)
-            masks = {name: mask.cpu() for name, mask in row_major.masks.items()}
-            order = GroupedVector(masks, layout.dims).gather(RemainingVector(masks).scatter(places))
-            self.store = self.store.reordered(order)
 
     def _active(self, masks: Masks) -> Tensor | None:
         active = self.remaining.gather(masks).to(self.store.device)
@@ -540,40 +397,10 @@ class EmpiricalFisher:
     def _cut(self) -> list[tuple[int, int]]:
         size = "full" if self.block_size == "auto" else self.block_size
         blocks = partition(self.remaining.sizes, size, across_tensors=self.across_tensors)
-        if self.layout is None:
+        whole = None if self.layout is None else self.layout.block_size(blocks)
+        if whole is None:
             return blocks
-        largest, group = max(stop - start for start, stop in blocks), self.layout.size
-        if largest % group == 0:
-            return blocks
-        whole = max(largest // group, 1) * group
         return partition(self.remaining.sizes, whole, across_tensors=self.across_tensors)
-
-    @property
-    def _entries_at_once(self) -> int:
-        # With their products in float64, and for small blocks the factors.
-        room = self.budget.block_bytes
-        if self.store.device.type == "cpu":
-            room = min(room, _CACHED_BYTES)
-        return max(room // (8 * self.count), 1)
-
-    @property
-    def _in_place(self) -> bool:
-        # Whether a range of columns is a view of memory, however large.
-        store = self.store
-        plain = store.columns is None and store.active is None and store.rows.dtype == store.dtype
-        return plain and store.rows.device == store.device
-
-    def _gradients_of(self, begin: int, size: int) -> Gradients:
-        """Gradients of one block, ``[1, N, B]``, read when they are needed if it is large."""
-        store = self.store
-        if size <= self._entries_at_once or self._in_place:
-            return store.read(begin, begin + size).unsqueeze(0)
-        return TiledGradients(
-            lambda start, stop: store.read(begin + start, begin + stop),
-            (1, self.count, size),
-            store.dtype,
-            store.device,
-        )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

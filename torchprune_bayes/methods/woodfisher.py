@@ -19,7 +19,7 @@ from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.curvature import EmpiricalFisher
-from torchprune_bayes.curvature.empirical_fisher import GroupLayout
+from torchprune_bayes.curvature.group_layout import GroupLayout
 from torchprune_bayes.methods._curvature_holder import CurvatureHolder
 from torchprune_bayes.methods._obs_checks import (
     check_fitted_to,

@@ -1,0 +1,171 @@
+"""Gradients of the remaining entries, cut into blocks and read a few blocks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchprune_bayes._numerics.fisher_blocks import SampleSpace, in_sample_space
+from torchprune_bayes._numerics.gradient_tiles import Gradients, TiledGradients, times
+from torchprune_bayes._numerics.obs import kept_inner
+from torchprune_bayes._numerics.partition import runs_of_equal_size
+from torchprune_bayes._numerics.precision import wide
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
+from torchprune_bayes.curvature.gradient_store import GradientStore
+from torchprune_bayes.memory import MemoryBudget
+
+_CACHED_BYTES = 1 << 23  # of blocks whose float64 copies stay in a processor's cache
+
+
+@dataclass
+class SharedProducts:
+    """Products of the gradients that several dampings share.
+
+    Attributes:
+        spaces: ``GGᵀ`` of batches of blocks, by their start.
+        kept: What was kept of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
+        weights: The weights ``[D]`` whose ``changes`` are known.
+        changes: ``Gw`` of batches of blocks, by their start.
+    """
+
+    spaces: dict[int, SampleSpace] = field(default_factory=dict)
+    kept: tuple[Tensor, Tensor] | None = None
+    weights: Tensor | None = None
+    changes: dict[int, Tensor] = field(default_factory=dict)
+
+    def change(self, where: slice, gradients: Gradients, weights: Tensor) -> Tensor:
+        """``Gw`` of a batch of blocks, kept as long as it is asked of the same weights ``[D]``."""
+        if self.weights is not weights:
+            self.weights, self.changes = weights, {}
+        if where.start not in self.changes:
+            part = wide(weights[where]).unflatten(0, gradients.shape[::2]).unsqueeze(-1)
+            self.changes[where.start] = times(gradients, part).squeeze(-1)
+        return self.changes[where.start]
+
+    def inner_of(self, keep: Tensor) -> Tensor | None:
+        """``G_K G_Kᵀ``, if it is known."""
+        if self.kept is None or not torch.equal(self.kept[0], keep):
+            return None
+        return self.kept[1]
+
+
+class BlockedGradients:
+    """``N`` gradients of ``D`` remaining entries in blocks of ``B``.
+
+    Attributes:
+        remaining: Order of the entries.
+        store: Their gradients ``[N, D]``.
+        count: ``N``.
+        blocks: Ranges ``(start, stop)`` of the blocks in this order.
+        budget: Memory for what is read and computed at one time.
+        products: What is kept from one sweep to the next.
+    """
+
+    remaining: RemainingVector
+    store: GradientStore
+    count: int
+    blocks: list[tuple[int, int]]
+    budget: MemoryBudget
+    products: SharedProducts
+
+    def sweep(self) -> Iterator[tuple[slice, Gradients]]:
+        """Yield batches of equally large blocks of the gradients.
+
+        Yields:
+            The range of the vector, and its gradients ``[blocks, N, B]``; a block that is larger
+            than the budget's share is read tile by tile.
+        """
+        for start, number, size in runs_of_equal_size(self.blocks):
+            at_once = max(self._entries_at_once // size, 1)
+            for first in range(0, number, at_once):
+                begin, taken = start + first * size, min(at_once, number - first)
+                where = slice(begin, begin + taken * size)
+                if taken == 1:
+                    yield where, self.block(begin, begin + size)
+                else:
+                    rows = self.store.read(where.start, where.stop)
+                    yield where, rows.unflatten(1, (taken, size)).transpose(0, 1)
+
+    def whole_blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """As :meth:`sweep`, with all gradients of the blocks in one tensor each."""
+        for where, gradients in self.sweep():
+            if isinstance(gradients, Tensor):
+                yield where, gradients
+            else:
+                yield where, self.store.read(where.start, where.stop).unsqueeze(0)
+
+    def block(self, start: int, stop: int) -> Gradients:
+        """Gradients of one block, ``[1, N, B]``, read when they are needed if it is large."""
+        store = self.store
+        if stop - start <= self._entries_at_once or self.in_place:
+            return store.read(start, stop).unsqueeze(0)
+        return TiledGradients(
+            lambda first, last: store.read(start + first, start + last),
+            (1, self.count, stop - start),
+            store.dtype,
+            store.device,
+        )
+
+    def space_of(self, where: slice, gradients: Gradients) -> SampleSpace | None:
+        """``GGᵀ`` of a batch of blocks from :meth:`sweep`, kept for the sweeps to come.
+
+        ``None`` where it would not be used, or where all would take more than their share of the
+        budget; that of a single block is always kept.
+        """
+        spaces = self.products.spaces
+        if where.start in spaces:
+            return spaces[where.start]
+        if not in_sample_space(gradients):
+            return None
+        held = sum(space.inner.nbytes for space in spaces.values())
+        needed = 8 * gradients.shape[0] * self.count**2
+        if len(self.blocks) > 1 and held + needed > self.budget.factor_bytes:
+            return None
+        squares = self.count * self.remaining.numel * gradients.dtype.itemsize
+        space = SampleSpace.of(gradients, keep_squares=squares <= self.budget.factor_bytes)
+        return spaces.setdefault(where.start, space)
+
+    def kept_inner(self, gradients: Gradients, keep: Tensor, kept: int) -> Tensor | None:
+        """``G_K G_Kᵀ`` of a single block, kept for the next damping and the next restriction.
+
+        Args:
+            gradients: Those of the block.
+            keep: Boolean ``[1, B]``.
+            kept: How many entries that are.
+        """
+        if len(self.blocks) > 1 or kept <= self.count:
+            return None
+        inner = self.products.inner_of(keep[0])
+        if inner is None:
+            space = self.products.spaces.get(0)
+            known = None if space is None else space.inner
+            inner = kept_inner(gradients, keep, kept, known)
+            self.products.kept = keep[0].clone(), inner
+        return inner
+
+    def kept_counts(self, keep: Tensor) -> dict[int, int]:
+        """Entries of every block that ``keep`` (boolean ``[D]``) keeps, by the block's start."""
+        runs = [
+            torch.count_nonzero(keep[start : start + number * size].view(number, size), dim=1)
+            for start, number, size in runs_of_equal_size(self.blocks)
+        ]
+        counts = torch.cat(runs).tolist()  # the device is asked once for all
+        return {start: count for (start, _), count in zip(self.blocks, counts, strict=True)}
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a range of columns is a view of memory, however large."""
+        store = self.store
+        plain = store.columns is None and store.active is None and store.rows.dtype == store.dtype
+        return plain and store.rows.device == store.device
+
+    @property
+    def _entries_at_once(self) -> int:
+        # With their products in float64, and for small blocks the factors.
+        room = self.budget.block_bytes
+        if self.store.device.type == "cpu":
+            room = min(room, _CACHED_BYTES)
+        return max(room // (8 * self.count), 1)
