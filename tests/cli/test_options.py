@@ -1,8 +1,9 @@
 import pytest
 
 from torchprune_bayes.cli._options import checked_options, options_of
+from torchprune_bayes.curvature import EmpiricalFisher
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.methods import registered_methods
+from torchprune_bayes.methods import PaperVariant, WoodFisher, registered_methods
 
 
 class Base:
@@ -55,7 +56,7 @@ def test_every_registered_method_takes_the_options_found():
         ("damping", "1e-3", 1e-3),
         ("damping", "auto", "auto"),
         ("scope", "layer", "layer"),
-        ("compat", {"centred": True}, {"centred": True}),
+        ("compat", "paper", "paper"),
         ("flops_target", "null", None),
         ("flops_target", None, None),
         ("update", "joint", "joint"),
@@ -66,6 +67,13 @@ def test_values_have_the_types_of_the_signature(name, given, value):
     found = checked_options("woodtaylor", {name: given})
     assert found == {name: value}
     assert type(found[name]) is type(value)
+
+
+def test_fields_of_an_option_may_be_given():
+    found = checked_options("woodfisher", {"compat": {"centred": True}})
+    assert WoodFisher(0.5, curvature=EmpiricalFisher(), **found).variant == PaperVariant(
+        centred=True
+    )
 
 
 def test_an_unknown_option_lists_the_known_ones():
