@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher
 from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
-from torchprune_bayes.methods import find_method
+from torchprune_bayes.methods import _tuning, find_method
 from torchprune_bayes.methods._obs_step import StepReport
 from torchprune_bayes.methods._tuning import Move, Tuning, best_by_coordinates
 
@@ -177,6 +177,53 @@ def test_left_out_errors_are_those_of_leaving_out() -> None:
             scale = ((total @ predicted) / (predicted @ predicted)).clamp(0, 1)
             rise = 0.5 * (total - scale * predicted).square().mean()
             torch.testing.assert_close(found[index], rise, rtol=1e-6, atol=1e-12)
+
+
+def _little() -> Calibration:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 3)).double()
+    x, y = torch.randn(16, 12, dtype=torch.float64), torch.randint(3, (16,))
+    return Calibration(model, [(x, y)], nn.functional.cross_entropy, num_samples=8)
+
+
+def test_a_few_blocks_are_blocks_of_the_whole() -> None:
+    fisher = EmpiricalFisher(block_size=7).fit(_little())
+    few = fisher.few_blocks(0.5)
+    chosen = fisher.blocks[:: -(-len(fisher.blocks) // 16)]
+    assert len(few.blocks) == len(chosen) <= 16
+    assert [b - a for a, b in few.blocks] == [b - a for a, b in chosen]
+    columns = torch.cat([fisher.store.read(*block) for block in chosen], dim=1)
+    assert torch.equal(few.store.whole(), columns)
+    assert few.damping == 0.5
+
+
+def test_a_large_network_has_small_blocks_and_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The damping is that of the smallest left-out error, and only lengths are tried."""
+    monkeypatch.setattr(_tuning, "_MOST_FOR_TRIALS", 100)
+    monkeypatch.setattr(_tuning, "_SMALLEST_BLOCKS", 10)
+    calibration, measured = _little(), []
+    plain = calibration.held_out_loss
+
+    def counting(weights: Any = None) -> MeanLoss:
+        measured.append(weights)
+        return plain(weights)
+
+    monkeypatch.setattr(calibration, "held_out_loss", counting)
+    step = WoodFisher(0.7, calibration=calibration).decide(calibration.space).info["steps"][0]
+    assert step["block_size"] == 16  # twice the gradients
+    assert len(measured) <= len(_tuning.SCALES) + 1  # and one at the start, to warn of a rise
+    fisher = EmpiricalFisher(block_size=16).fit(calibration)
+    unit = fisher.mean_square()
+    weights = fisher.remaining.gather(calibration.space.values())
+    middle = fisher.damped(unit)
+    scores = weights.square() / middle.inverse_diagonal()
+    few = fisher.few_blocks(unit)
+    inside = few.remaining.gather(fisher.remaining.scatter(scores))
+    keep = torch.ones(len(inside), dtype=torch.bool)
+    keep[inside.argsort()[: round(0.7 * len(inside))]] = False
+    dampings = [unit * factor for factor in _tuning.RELATIVE_DAMPINGS]
+    errors = few.held_out_errors(few.remaining.gather(calibration.space.values()), keep, dampings)
+    assert step["damping"] == dampings[int(errors.argmin())]
 
 
 def test_a_model_that_pruning_destroys_is_warned_of() -> None:

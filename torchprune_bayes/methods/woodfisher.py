@@ -69,7 +69,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         curvature: An :class:`~torchprune_bayes.curvature.EmpiricalFisher` fitted already.
         block_size: Blocks of the Fisher: ``"full"``, ``"tensor"``, an int, or ``"auto"``: one
             block or blocks of ``2N`` entries (256 at least), whichever has the smaller loss on
-            held-out samples.
+            held-out samples; beyond two million entries the small blocks.
         damping: ``λ``, or ``"auto"``: the value, in units of the mean squared gradient, whose
             update does best on gradients left out of it, and then on held-out samples
             (:mod:`torchprune_bayes.methods._tuning`).
