@@ -50,6 +50,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEFAULT = ["magnitude", "layer-magnitude", "wanda", "sparsegpt", "opd", "layerwise"]
 SAVED_EVERY = 50  # updates of a dense training
+PEER = "sparsegpt"
 UNCALIBRATED = ("magnitude", "layer-magnitude")
 SCORES = ["nll", "perplexity", "accuracy", "tuned_nll", "tuned_perplexity", "tuned_accuracy"]
 
@@ -74,7 +75,7 @@ def run(name: str, task: Task, arguments: argparse.Namespace) -> None:
     rows = json.loads(file.read_text()) if file.is_file() else []
     train_dense(name, task, arguments.scratch)
     reported = _reported(task, arguments)
-    print(name, "dense", measured(task.model, reported, arguments.samples), flush=True)
+    print(name, "dense", _short(measured(task.model, reported, arguments.samples)), flush=True)
     cells = [
         {"seed": seed, "sparsity": sparsity, "method": method}
         for seed in arguments.seeds
@@ -86,18 +87,19 @@ def run(name: str, task: Task, arguments: argparse.Namespace) -> None:
         if any(cell.items() <= row.items() for row in rows):
             continue
         row = {**cell, **pruned(task, cell, reported, arguments)}
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        print(_short(row), flush=True)
         rows.append(row)
         file.write_text(json.dumps(rows, indent=1) + "\n")
     if rows:
         values = [key for key in [*SCORES, "seconds", "mb"] if key in rows[0]]
         table = ResultsTable(rows).summarise(["sparsity", "method"], values)
         print(table.to_markdown())
+        print(*compared([row for row in rows if "losses" in row]), sep="\n")
 
 
 def pruned(
     task: Task, cell: dict[str, Any], reported: Data, arguments: argparse.Namespace
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Prune a copy; what came of it before and after fine-tuning."""
     model = copy.deepcopy(task.model).eval()
     params = prunable_parameters(model, exclude=[n for n in task.exclude if _has(model, n)])
@@ -115,7 +117,7 @@ def pruned(
     if arguments.finetune:
         finetune(task, model, cell["seed"])
         tuned = measured(model, reported, arguments.samples)
-        found |= {f"tuned_{key}": value for key, value in tuned.items()}
+        found |= {f"tuned_{key}": value for key, value in tuned.items() if key != "losses"}
     return found
 
 
@@ -193,10 +195,11 @@ def _batches(task: Task, updates: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def measured(model: nn.Module, data: Data, samples: int) -> dict[str, float]:
-    """Mean negative log-likelihood, with its exponential or its error and the accuracy."""
+def measured(model: nn.Module, data: Data, samples: int) -> dict[str, Any]:
+    """Mean negative log-likelihood, with its exponential or its error, accuracy and ``losses``."""
     model.eval()
-    total = right = squares = 0.0
+    total = right = 0.0
+    losses: list[float] = []
     number = min(samples or len(data["labels"]), len(data["labels"]))
     for start in range(0, number, 128):
         batch = part_of(data, slice(start, min(start + 128, number)))
@@ -205,13 +208,40 @@ def measured(model: nn.Module, data: Data, samples: int) -> dict[str, float]:
         total += float(output.loss) * size
         if output.logits.ndim == 2:
             right += float((output.logits.argmax(1) == batch["labels"]).sum())
-            losses = nn.functional.cross_entropy(output.logits, batch["labels"], reduction="none")
-            squares += float(losses.square().sum())
+            each = nn.functional.cross_entropy(output.logits, batch["labels"], reduction="none")
+            losses += each.tolist()
     nll = total / number
     if data["labels"].ndim > 1:
         return {"nll": nll, "perplexity": float(torch.tensor(nll).exp())}
-    error = ((squares / number - nll**2) / number) ** 0.5
-    return {"nll": nll, "standard_error": error, "accuracy": 100 * right / number}
+    error = float(torch.tensor(losses).std()) / number**0.5
+    accuracy = 100 * right / number
+    return {"nll": nll, "standard_error": error, "accuracy": accuracy, "losses": losses}
+
+
+def compared(rows: list[dict[str, Any]]) -> list[str]:
+    """NLL of each method minus SparseGPT's with the same calibration samples, sentence by sentence.
+
+    Differences of a sample are averaged over the seeds; the standard error is over the samples.
+    """
+    lines = []
+    found = {(row["sparsity"], row["method"], row["seed"]): row["losses"] for row in rows}
+    for sparsity, method in dict.fromkeys((s, m) for s, m, _ in found if m != PEER):
+        seeds = [k for s, m, k in found if (s, m) == (sparsity, method)]
+        seeds = [k for k in seeds if (sparsity, PEER, k) in found]
+        if seeds:
+            ours, theirs = (
+                torch.tensor([found[sparsity, name, k] for k in seeds]) for name in (method, PEER)
+            )
+            each = (ours - theirs).mean(0)
+            error = float(each.std()) / len(each) ** 0.5
+            text = f"{method} minus {PEER}: {float(each.mean()):+.4f}, s.e. {error:.4f}"
+            lines.append(f"{sparsity}, seeds {seeds}: {text}")
+    return lines
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+    return {key: value for key, value in rounded.items() if key != "losses"}
 
 
 def _reported(task: Task, arguments: argparse.Namespace) -> Data:
