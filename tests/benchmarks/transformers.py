@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.benchmarks.transformers_measures import compared, divergence, measured, short
 from tests.benchmarks.transformers_tasks import TASKS, Data, Task, part_of
 from torchprune_bayes import Calibration, keep_sparse, masks_of, prunable_parameters, prune_global
 from torchprune_bayes.reports import ResultsTable
@@ -50,7 +51,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 DEFAULT = ["magnitude", "layer-magnitude", "wanda", "sparsegpt", "opd", "layerwise"]
 SAVED_EVERY = 50  # updates of a dense training
-PEER = "sparsegpt"
 UNCALIBRATED = ("magnitude", "layer-magnitude")
 SCORES = ["nll", "perplexity", "accuracy", "tuned_nll", "tuned_perplexity", "tuned_accuracy"]
 
@@ -75,7 +75,8 @@ def run(name: str, task: Task, arguments: argparse.Namespace) -> None:
     rows = json.loads(file.read_text()) if file.is_file() else []
     train_dense(name, task, arguments.scratch)
     reported = _reported(task, arguments)
-    print(name, "dense", _short(measured(task.model, reported, arguments.samples)), flush=True)
+    if not rows:
+        print(name, "dense", short(measured(task.model, reported, arguments.samples)), flush=True)
     cells = [
         {"seed": seed, "sparsity": sparsity, "method": method}
         for seed in arguments.seeds
@@ -87,12 +88,13 @@ def run(name: str, task: Task, arguments: argparse.Namespace) -> None:
         if any(cell.items() <= row.items() for row in rows):
             continue
         row = {**cell, **pruned(task, cell, reported, arguments)}
-        print(_short(row), flush=True)
+        print(short(row), flush=True)
         rows.append(row)
         file.write_text(json.dumps(rows, indent=1) + "\n")
     if rows:
-        values = [key for key in [*SCORES, "seconds", "mb"] if key in rows[0]]
-        table = ResultsTable(rows).summarise(["sparsity", "method"], values)
+        values = [key for key in [*SCORES, "divergence", "seconds", "mb"] if key in rows[0]]
+        numbers = [{k: v for k, v in row.items() if k != "losses"} for row in rows]
+        table = ResultsTable(numbers).summarise(["sparsity", "method"], values)
         print(table.to_markdown())
         print(*compared([row for row in rows if "losses" in row]), sep="\n")
 
@@ -112,8 +114,10 @@ def pruned(
     before, start = _reset_peak(), time.process_time()
     prune_global(params, method, **target, **options)
     seconds = time.process_time() - start
-    found = {"seconds": seconds, "mb": _status("VmHWM") - before}
+    found: dict[str, Any] = {"seconds": seconds, "mb": _status("VmHWM") - before}
     found |= measured(model, reported, arguments.samples)
+    if arguments.divergence:
+        found["divergence"] = divergence(task.model, model, reported, arguments.samples)
     if arguments.finetune:
         finetune(task, model, cell["seed"])
         tuned = measured(model, reported, arguments.samples)
@@ -194,56 +198,6 @@ def _batches(task: Task, updates: int, seed: int) -> Iterator[Tensor]:
         left -= len(epoch)
 
 
-@torch.no_grad()
-def measured(model: nn.Module, data: Data, samples: int) -> dict[str, Any]:
-    """Mean negative log-likelihood, with its exponential or its error, accuracy and ``losses``."""
-    model.eval()
-    total = right = 0.0
-    losses: list[float] = []
-    number = min(samples or len(data["labels"]), len(data["labels"]))
-    for start in range(0, number, 128):
-        batch = part_of(data, slice(start, min(start + 128, number)))
-        output = model(**batch)
-        size = len(batch["labels"])
-        total += float(output.loss) * size
-        if output.logits.ndim == 2:
-            right += float((output.logits.argmax(1) == batch["labels"]).sum())
-            each = nn.functional.cross_entropy(output.logits, batch["labels"], reduction="none")
-            losses += each.tolist()
-    nll = total / number
-    if data["labels"].ndim > 1:
-        return {"nll": nll, "perplexity": float(torch.tensor(nll).exp())}
-    error = float(torch.tensor(losses).std()) / number**0.5
-    accuracy = 100 * right / number
-    return {"nll": nll, "standard_error": error, "accuracy": accuracy, "losses": losses}
-
-
-def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """NLL of each method minus SparseGPT's with the same calibration samples, sentence by sentence.
-
-    Differences of a sample are averaged over the seeds; the standard error is over the samples.
-    """
-    lines = []
-    found = {(row["sparsity"], row["method"], row["seed"]): row["losses"] for row in rows}
-    for sparsity, method in dict.fromkeys((s, m) for s, m, _ in found if m != PEER):
-        seeds = [k for s, m, k in found if (s, m) == (sparsity, method)]
-        seeds = [k for k in seeds if (sparsity, PEER, k) in found]
-        if seeds:
-            ours, theirs = (
-                torch.tensor([found[sparsity, name, k] for k in seeds]) for name in (method, PEER)
-            )
-            each = (ours - theirs).mean(0)
-            error = float(each.std()) / len(each) ** 0.5
-            text = f"{method} minus {PEER}: {float(each.mean()):+.4f}, s.e. {error:.4f}"
-            lines.append(f"{sparsity}, seeds {seeds}: {text}")
-    return lines
-
-
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-    return {key: value for key, value in rounded.items() if key != "losses"}
-
-
 def _reported(task: Task, arguments: argparse.Namespace) -> Data:
     return part_of(task.train, slice(-task.held_out, None)) if arguments.held_out else task.test
 
@@ -281,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the calibration")
     add("--samples", type=int, default=0, help="to measure with at most; 0 for all")
     add("--finetune", action=argparse.BooleanOptionalAction, default=True)
+    add("--divergence", action="store_true", help="of the outputs from the dense network's, too")
     add("--held-out", action="store_true", help="measure on held-out training samples")
     return parser
 
