@@ -46,6 +46,9 @@ def test_a_checkpoint_is_not_trained(tmp_path):
         (["--data", "nowhere", "--image-size", "2"], "Expected `--image-size`"),
         (["--data", "nowhere", "--device", "moon"], "Expected a device that is there, got 'moon'"),
         (["--data", "nowhere", "--masks", "none"], "Expected a file of masks, got `none`"),
+        (["--data", "nowhere", "--masks", __file__], "Expected a file of masks, got `"),
+        (["--data", "nowhere", "--matched", "none"], "Expected"),
+        (["--data", "nowhere", "--matched", __file__], "Expected"),
         (["--data", "nowhere", "--model", "gpt2"], "Expected an experiment on texts"),
         (["--data", "nowhere", "--options.speed", "9"], "Expected an option of the experiment's"),
         (["--data", "nowhere", "--options.rho", "x"], "Expected `swap_range` to be int, got 'x'"),
@@ -124,3 +127,17 @@ def test_held_out_and_random_labels_are_said(tmp_path, capsys, flag):
     else:
         assert "Trained on labels drawn at random." in printed
         assert dense < 40  # the test labels are as they were
+
+
+def test_what_would_fail_at_the_end_is_refused_at_once(tmp_path, capsys):
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps([{"label": "BMRS_N", "seed": 0, "ours": 90.0}]))
+    words = ["--data", "nowhere", "--output", str(tmp_path / "out")]
+    assert main(["reproduce", "bmrs-mlp-mnist", *words, "--matched", str(table)]) == 2
+    assert "Expected a row `BMRS_N` with the column `closed`" in capsys.readouterr().err
+    assert main(["reproduce", "cbs-mlpnet", *words, "--matched", str(table)]) == 2
+    assert "Expected an experiment of BMRS with `--matched`" in capsys.readouterr().err
+    weights = tmp_path / "w.safetensors"
+    save_file(mlpnet((1, 28, 28), 10).state_dict(), weights)
+    assert main(["reproduce", "bmrs-mlp-mnist", *words, "--checkpoint", str(weights)]) == 2
+    assert "Expected no `--checkpoint` with bmrs-mlp-mnist" in capsys.readouterr().err

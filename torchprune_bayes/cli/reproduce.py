@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from torchprune_bayes._files import check_writable, write_whole
+from torchprune_bayes._extras import require
+from torchprune_bayes._files import check_writable, reading, write_whole
 from torchprune_bayes.cli._help import Parser, command_parser
 from torchprune_bayes.cli._options import checked_options, options_of
 from torchprune_bayes.cli._plan import in_words
@@ -21,10 +22,11 @@ from torchprune_bayes.cli._sources import load_checkpoint
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.experiments import EXPERIMENTS, Experiment
 from torchprune_bayes.experiments.engine import Run, as_table, load_split
+from torchprune_bayes.experiments.gated import closed_in
 from torchprune_bayes.experiments.starts import Trained
 from torchprune_bayes.experiments.tables.cbs import PUBLISHED_NAMES
 from torchprune_bayes.experiments.trial import Setting
-from torchprune_bayes.experiments.weights import Method, SavedMasks
+from torchprune_bayes.experiments.weights import Method, SavedMasks, read_masks
 from torchprune_bayes.methods import find_method
 from torchprune_bayes.reports import ResultsTable
 
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train or load, prune, print and write; returns the exit code."""
     setting = _setting(arguments)
     experiment = _with_options(EXPERIMENTS[arguments.name], arguments.options)
-    _check_inputs(arguments.name, experiment, arguments)
+    _check_inputs(arguments.name, experiment, setting)
     data = load_split(experiment, arguments.data, setting)
     check_writable(arguments.output)
     begin, rows = perf_counter(), list[Mapping[str, Any]]()
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _setting(arguments: argparse.Namespace) -> Setting:
     found = arguments.checkpoint
     load = None if found is None else partial(load_checkpoint, path=found)
-    matched = None if arguments.matched is None else ResultsTable.from_json(arguments.matched)
+    matched = None if arguments.matched is None else _table(arguments.matched)
     return Setting(
         scale=arguments.scale,
         width=arguments.width,
@@ -119,6 +121,11 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     )
 
 
+def _table(path: Path) -> ResultsTable:
+    with reading(path, "rows of an earlier run"):
+        return ResultsTable.from_json(path)
+
+
 def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
@@ -127,22 +134,30 @@ def _device(name: str) -> torch.device:
         raise ArgumentError(f"Expected a device that is there, got {name!r}: {reason}.") from error
 
 
-def _check_inputs(name: str, experiment: Experiment, arguments: argparse.Namespace) -> None:
-    if arguments.masks is not None and not arguments.masks.is_file():
-        raise ArgumentError(f"Expected a file of masks, got `{arguments.masks}`, which is none.")
-    if arguments.masks is not None and not any(
-        isinstance(row.pruning, SavedMasks) for row in experiment.rows
-    ):
-        raise ArgumentError(f"Expected an experiment of CBS with `--masks`, got {name}.")
-    if arguments.model is not None and experiment.hub is None:
+def _check_inputs(name: str, experiment: Experiment, setting: Setting) -> None:
+    """Refuse what an experiment has no use for, and what would fail at its end."""
+    if experiment.figures:
+        require("matplotlib", "plots")
+    prunings = [row.pruning for row in experiment.rows]
+    if setting.masks is not None:
+        if not any(isinstance(pruning, SavedMasks) for pruning in prunings):
+            raise ArgumentError(f"Expected an experiment of CBS with `--masks`, got {name}.")
+        read_masks(setting.masks)
+    if setting.model is not None and experiment.hub is None:
         raise ArgumentError(f"Expected an experiment on texts with `--model`, got {name}.")
-    if arguments.checkpoint is not None and not any(
+    if setting.load is not None and not any(
         isinstance(row.start, Trained) for row in experiment.rows
     ):
         raise ArgumentError(
             f"Expected no `--checkpoint` with {name}, whose networks are trained with what is "
             "measured, got one."
         )
+    if setting.matched is not None:
+        matched = {getattr(pruning, "matched", None) for pruning in prunings} - {None}
+        if not matched:
+            raise ArgumentError(f"Expected an experiment of BMRS with `--matched`, got {name}.")
+        for label in matched:
+            closed_in(setting.matched, str(label))
 
 
 def _with_options(experiment: Experiment, given: Mapping[str, Any]) -> Experiment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ class Gated:
         model, inner = started.model, _with_validation(trial)
         options: dict[str, Any] = {"prune_every": 1 if self.continuous else None}
         if self.matched is not None:
-            closed = closed_in(trial, self.matched)
+            known = trial.setting.matched
+            rows = trial.facts.values() if known is None else known
+            closed = closed_in(rows, self.matched, trial.seed)
             options = {"prune_every": None, "amount": closed / 100.0, "beyond": True}
         gating = self.gates.attach(model, inner, criterion=self.criterion, **options)
         started.flops += self.gates.train(gating, inner, model)
@@ -99,23 +102,20 @@ class Gated:
         return model
 
 
-def closed_in(trial: Trial, label: str) -> float:
-    """Percentage of the gates that another row has closed, in this run or in a given one.
+def closed_in(rows: Iterable[Mapping[str, Any]], label: str, seed: int | None = None) -> float:
+    """Percentage of the gates that the row of a label has closed, of this seed if it is there.
 
     Raises:
         ArgumentError: If there is no such row.
     """
-    rows = [trial.facts.get(label, {})]
-    if trial.setting.matched is not None:
-        given = [row for row in trial.setting.matched if row.get("label") == label]
-        same = [row for row in given if row.get("seed") == trial.seed]
-        rows = [dict(row) for row in same or given]
-    if not rows or "closed" not in rows[0]:
+    found = [row for row in rows if row.get("label") == label and "closed" in row]
+    same = [row for row in found if row.get("seed") == seed]
+    if not found:
         raise ArgumentError(
             f"Expected a row `{label}` with the column `closed` to match, got none: give a "
             "reproduce.json of this experiment with --matched."
         )
-    return float(rows[0]["closed"])
+    return float((same or found)[0]["closed"])
 
 
 @dataclass(frozen=True)

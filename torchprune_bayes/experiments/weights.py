@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -103,7 +105,7 @@ class SavedMasks:
             ArgumentError: If the file has no masks of these tensors.
         """
         assert trial.setting.masks is not None
-        masks = {name: mask.bool() for name, mask in load_file(trial.setting.masks).items()}
+        masks = read_masks(trial.setting.masks)
         tensors = dict(started.model.named_parameters())
         if not masks or any(name not in tensors for name in masks):
             raise ArgumentError(
@@ -114,6 +116,18 @@ class SavedMasks:
         options = self.method.arguments(trial, started.model) | given
         prune_global(trial.prunable(started.model), self.method.name, **options)
         return bake(started.model)
+
+
+def read_masks(path: Path) -> Masks:
+    """Boolean masks by name from a safetensors file.
+
+    Raises:
+        ArgumentError: If it is none.
+    """
+    try:
+        return {name: mask.bool() for name, mask in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ArgumentError(f"Expected a file of masks, got `{path}`: {error}.") from error
 
 
 class Course(Protocol):
