@@ -2,7 +2,7 @@
 
 Each contender runs in a process of its own on the same scores, all different, so that the masks
 must be equal. Extra memory is how much the peak of resident memory grows past what the scores
-(and, for torch-pruning, its all-ones default mask) take::
+(and, for PyTorch, its all-ones default mask) take::
 
     python tests/benchmarks/selection.py --entries 100_000_000
 """

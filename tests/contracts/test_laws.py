@@ -252,7 +252,7 @@ def test_a_decision_tells_what_was_done(name):
 def test_what_is_left_is_the_hosts(name, call):
     model, reference = mlp(), mlp()
     if call is pruned_by_host and is_layerwise(name) and not find_method(name).needs_calibration:
-        pytest.skip("the host's call shows no layers")
+        pytest.skip("PyTorch's call shows no layers")
     call(name, model)
     prune.global_unstructured(pairs(reference), prune.L1Unstructured, amount=0.5)
     assert set(model.state_dict()) == set(reference.state_dict())

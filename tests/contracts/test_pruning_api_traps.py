@@ -49,7 +49,7 @@ def test_t1_a_subset_is_refused():
 
 
 def test_t1_scores_are_refused():
-    """The host shows passed scores in the place of the weights."""
+    """PyTorch shows passed scores in the place of the weights."""
     model = mlp()
     calibration = calibration_of(model)
     scores = {pair: torch.rand_like(pair[0].weight) for pair in pairs(model)}
@@ -87,7 +87,7 @@ def closed_form_joint_update(model: nn.Module, damping: float, pruned: Tensor) -
 
 @pytest.mark.parametrize("call", [prune.global_unstructured, prune_global])
 def test_t2_t3_updates_reach_the_same_parameters_though_the_host_has_no_place_for_them(call):
-    """The host never calls ``apply`` in its global route and knows no weight update."""
+    """PyTorch never calls ``apply`` in its global route and knows no weight update."""
     model, dense = mlp(dtype=torch.float64), mlp(dtype=torch.float64)
     parameters = {id(parameter) for parameter in model.parameters()}
     calibration = calibration_of(model)
@@ -128,7 +128,7 @@ def prune_by_us(model: nn.Module, calibration: Calibration) -> None:
 
 @pytest.mark.parametrize("call", [prune_by_apply, prune_by_host, prune_by_us])
 def test_t4_hooks_hold_neither_model_nor_data(call):
-    """The host keeps the method on the module and pickles it."""
+    """PyTorch keeps the method on the module and pickles it."""
 
     class Data(list):
         """A list that can be referred to weakly."""
@@ -152,7 +152,7 @@ def failing(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize("earlier", [1, 2, 3])
 def test_t5_a_failing_further_apply_keeps_the_old_hook(earlier, monkeypatch):
-    """The host deletes the old hook, and fills its container, before it tries the new method."""
+    """PyTorch deletes the old hook, and fills its container, before it tries the new method."""
     model = mlp()
     for _ in range(earlier):
         Magnitude.apply(model[0], "weight", amount=0.2)
@@ -170,7 +170,7 @@ def test_t5_a_failing_further_apply_keeps_the_old_hook(earlier, monkeypatch):
 @pytest.mark.parametrize("earlier", [0, 1])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_t6_a_failure_in_the_middle_puts_everything_back(earlier, error, monkeypatch):
-    """The host's global call leaves a half-pruned model."""
+    """PyTorch's global call leaves a half-pruned model."""
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
@@ -193,7 +193,7 @@ def test_t6_a_failure_in_the_middle_puts_everything_back(earlier, error, monkeyp
 
 
 def test_t7_scores_are_refused_because_the_host_ignores_misnamed_ones():
-    """The host drops scores under a wrong key and takes transposed ones, without a word."""
+    """PyTorch drops scores under a wrong key and takes transposed ones, without a word."""
     model = mlp()
     scores = torch.rand_like(model[0].weight)
     with unchanged(model), pytest.raises(ArgumentError, match="no importance_scores"):
@@ -205,14 +205,14 @@ def test_t7_scores_are_refused_because_the_host_ignores_misnamed_ones():
 
 
 def test_t8_signed_scores_are_ranked_with_their_sign():
-    """The host's L1 method takes the absolute value of scores: -1, 0 and 1 would go."""
+    """PyTorch's L1 method takes the absolute value of scores: -1, 0 and 1 would go."""
     scores = {"w": torch.arange(-6.0, 6.0)}
     kept = Target({"w": torch.ones(12).bool()}, 3).keep(0, scores, {"w": torch.ones(12).bool()})
     assert scores["w"][~kept["w"]].tolist() == [-6.0, -5.0, -4.0]
 
 
 def test_t9_parameters_may_come_from_a_generator():
-    """The host iterates over its parameters three times."""
+    """PyTorch iterates over its parameters three times."""
     model = mlp()
     calibration = calibration_of(model, (pair for pair in pairs(model)))
     prune_global((pair for pair in pairs(model)), WoodFisher, amount=0.4, calibration=calibration)

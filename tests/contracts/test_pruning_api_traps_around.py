@@ -73,7 +73,7 @@ def test_t16_hugging_face_checkpoints_are_equal_after_bake(tmp_path):
 
 
 def test_t16_a_checkpoint_loads_where_the_host_alone_is_installed(tmp_path):
-    """What is left on a model are the host's names and the host's hooks."""
+    """What is left on a model are PyTorch's names and hooks."""
     model = mlp()
     prune_global(pairs(model), WoodFisher, amount=0.5, calibration=calibration_of(model))
     plain = mlp(seed=1)
@@ -92,7 +92,7 @@ def states_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def test_t17_optimizer_states_fit_before_and_after():
-    """States are matched by position, and the host moves what it prunes to the end."""
+    """States are matched by position, and PyTorch moves what it prunes to the end."""
     model = nn.Sequential(nn.Linear(4, 4, bias=True), nn.Linear(4, 4))
     optimizer = torch.optim.Adam(model.parameters())
     cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))).backward()
@@ -136,7 +136,7 @@ def size_of(model: nn.Module) -> int:
 
 
 def test_t19_repeated_pruning_keeps_no_masks_alive():
-    """Every call of the host leaves a flat mask of the whole model behind."""
+    """Every call of PyTorch leaves a flat mask of the whole model behind."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     sizes = []
     for _ in range(5):
@@ -173,7 +173,7 @@ def test_t20_equal_seeds_give_equal_masks_on_every_rank(method):
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")
 def test_t21_sharded_tensors_are_refused(process_group):
-    """On a DTensor the host fails somewhere inside, after it has renamed parameters."""
+    """On a DTensor PyTorch fails somewhere inside, after it has renamed parameters."""
     tensors = pytest.importorskip("torch.distributed.tensor")
     mesh = tensors.init_device_mesh("cpu", (1,))
     model = nn.Linear(4, 4)

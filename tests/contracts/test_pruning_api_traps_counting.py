@@ -35,7 +35,7 @@ def convolutions() -> nn.Sequential:
 
 
 def test_t10_channels_last_and_non_contiguous_weights():
-    """``view(-1)`` inside the host refuses both."""
+    """``view(-1)`` inside PyTorch refuses both."""
     model, reference = convolutions(), convolutions()
     model = model.to(memory_format=torch.channels_last)
     model[1].weight.data = model[1].weight.data.transpose(0, 1).contiguous().transpose(0, 1)
@@ -85,7 +85,7 @@ def test_t11_amount_is_the_hosts(amount, kept):
     ],
 )
 def test_t11_impossible_amounts_are_refused(amount, error):
-    """The host finds out about some of them late, or not at all."""
+    """PyTorch finds out about some of them late, or not at all."""
     model = mlp()
     with unchanged(model), pytest.raises(error, match="amount"):
         prune_global(pairs(model), Magnitude, amount=amount)
@@ -137,7 +137,7 @@ class Tied(nn.Module):
 
 
 def test_t13_bake_writes_the_zeros_through_ties_and_keeps_these():
-    """The host's ``remove`` writes zeros into whatever shares the tensor."""
+    """PyTorch's ``remove`` writes zeros into whatever shares the tensor."""
     model = Tied()
     shared = model.embedding.weight
     prune_global([(model.head, "weight")], Magnitude, amount=0.5)
@@ -150,7 +150,7 @@ def test_t13_bake_writes_the_zeros_through_ties_and_keeps_these():
 
 @pytest.mark.parametrize("method", [Magnitude, prune.RandomUnstructured])
 def test_t14_a_tied_tensor_in_the_list_twice_counts_once(method):
-    """The host counts it twice, and gives its places different masks."""
+    """PyTorch counts it twice, and gives its places different masks."""
     model = Tied()
     twice = [(model.embedding, "weight"), (model.head, "weight")]
     for kept in (20, 10):

@@ -35,7 +35,7 @@ class Halving(prune.BasePruningMethod):
 
 
 def test_t22_masks_of_other_values_are_refused():
-    """The host multiplies by whatever it is given."""
+    """PyTorch multiplies by whatever it is given."""
     model = mlp()
     with unchanged(model), pytest.raises(ArgumentError, match="zeros and ones from Halving"):
         prune_global(pairs(model), Halving)
@@ -65,7 +65,7 @@ def test_t22_decisions_that_do_not_fit_are_refused(mask, error):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", [Magnitude, WoodFisher])
 def test_t23_weights_that_are_not_finite_are_refused(method, value):
-    """The host never prunes NaN and says nothing."""
+    """PyTorch never prunes NaN and says nothing."""
     model = mlp()
     options = {} if method is Magnitude else {"calibration": calibration_of(model)}
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_t23_weights_that_are_not_finite_are_refused(method, value):
 
 
 def test_t24_prune_gives_a_pruned_copy():
-    """The host's ``method.prune(t)`` calls ``compute_mask`` with no module at all."""
+    """PyTorch's ``method.prune(t)`` calls ``compute_mask`` with no module at all."""
     t = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
     assert Magnitude(0.5).prune(t).tolist() == [[3.0, 0.0], [0.0, 2.0]]
     remaining = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
@@ -123,7 +123,7 @@ def parametrized() -> tuple[nn.Module, str]:
     ],
 )
 def test_t25_tensors_that_cannot_be_pruned_are_refused(pair, error):
-    """The host answers with errors from deep inside, or not at all."""
+    """PyTorch answers with errors from deep inside, or not at all."""
     module, name = pair
     with unchanged(module), pytest.raises(ParameterError, match=error):
         prune_global([pair], Magnitude, amount=0.5)
@@ -133,7 +133,7 @@ def test_t25_tensors_that_cannot_be_pruned_are_refused(pair, error):
 
 @pytest.mark.parametrize("params", [[], None])
 def test_t25_no_tensors_at_all_are_refused(params):
-    """An empty list gives the host's ``torch.cat`` something to complain about."""
+    """An empty list gives PyTorch's ``torch.cat`` something to complain about."""
     with pytest.raises((ParameterError, ArgumentTypeError), match="pair"):
         prune_global(params, Magnitude, amount=0.5)
 

@@ -1,4 +1,4 @@
-"""What every method inherits: checks of arguments and the doors to the host."""
+"""What every method inherits: checks of arguments and the entry points of PyTorch's API."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_apply_puts_updated_values_back_if_it_fails(earlier, monkeypatch):
 
     with monkeypatch.context() as patch, unchanged(model):
         patch.setattr(nn.Module, "register_forward_pre_hook", failing)
-        # The host's own way back stumbles over what it did itself, with a KeyError.
+        # PyTorch's own way back stumbles over what it did itself, with a KeyError.
         with pytest.raises((RuntimeError, KeyError)):
             Doubling.apply(model[0], "weight", amount=0.5, calibration=calibration)
 

@@ -1,4 +1,4 @@
-"""The structured method behaves as the host's own structured methods do, without an amount."""
+"""The structured method behaves as PyTorch's own structured methods do, without an amount."""
 
 from __future__ import annotations
 

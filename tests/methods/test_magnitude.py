@@ -1,4 +1,4 @@
-"""Magnitude pruning against the host's own."""
+"""Magnitude pruning against PyTorch's own."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Network(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights in use, pruned by the host or not."""
+        """The weights in use, pruned by PyTorch or not."""
         return {name: value.detach() for name, value in ParameterSpace(self).values().items()}
 
 

@@ -70,7 +70,7 @@ def test_zeros_hold_for_ten_steps(mode: str, optimizer: str, protect: bool) -> N
         assert all(torch.equal(v != 0, masks[n]) for n, v in run.model.weights().items())
     assert all(torch.equal(mask, masks[name]) for name, mask in run.pruner.masks.items())
     leaves = [tensor.leaf for tensor in ParameterSpace(run.model)]
-    # Without the optimizer's help the host's hidden leaf drifts, and moments do anyway.
+    # Without the optimizer's help PyTorch's hidden leaf drifts, and moments do anyway.
     assert all(bool((leaf == 0).any()) for leaf in leaves) == (protect or mode == "zeros")
     moments = [v for p in leaves for v in run.optimizer.state[p].values() if v.shape == p.shape]
     assert all(bool((moment == 0).any()) for moment in moments) == protect

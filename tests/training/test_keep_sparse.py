@@ -33,7 +33,7 @@ class Network(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
     def pruned(self) -> Network:
-        """Half of all weights pruned by the host, in place."""
+        """Half of all weights pruned by PyTorch, in place."""
         prune_global([(self.first, "weight"), (self.last, "weight")], "magnitude", amount=0.5)
         return self
 

@@ -213,7 +213,7 @@ def test_the_hosts_own_pruner_takes_it():
     )
     pruner.step()
     assert model(x).shape == (2, 3)
-    # Of 4 and 5 channels the host takes half, rounded up; those with the smallest margins stay.
+    # torch-pruning takes half of 4 and 5 channels, rounded up; the smallest margins stay.
     first = order["1"][:2].sort().values
     second = order["4"][: model[3].out_channels].sort().values
     assert torch.equal(model[0].weight, filters["1"][first])
