@@ -56,7 +56,7 @@ from torchprune_bayes.structured import (
     shrink,
     zero_units,
 )
-from torchprune_bayes.wiring._forward import run, tensors_in
+from torchprune_bayes.wiring.forward import run, tensors_in
 
 TOLERANCES = {"double": 1e-9, "partly single": 1e-5}
 """Largest difference, relative to the largest output, that can be rounding: in double precision,

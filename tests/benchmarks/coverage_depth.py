@@ -19,7 +19,7 @@ from torchprune_bayes.structured import find_groups, importances, shrink
 from torchprune_bayes.structured._torch_pruning_importance import as_unit_importance
 from torchprune_bayes.structured.importance import UnitImportance
 from torchprune_bayes.structured.importances import BMRSImportance
-from torchprune_bayes.wiring._forward import run, tensors_in
+from torchprune_bayes.wiring.forward import run, tensors_in
 
 CLASSES = 3
 

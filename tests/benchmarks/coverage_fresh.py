@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests.benchmarks.architectures import architectures
 from torchprune_bayes.structured import load_shrunk
-from torchprune_bayes.wiring._forward import run, tensors_in
+from torchprune_bayes.wiring.forward import run, tensors_in
 
 _OUTPUTS = "outputs.pt"
 

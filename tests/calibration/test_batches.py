@@ -17,14 +17,14 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from torchprune_bayes.calibration._batches import (
+from torchprune_bayes.calibration._stream import SampleStream
+from torchprune_bayes.calibration.batches import (
     batch_size,
     map_tensors,
     samples_in,
     sizes,
     tensors_in,
 )
-from torchprune_bayes.calibration._stream import SampleStream
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 
 

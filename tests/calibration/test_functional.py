@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from tests.calibration.cases import assert_same, collected, conv_net
 from tests.contracts.state import unchanged
 from torchprune_bayes import Calibration, prunable_parameters
-from torchprune_bayes.calibration._functional import FunctionalModel, preserved
+from torchprune_bayes.calibration.functional import FunctionalModel, preserved
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchprune_bayes.calibration._randomness import IsolatedRandomness
+from torchprune_bayes.calibration.randomness import IsolatedRandomness
 
 
 def numbers() -> tuple[float, float, float]:

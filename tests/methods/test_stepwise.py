@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprune_bayes.methods._stepwise import ranked_groups, smallest_k_with_floor
+from torchprune_bayes.methods.stepwise import ranked_groups, smallest_k_with_floor
 
 
 @given(

@@ -22,7 +22,7 @@ from torchprune_bayes.structured import (
     plan_of,
     shrink,
 )
-from torchprune_bayes.wiring import _forward
+from torchprune_bayes.wiring import forward
 
 
 def held(model: nn.Module) -> int:
@@ -70,7 +70,7 @@ def test_a_wanted_memory_is_reached_and_no_more():
 def slow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward pass takes one second, and one for each output channel of the second layer."""
     now = [0.0]
-    run = _forward.run
+    run = forward.run
 
     def timed(model, inputs, forward_fn=None):
         now[0] += 1.0 + model[3].out_channels

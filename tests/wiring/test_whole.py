@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.structured import L1FilterImportance, check_shrinkable, find_units, shrink
 from torchprune_bayes.structured._verification import failing_groups
-from torchprune_bayes.wiring._forward import at_rest
+from torchprune_bayes.wiring.forward import at_rest
 
 
 class Residual(nn.Module):

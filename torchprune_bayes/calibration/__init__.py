@@ -1,6 +1,7 @@
 """From a model, data and a loss to gradients: see :class:`Calibration`."""
 
-from torchprune_bayes.calibration._batches import (
+from torchprune_bayes.calibration._held_out import MeanLoss
+from torchprune_bayes.calibration.batches import (
     Batch,
     batch_size,
     cut,
@@ -9,10 +10,9 @@ from torchprune_bayes.calibration._batches import (
     map_tensors,
     sizes,
 )
-from torchprune_bayes.calibration._functional import LossFunction, preserved
-from torchprune_bayes.calibration._held_out import MeanLoss
 from torchprune_bayes.calibration.calibration import Calibration
 from torchprune_bayes.calibration.checkpointed import CheckpointedCalibration
+from torchprune_bayes.calibration.functional import LossFunction, preserved
 from torchprune_bayes.calibration.labels import IGNORED, LabelLayout, layout_of
 
 __all__ = [

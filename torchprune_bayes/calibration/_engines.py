@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from torchprune_bayes.calibration._batches import (
+from torchprune_bayes.calibration._layer_rules import layer_gradients
+from torchprune_bayes.calibration._room import GradientRoom
+from torchprune_bayes.calibration.batches import (
     Batch,
     batch_size,
     cut,
@@ -21,9 +23,7 @@ from torchprune_bayes.calibration._batches import (
     joined,
     map_tensors,
 )
-from torchprune_bayes.calibration._functional import FunctionalModel
-from torchprune_bayes.calibration._layer_rules import layer_gradients
-from torchprune_bayes.calibration._room import GradientRoom
+from torchprune_bayes.calibration.functional import FunctionalModel
 from torchprune_bayes.errors import CalibrationError, TorchPruneBayesError
 
 logger = logging.getLogger("torchprune_bayes")

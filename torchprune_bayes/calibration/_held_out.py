@@ -11,7 +11,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from torchprune_bayes.calibration._batches import Batch, batch_size, cut, samples_in
+from torchprune_bayes.calibration.batches import Batch, batch_size, cut, samples_in
 from torchprune_bayes.errors import CalibrationError, CalibrationWarning
 
 LossesAt: TypeAlias = Callable[[Mapping[str, Tensor] | None], Callable[[Batch], Tensor]]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from torchprune_bayes.calibration._batches import Batch, batch_size, cut
-from torchprune_bayes.calibration._functional import FunctionalModel
+from torchprune_bayes.calibration.batches import Batch, batch_size, cut
+from torchprune_bayes.calibration.functional import FunctionalModel
 from torchprune_bayes.layer_kinds.gradients import multiply_out
 from torchprune_bayes.layer_recording import Layer, layers_of, recorded
 

@@ -9,7 +9,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from torchprune_bayes.calibration._batches import Batch, batch_size, cut, joined
+from torchprune_bayes.calibration.batches import Batch, batch_size, cut, joined
 from torchprune_bayes.errors import CalibrationWarning
 
 CHECKED_SAMPLES = 8

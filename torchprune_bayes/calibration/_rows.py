@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from torchprune_bayes.calibration._batches import Batch, cut
 from torchprune_bayes.calibration._engines import Engine, choose_engine, sequential_because
-from torchprune_bayes.calibration._functional import FunctionalModel
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
 from torchprune_bayes.calibration._room import GradientRoom
+from torchprune_bayes.calibration.batches import Batch, cut
+from torchprune_bayes.calibration.functional import FunctionalModel
 
 
 class GradientRows:

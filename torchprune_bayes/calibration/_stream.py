@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from torchprune_bayes.calibration._batches import (
+from torchprune_bayes.calibration.batches import (
     Batch,
     batch_size,
     cut,
@@ -21,7 +21,7 @@ from torchprune_bayes.calibration._batches import (
     sizes,
     tensors_in,
 )
-from torchprune_bayes.calibration._randomness import IsolatedRandomness
+from torchprune_bayes.calibration.randomness import IsolatedRandomness
 from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.seeds import derived_seed
 

@@ -15,7 +15,12 @@ from tqdm.auto import tqdm
 from torchprune_bayes._checks import check_choice, check_count
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
-from torchprune_bayes.calibration._batches import (
+from torchprune_bayes.calibration._held_out import HeldOutSamples, MeanLoss
+from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES, warn_unless_mean
+from torchprune_bayes.calibration._room import GradientRoom
+from torchprune_bayes.calibration._rows import GradientRows
+from torchprune_bayes.calibration._stream import SampleStream
+from torchprune_bayes.calibration.batches import (
     Batch,
     batch_size,
     cut,
@@ -23,15 +28,11 @@ from torchprune_bayes.calibration._batches import (
     samples_in,
     sizes,
 )
-from torchprune_bayes.calibration._functional import FunctionalModel, LossFunction, preserved
-from torchprune_bayes.calibration._held_out import HeldOutSamples, MeanLoss
-from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES, warn_unless_mean
-from torchprune_bayes.calibration._randomness import IsolatedRandomness
-from torchprune_bayes.calibration._room import GradientRoom
-from torchprune_bayes.calibration._rows import GradientRows
-from torchprune_bayes.calibration._stream import SampleStream
-from torchprune_bayes.calibration._targets import FisherTargets
-from torchprune_bayes.calibration._verification import (
+from torchprune_bayes.calibration.fisher_targets import FisherTargets
+from torchprune_bayes.calibration.functional import FunctionalModel, LossFunction, preserved
+from torchprune_bayes.calibration.labels import IGNORED
+from torchprune_bayes.calibration.randomness import IsolatedRandomness
+from torchprune_bayes.calibration.verification import (
     InformationCheck,
     RepeatCheck,
     check_finite_gradients,
@@ -39,7 +40,6 @@ from torchprune_bayes.calibration._verification import (
     check_on_one_device,
     refuse_zero_gradients,
 )
-from torchprune_bayes.calibration.labels import IGNORED
 from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
 from torchprune_bayes.memory import MemoryBudget
 from torchprune_bayes.params import ParameterSpace

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from torchprune_bayes._files import read_tensors, save_tensors, writing
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
-from torchprune_bayes.calibration._batches import Batch, batch_size, cut, samples_in, tensors_in
-from torchprune_bayes.calibration._functional import preserved
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
+from torchprune_bayes.calibration.batches import Batch, batch_size, cut, samples_in, tensors_in
 from torchprune_bayes.calibration.calibration import Calibration
+from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.errors import ArgumentError, CalibrationError
 
 

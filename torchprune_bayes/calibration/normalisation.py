@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchprune_bayes.calibration._batches import Batch, batch_size, map_tensors
+from torchprune_bayes.calibration.batches import Batch, batch_size, map_tensors
 
 Normaliser = Literal["terms", "samples"]
 """A mean over all labels that count, or over samples whatever their number of labels."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchprune_bayes.cli._experiment import DENSE
 from torchprune_bayes.reports import ResultsTable
-from torchprune_bayes.reports._layout import Cell, Row
+from torchprune_bayes.reports.layout import Cell, Row
 
 # Column of the results, factor, decimals, title.
 _BLOCKS = (

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.calibration._batches import batch_size
-from torchprune_bayes.calibration._functional import LossFunction
+from torchprune_bayes.calibration.batches import batch_size
+from torchprune_bayes.calibration.functional import LossFunction
 from torchprune_bayes.reports import EnergyMeter, ResultsTable, collect_sums, measure_energy
 
 

@@ -176,7 +176,7 @@ def _importance(arguments: argparse.Namespace, calibration: Calibration) -> Any:
     if arguments.importance == _BY_LOSS:
         return calibration
     # Importances load torch-pruning, which a command line without them does not need.
-    from torchprune_bayes.integrations._importances import importance_of
+    from torchprune_bayes.integrations.importances import importance_of
 
     return importance_of(arguments.importance, calibration)
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Calibration, batch_size
-from torchprune_bayes.curvature._leaves import leaves_of
+from torchprune_bayes.curvature.leaves import leaves_of
 from torchprune_bayes.errors import ArgumentError, CalibrationError
 from torchprune_bayes.types import Masks
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Batch, Calibration
-from torchprune_bayes.calibration._batches import joined
-from torchprune_bayes.calibration._functional import preserved
+from torchprune_bayes.calibration.batches import joined
+from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.curvature.layers.inputs import (
     Finished,
     Gathering,

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.gates._scaling import scale_units
 from torchprune_bayes.gates.collection import Gates
 from torchprune_bayes.gates.noise_gate import NoiseGate
+from torchprune_bayes.gates.scaling import scale_units
 from torchprune_bayes.gates.sites import Site, activation_dim, check_site, entries_of, find_sites
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 
 GATE_NAMES = {"out": "noise_gate_out", "in": "noise_gate_in"}
 

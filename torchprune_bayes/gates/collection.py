@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from torchprune_bayes._numerics.log_normal import TruncatedLogNormal
 from torchprune_bayes._numerics.precision import float64_device, wide
-from torchprune_bayes.gates._scaling import unit_norms
 from torchprune_bayes.gates.criteria import Criterion, choose_closed, find_criterion
 from torchprune_bayes.gates.noise_gate import NoiseGate
+from torchprune_bayes.gates.scaling import unit_norms
 from torchprune_bayes.gates.sites import Site
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchprune_bayes.gates._scaling import scale_units
 from torchprune_bayes.gates.attach import GATE_NAMES, detach_gate, gates_of
+from torchprune_bayes.gates.scaling import scale_units
 
 
 @torch.no_grad()

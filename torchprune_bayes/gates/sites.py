@@ -18,7 +18,7 @@ from torch import nn
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.gates._chains import check_chain
 from torchprune_bayes.layer_kinds import Side, kind_of
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 from torchprune_bayes.wiring.groups import UnitGroup, UnitSlice
 from torchprune_bayes.wiring.trace import observe
 from torchprune_bayes.wiring.units import groups_of

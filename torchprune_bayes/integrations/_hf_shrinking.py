@@ -12,7 +12,7 @@ from torch import nn
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._extras import optional
 from torchprune_bayes._processes import several
-from torchprune_bayes.calibration._batches import map_tensors
+from torchprune_bayes.calibration.batches import map_tensors
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
 from torchprune_bayes.integrations._ranks import refuse_sharded

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchprune_bayes._processes import everywhere, rank, several, together
 from torchprune_bayes.errors import AlignmentError, ParameterError
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.training._undo import tensors_kept_on_error
+from torchprune_bayes.training.undo import tensors_kept_on_error
 
 Value = TypeVar("Value")
 

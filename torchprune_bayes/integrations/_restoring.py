@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from torchprune_bayes.training._undo import tensors_kept_on_error
+from torchprune_bayes.training.undo import tensors_kept_on_error
 
 
 @contextmanager

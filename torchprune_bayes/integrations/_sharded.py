@@ -12,10 +12,10 @@ from torchprune_bayes._checks import check_count
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes._processes import everywhere, rank, together, world_size
 from torchprune_bayes.calibration import Calibration, MeanLoss
-from torchprune_bayes.calibration._batches import Batch, map_tensors
-from torchprune_bayes.calibration._functional import LossFunction
-from torchprune_bayes.calibration._targets import FisherTargets
-from torchprune_bayes.calibration._verification import check_num_samples
+from torchprune_bayes.calibration.batches import Batch, map_tensors
+from torchprune_bayes.calibration.fisher_targets import FisherTargets
+from torchprune_bayes.calibration.functional import LossFunction
+from torchprune_bayes.calibration.verification import check_num_samples
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._ranks import exchanged, exchanged_rows, refuse_sharded, summed
 from torchprune_bayes.seeds import derived_seed

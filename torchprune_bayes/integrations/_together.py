@@ -27,8 +27,8 @@ from torchprune_bayes.integrations._restoring import (
     optimizer_kept_on_error,
     tables_kept_on_error,
 )
-from torchprune_bayes.methods._module_state import all_or_nothing
 from torchprune_bayes.methods.global_pruning import apply_decision
+from torchprune_bayes.methods.module_state import all_or_nothing
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.training import GradualPruner
 from torchprune_bayes.types import Decision, ParameterPairs

@@ -23,7 +23,7 @@ from torchprune_bayes._extras import optional
 from torchprune_bayes._files import read_tensors, reading, save_tensors, write_whole
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import AlignmentError, ArgumentError
-from torchprune_bayes.integrations._importances import importance_of, importances_by_name
+from torchprune_bayes.integrations.importances import importance_of, importances_by_name
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured.saving import MANIFEST_FILE, load_shrunk, save_shrunk
 from torchprune_bayes.training.keep_sparse import set_zero

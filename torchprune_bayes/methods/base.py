@@ -23,7 +23,7 @@ from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
-from torchprune_bayes.methods._module_state import all_or_nothing, same_order
+from torchprune_bayes.methods.module_state import all_or_nothing, same_order
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision, ParameterPairs
 

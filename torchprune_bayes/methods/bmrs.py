@@ -21,11 +21,11 @@ from torchprune_bayes.gates import (
     find_criterion,
     gates_of,
 )
-from torchprune_bayes.gates._scaling import unit_norms
 from torchprune_bayes.gates.attach import GATE_NAMES
+from torchprune_bayes.gates.scaling import unit_norms
 from torchprune_bayes.gates.sites import weight_dim
 from torchprune_bayes.layer_kinds import Side
-from torchprune_bayes.methods._module_state import all_or_nothing, same_order
+from torchprune_bayes.methods.module_state import all_or_nothing, same_order
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import leaf
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from torchprune_bayes.methods._sensitivity import (
+from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.sensitivity import (
     SensitivityPruning,
     absolute,
     masked,
     sensitivities,
 )
-from torchprune_bayes.methods.registry import register
 from torchprune_bayes.types import Masks, Scores
 
 

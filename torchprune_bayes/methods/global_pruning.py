@@ -17,7 +17,6 @@ from torch.nn.utils import prune
 from torchprune_bayes._files import read_tensors, save_tensors
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError, ParameterError
-from torchprune_bayes.methods._module_state import all_or_nothing, pruning_hooks, same_order
 from torchprune_bayes.methods.base import (
     PruningMethod,
     check_decision,
@@ -25,6 +24,7 @@ from torchprune_bayes.methods.base import (
     space_of_pairs,
     write_updates,
 )
+from torchprune_bayes.methods.module_state import all_or_nothing, pruning_hooks, same_order
 from torchprune_bayes.methods.registry import find_method
 from torchprune_bayes.params import (
     ParameterSpace,

@@ -11,10 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchprune_bayes._checks import check_positive
 from torchprune_bayes.calibration import Calibration, batch_size
-from torchprune_bayes.curvature._leaves import leaves_of
+from torchprune_bayes.curvature.leaves import leaves_of
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.methods._sensitivity import SensitivityPruning, masked
 from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.sensitivity import SensitivityPruning, masked
 from torchprune_bayes.types import Masks, Scores
 
 _BATCH = 64

@@ -18,9 +18,9 @@ from torchprune_bayes.curvature.layers.inputs import InputMoment, matrix_of, wei
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods._layer_scores import TOKEN_FISHER, Registered, Scorer, TokenFisher
 from torchprune_bayes.methods._pattern import Pattern
-from torchprune_bayes.methods._stepwise import ranked_groups
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.stepwise import ranked_groups
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.schedules import sparsity_path
 from torchprune_bayes.types import Decision, Masks

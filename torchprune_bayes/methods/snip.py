@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.methods._sensitivity import (
+from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.sensitivity import (
     SensitivityPruning,
     absolute,
     masked,
     sensitivities,
 )
-from torchprune_bayes.methods.registry import register
 from torchprune_bayes.types import Masks, Scores
 
 

@@ -11,15 +11,15 @@ from torch.nn.functional import nll_loss
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes._numerics.selection import keep_strictly_above
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.methods._sensitivity import (
+from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.sensitivity import (
     SensitivityPruning,
     absolute,
     masked,
     mean_loss,
     sensitivities,
 )
-from torchprune_bayes.methods._stepwise import RankedGroup
-from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.stepwise import RankedGroup
 from torchprune_bayes.types import Masks, Scores
 
 _EPSILON = 1e-8  # the published code's, against a loss of zero

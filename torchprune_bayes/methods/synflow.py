@@ -11,11 +11,11 @@ from torch.func import functional_call
 
 from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Batch, Calibration
-from torchprune_bayes.calibration._functional import preserved
+from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
-from torchprune_bayes.methods._sensitivity import masked
-from torchprune_bayes.methods._stepwise import StepwisePruning
 from torchprune_bayes.methods.registry import register
+from torchprune_bayes.methods.sensitivity import masked
+from torchprune_bayes.methods.stepwise import StepwisePruning
 from torchprune_bayes.types import Masks, Scores
 
 

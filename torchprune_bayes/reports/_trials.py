@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes.gates import fold_gates, gates_of
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.reports._layout import Cell
+from torchprune_bayes.reports.layout import Cell
 from torchprune_bayes.reports.speed import compare_speed
 from torchprune_bayes.structured import shrink
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torchprune_bayes.calibration._batches import map_tensors
-from torchprune_bayes.calibration._functional import preserved
+from torchprune_bayes.calibration.batches import map_tensors
+from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.reports.metrics import ClassificationMetrics, MetricSums
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from torchprune_bayes._files import write_whole
 from torchprune_bayes.errors import ArgumentError
-from torchprune_bayes.reports import _layout
+from torchprune_bayes.reports import layout
 from torchprune_bayes.reports.tables import ResultsTable
 
 _MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -91,8 +91,8 @@ class HtmlReport:
             report=self,
             figures={heading: _embedded(path) for heading, path in self.figures.items()},
             listings={"Settings": self.settings, "Versions": versions()},
-            columns_of=_layout.columns_of,
-            rows_of=_layout.rows_of,
+            columns_of=layout.columns_of,
+            rows_of=layout.rows_of,
         )
 
     def write(self, path: str | PathLike[str]) -> Path:

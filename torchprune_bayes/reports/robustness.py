@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice, check_count
 from torchprune_bayes._extras import optional
-from torchprune_bayes.calibration._functional import preserved
+from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.reports.evaluation import logits_of
 from torchprune_bayes.reports.plots import (

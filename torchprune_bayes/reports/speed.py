@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes.calibration._functional import preserved
+from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.params import unwrap
-from torchprune_bayes.wiring._forward import ForwardFunction, run
+from torchprune_bayes.wiring.forward import ForwardFunction, run
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.reports import _layout
-from torchprune_bayes.reports._layout import Cell, Row
+from torchprune_bayes.reports import layout
+from torchprune_bayes.reports.layout import Cell, Row
 
 
 class ResultsTable:
@@ -110,7 +110,7 @@ class ResultsTable:
         Returns:
             The lines, the last one without a line break.
         """
-        return _layout.text(self._rows, self.columns)
+        return layout.text(self._rows, self.columns)
 
     def to_markdown(self) -> str:
         """Write the table as GitHub-flavoured Markdown, legible unrendered too.
@@ -118,7 +118,7 @@ class ResultsTable:
         Returns:
             The lines, the last one without a line break.
         """
-        return _layout.markdown(self._rows, self.columns)
+        return layout.markdown(self._rows, self.columns)
 
     def to_latex(self) -> str:
         r"""Write the table as a LaTeX ``tabular``; needs ``\usepackage{booktabs}``.
@@ -126,7 +126,7 @@ class ResultsTable:
         Returns:
             The lines, the last one without a line break.
         """
-        return _layout.latex(self._rows, self.columns)
+        return layout.latex(self._rows, self.columns)
 
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write the rows as a JSON list of objects.

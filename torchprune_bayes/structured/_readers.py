@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchprune_bayes._numerics.input_moments import Fit, Moments, least_squares
 from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
-from torchprune_bayes.calibration._batches import cut
+from torchprune_bayes.calibration.batches import cut
 from torchprune_bayes.structured._layer_inputs import (
     as_matrix,
     as_weight,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.structured._layer_sizes import layer_sizes
-from torchprune_bayes.wiring._tensors import all_tensors
+from torchprune_bayes.wiring.tensors import all_tensors
 
 
 class _ClassOf:

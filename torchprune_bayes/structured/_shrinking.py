@@ -29,7 +29,7 @@ from torchprune_bayes.structured.slicing import (
     plan_of,
 )
 from torchprune_bayes.structured.unit_costs import UnitCosts
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 
 Target: TypeAlias = Literal["params", "channels", "flops", "latency", "memory", "evidence"]
 

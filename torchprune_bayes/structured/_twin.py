@@ -16,7 +16,7 @@ from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.structured._comparison import compare, compare_inner, first_other
 from torchprune_bayes.structured._replacement import replacement
 from torchprune_bayes.structured.slicing import ShrinkPlan, apply_plan, first_names
-from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run, tensors_in
+from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run, tensors_in
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-6}
 """Largest difference that can be rounding, relative to the largest output.

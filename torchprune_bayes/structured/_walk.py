@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
-from torchprune_bayes.calibration._batches import cut, joined
+from torchprune_bayes.calibration.batches import cut, joined
 from torchprune_bayes.structured._readers import (
     Reader,
     Rows,

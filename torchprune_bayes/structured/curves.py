@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
-from torchprune_bayes.calibration._batches import cut
+from torchprune_bayes.calibration.batches import cut
 from torchprune_bayes.errors import ArgumentError, CalibrationError
 from torchprune_bayes.structured._pairs import Pairs
 from torchprune_bayes.structured._readers import (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.structured._verification import failing_groups
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 from torchprune_bayes.wiring.groups import AttributeRule, HeadPart, UnitSlice
 from torchprune_bayes.wiring.trace import Wiring, observe
 from torchprune_bayes.wiring.units import HEADS_WIDTHS, SCALES, WIDTHS, groups_of

@@ -23,7 +23,7 @@ from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import apply_plan, plan_of
 from torchprune_bayes.structured.unit_costs import Resource, Units
-from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run
+from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run
 
 MeasuredKind: TypeAlias = Literal["latency", "memory"]
 

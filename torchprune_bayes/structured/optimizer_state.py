@@ -18,7 +18,7 @@ from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, Parameter
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured.slicing import ShrinkPlan, apply_plan
-from torchprune_bayes.wiring._tensors import all_tensors
+from torchprune_bayes.wiring.tensors import all_tensors
 
 
 def slice_optimizer(

@@ -37,7 +37,7 @@ from torchprune_bayes.structured._manifest import (
     numbers_of,
 )
 from torchprune_bayes.structured._replacement import as_it_was_on_error
-from torchprune_bayes.wiring._tensors import all_tensors
+from torchprune_bayes.wiring.tensors import all_tensors
 
 TENSORS_FILE = "shrunk.safetensors"
 MANIFEST_FILE = "shrunk.json"

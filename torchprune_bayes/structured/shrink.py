@@ -25,7 +25,7 @@ from torchprune_bayes.structured.slicing import ShrinkPlan
 from torchprune_bayes.structured.support import plain_model, units_to_remove
 from torchprune_bayes.structured.tracing import Heads
 from torchprune_bayes.structured.unit_costs import UnitCosts
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 
 if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance

@@ -17,7 +17,7 @@ from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._replacement import Change, replacement
 from torchprune_bayes.structured.groups import Kept, UnitGroup, check_kept
-from torchprune_bayes.wiring._tensors import all_tensors
+from torchprune_bayes.wiring.tensors import all_tensors
 
 
 @dataclass(frozen=True)

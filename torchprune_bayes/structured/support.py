@@ -21,7 +21,7 @@ from torchprune_bayes.structured.tracing import (
     without_ignored,
 )
 from torchprune_bayes.structured.unit_costs import UnitCosts
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 
 OF_THE_MODEL = ("target", "ignored", "groups", "min_keep", "round_to", "forward_fn", "heads")
 """Options of ``shrink`` that say what can be removed; :func:`check_shrinkable` takes them all."""

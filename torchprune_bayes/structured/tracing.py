@@ -18,7 +18,7 @@ from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._torch_pruning_groups import unit_group
 from torchprune_bayes.structured._verification import failing_groups
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 from torchprune_bayes.wiring.trace import observe
 from torchprune_bayes.wiring.units import groups_of
 from torchprune_bayes.wiring.unseen import read_unseen

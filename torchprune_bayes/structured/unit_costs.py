@@ -21,7 +21,7 @@ from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import first_names
-from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run
+from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run
 
 Resource: TypeAlias = Literal["params", "channels", "flops", "latency", "memory"]
 

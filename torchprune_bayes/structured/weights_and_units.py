@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count, check_fraction
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.methods._sensitivity import mean_loss, sensitivities
+from torchprune_bayes.methods.sensitivity import mean_loss, sensitivities
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.schedules import halving
 from torchprune_bayes.structured._report import Amount, ShrinkReport

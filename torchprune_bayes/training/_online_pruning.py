@@ -14,8 +14,8 @@ from torchprune_bayes.laplace.posterior import Posterior
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.training._pruner_state import checked_masks
-from torchprune_bayes.training._undo import zeroing_undone
 from torchprune_bayes.training.keep_sparse import HeldZeros, keep_sparse, set_zero
+from torchprune_bayes.training.undo import zeroing_undone
 from torchprune_bayes.types import Masks
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes.calibration._batches import Batch, map_tensors
-from torchprune_bayes.calibration._functional import preserved
-from torchprune_bayes.calibration._randomness import IsolatedRandomness
+from torchprune_bayes.calibration.batches import Batch, map_tensors
+from torchprune_bayes.calibration.functional import preserved
+from torchprune_bayes.calibration.randomness import IsolatedRandomness
 from torchprune_bayes.errors import CalibrationError
 from torchprune_bayes.params import unwrap
 

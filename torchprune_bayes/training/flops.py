@@ -11,7 +11,7 @@ from torchprune_bayes._checks import check_count
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured import UnitCosts
-from torchprune_bayes.wiring._forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction
 
 FORWARD = 1
 """Passes of a sample that SNIP-it's cumulative FLOPs count: the forward one."""

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchprune_bayes._checks import check_count, count_to_prune
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.methods._stepwise import smallest_k_with_floor
+from torchprune_bayes.methods.stepwise import smallest_k_with_floor
 
 
 class GateDecorator(nn.Module):

@@ -13,7 +13,7 @@ from torchprune_bayes._checks import check_choice, check_count, check_positive
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.gates import Criterion, Gates, find_criterion, gates_of
 from torchprune_bayes.training._pruner_state import is_list_of_events
-from torchprune_bayes.training._undo import tensors_kept_on_error
+from torchprune_bayes.training.undo import tensors_kept_on_error
 
 logger = logging.getLogger("torchprune_bayes")
 

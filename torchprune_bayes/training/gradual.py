@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.methods._module_state import all_or_nothing
 from torchprune_bayes.methods.base import PruningMethod, check_decision, write_updates
 from torchprune_bayes.methods.global_pruning import apply_decision, decide_on, unstructured_method
+from torchprune_bayes.methods.module_state import all_or_nothing
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.training._due import (
     FlopsGoal,
@@ -38,13 +38,13 @@ from torchprune_bayes.training._optimizers import (
 )
 from torchprune_bayes.training._pruner_arguments import check_options, space_of
 from torchprune_bayes.training._pruner_state import PlannedPruning, PrunerState
-from torchprune_bayes.training._undo import zeroing_undone
 from torchprune_bayes.training.keep_sparse import (
     HeldZeros,
     hold_gradients_of,
     keep_sparse,
     set_zero,
 )
+from torchprune_bayes.training.undo import zeroing_undone
 from torchprune_bayes.types import Decision, Masks, ParameterPairs
 
 logger = logging.getLogger("torchprune_bayes")

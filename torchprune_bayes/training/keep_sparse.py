@@ -21,7 +21,7 @@ from torchprune_bayes.training._optimizers import (
     local_part,
     moments_of,
 )
-from torchprune_bayes.training._undo import zeroing_undone
+from torchprune_bayes.training.undo import zeroing_undone
 
 _SUFFIX = "_orig"
 

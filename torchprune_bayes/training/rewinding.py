@@ -15,9 +15,9 @@ from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.training._optimizers import bare_optimizer, moments_of
-from torchprune_bayes.training._undo import state_kept_on_error, tensors_kept_on_error
 from torchprune_bayes.training.gradual import GradualPruner
 from torchprune_bayes.training.keep_sparse import set_zero
+from torchprune_bayes.training.undo import state_kept_on_error, tensors_kept_on_error
 from torchprune_bayes.types import Masks, ParameterPairs
 
 REWOUND = ("all", "weights")

@@ -25,8 +25,8 @@ from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.training._online_pruning import OnlinePruning
 from torchprune_bayes.training._optimizers import bare_optimizer
 from torchprune_bayes.training._pruner_state import is_list_of_events
-from torchprune_bayes.training._undo import tensors_kept_on_error
 from torchprune_bayes.training.prior_decay import PriorDecay
+from torchprune_bayes.training.undo import tensors_kept_on_error
 from torchprune_bayes.types import Masks
 
 logger = logging.getLogger("torchprune_bayes")

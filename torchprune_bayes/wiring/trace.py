@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.wiring._components import components
-from torchprune_bayes.wiring._forward import ForwardFunction, at_rest, run, tensors_in
 from torchprune_bayes.wiring._labels import Layer, Ledger, Reshape, State, solve
 from torchprune_bayes.wiring._recorder import Recorder
-from torchprune_bayes.wiring._tensors import all_tensors
+from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run, tensors_in
 from torchprune_bayes.wiring.groups import Role
+from torchprune_bayes.wiring.tensors import all_tensors
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torchprune_bayes.calibration import (
     preserved,
 )
 from torchprune_bayes.calibration.normalisation import labels_in
-from torchprune_bayes.curvature._leaves import leaves_of
 from torchprune_bayes.curvature.layers.losses import Evaluated, SampleLosses
+from torchprune_bayes.curvature.leaves import leaves_of
 from torchprune_bayes.layer_kinds.gradients import add_squares, new_total
 from torchprune_bayes.layer_recording import Layer, Recording, recorded
 

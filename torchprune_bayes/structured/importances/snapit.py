@@ -13,7 +13,7 @@ from torchprune_bayes._checks import check_choice
 from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Calibration, batch_size
 from torchprune_bayes.errors import ArgumentError, ParameterError
-from torchprune_bayes.methods._sensitivity import BATCH_NORMS, mean_loss, normalising_by
+from torchprune_bayes.methods.sensitivity import BATCH_NORMS, mean_loss, normalising_by
 from torchprune_bayes.schedules import halving
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importances._calibrated import (

@@ -77,6 +77,7 @@ class Column:
     width: int
 
     def padded(self, cell: str) -> str:
+        """The cell in the width of its column: numbers to the right, words to the left."""
         return cell.rjust(self.width) if self.numeric else cell.ljust(self.width)
 
 

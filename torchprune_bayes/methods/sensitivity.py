@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration, batch_size
-from torchprune_bayes.curvature._leaves import leaves_of
+from torchprune_bayes.curvature.leaves import leaves_of
 from torchprune_bayes.errors import ParameterError
-from torchprune_bayes.methods._stepwise import StepwisePruning
+from torchprune_bayes.methods.stepwise import StepwisePruning
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision, Masks, Scores
 

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from torchprune_bayes.calibration._functional import preserved
-from torchprune_bayes.calibration._randomness import IsolatedRandomness
+from torchprune_bayes.calibration.functional import preserved
+from torchprune_bayes.calibration.randomness import IsolatedRandomness
 from torchprune_bayes.errors import ArgumentTypeError
 
 ForwardFunction: TypeAlias = Callable[[nn.Module, Any], Any]

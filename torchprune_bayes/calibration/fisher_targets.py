@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprune_bayes.calibration._batches import Batch
-from torchprune_bayes.calibration._functional import FunctionalModel
+from torchprune_bayes.calibration.batches import Batch
+from torchprune_bayes.calibration.functional import FunctionalModel
 from torchprune_bayes.calibration.labels import IGNORED, layout_of
 from torchprune_bayes.errors import CalibrationError
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from torchprune_bayes.calibration._batches import Batch, batch_size
 from torchprune_bayes.calibration._checkpointing import without_checkpoints
+from torchprune_bayes.calibration.batches import Batch, batch_size
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, CalibrationError
 from torchprune_bayes.params import ParameterSpace
 

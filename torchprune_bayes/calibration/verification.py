@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes.calibration._batches import Batch, map_tensors, same_tensors
-from torchprune_bayes.calibration._functional import FunctionalModel, preserved
-from torchprune_bayes.calibration._randomness import IsolatedRandomness
+from torchprune_bayes.calibration.batches import Batch, map_tensors, same_tensors
+from torchprune_bayes.calibration.functional import FunctionalModel, preserved
+from torchprune_bayes.calibration.randomness import IsolatedRandomness
 from torchprune_bayes.errors import ArgumentError, CalibrationError, CalibrationWarning
 
 _MOSTLY_ZERO = 2  # warned of from one in so many informative gradients on
