@@ -44,11 +44,17 @@ class Method:
         if pattern is None:
             return pairs
         together = int(pattern.partition(":")[2])
-        return [
+        found = [
             (module, name)
             for module, name in pairs
             if getattr(module, name).shape[kind_of(module).input_dim] % together == 0
         ]
+        if not found:
+            raise ArgumentError(
+                f"Expected a layer whose inputs are a multiple of {together} for {pattern}, got "
+                "none: give another `--width`."
+            )
+        return found
 
     def arguments(self, trial: Trial, model: nn.Module) -> dict[str, Any]:
         """Options, with calibration data where the method takes some."""
