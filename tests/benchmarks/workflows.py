@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import io
+import re
 import statistics
 import tempfile
 import time
@@ -76,10 +77,16 @@ def _tried(
             with contextlib.redirect_stdout(io.StringIO()):
                 check(each, inputs)
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+            reason = f"{type(error).__name__}: {_last_line(error)}"
             continue
         return verdict
     return f"neither ({reason})".replace("|", "/")
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of a message that says what went wrong, without colours."""
+    lines = re.sub(r"\x1b\[\d*m", "", str(error)).strip().splitlines()
+    return next((line.strip()[:100] for line in reversed(lines) if "Error" in line), lines[0][:100])
 
 
 def _compiles(model: nn.Module, inputs: Mapping[str, Any]) -> None:
