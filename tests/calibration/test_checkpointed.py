@@ -30,7 +30,7 @@ from torchprune_bayes.integrations import resume
 
 
 def test_a_killed_collection_of_gradients_goes_on(tmp_path: Path) -> None:
-    counter = fresh.Value("i", 0)
+    counter = fresh.Value("i", 0, lock=False)
     args = (tmp_path / "kept", counter, tmp_path / "rows")
     assert kill_often(collect, args, counter, every=6) > 3
     collect(*args)

@@ -84,7 +84,10 @@ def wait_for(progress: Any, wanted: int, process: BaseProcess) -> None:
 
 
 def kill_often(target: Callable[..., Any], args: tuple[Any, ...], progress: Any, every: int) -> int:
-    """Start ``target`` again and again and kill it within its next ``every`` steps."""
+    """Start ``target`` again and again and kill it within its next ``every`` steps.
+
+    ``progress`` is a value without a lock, which would stay locked by a process killed with it.
+    """
     kills = 0
     while kills < KILLS:
         process = fresh.Process(target=target, args=args)

@@ -41,7 +41,7 @@ def train(folder: Path, progress: Any) -> Trainer:
 
 
 def test_a_killed_trainer_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    progress = fresh.Value("i", 0)
+    progress = fresh.Value("i", 0, lock=False)
     whole = train(tmp_path / "whole", progress)
     assert last_whole_checkpoint(tmp_path / "whole") == str(tmp_path / "whole" / "checkpoint-32")
     progress.value = 0

@@ -75,7 +75,7 @@ def train(path: Path, done: Any, mode: str = "zeros", stop: int = STEPS) -> dict
 def test_killed_and_started_again_ends_in_the_same_masks_and_weights(
     tmp_path: Path, mode: str
 ) -> None:
-    counter = fresh.Value("i", 0)
+    counter = fresh.Value("i", 0, lock=False)
     whole = train(tmp_path / "whole.pt", counter, mode)
     counter.value = 0
     path = tmp_path / "killed.pt"
@@ -151,7 +151,9 @@ class Failing:
 
 @pytest.mark.parametrize("mode", ["zeros", "hooks"])
 def test_a_part_that_does_not_load_leaves_all_others(tmp_path: Path, mode: str) -> None:
-    saved: dict[str, Any] = train(tmp_path / "run.pt", fresh.Value("i", 0), mode, stop=30)
+    saved: dict[str, Any] = train(
+        tmp_path / "run.pt", fresh.Value("i", 0, lock=False), mode, stop=30
+    )
     save_training(tmp_path / "last.pt", step=30, **saved, failing=Failing())
     found = parts(mode, seed=4)
     pruner = found["pruner"].state_dict()
@@ -206,7 +208,7 @@ def test_damaged_and_foreign_files_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_file_of_a_pruner_is_checked(tmp_path: Path) -> None:
-    found = train(tmp_path / "last.pt", fresh.Value("i", 0), stop=30)
+    found = train(tmp_path / "last.pt", fresh.Value("i", 0, lock=False), stop=30)
     path = tmp_path / "masks.safetensors"
     save_pruner(found["pruner"], path)
     record, masks = read_pruner(path)
