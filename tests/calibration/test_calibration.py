@@ -218,10 +218,10 @@ def test_a_reseeded_calibration_draws_other_samples() -> None:
 
 def test_further_draws_are_unrelated_to_those_of_neighbouring_seeds() -> None:
     calibrations = [mlp_calibration(seed=seed) for seed in range(3)]
-    assert calibrations[0].fresh(0) is calibrations[0]
-    seeds = [calibration.fresh(index).seed for calibration in calibrations for index in range(4)]
+    assert calibrations[0].redrawn(0) is calibrations[0]
+    seeds = [calibration.redrawn(index).seed for calibration in calibrations for index in range(4)]
     assert len(set(seeds)) == len(seeds)
-    assert calibrations[1].fresh(2).seed == calibrations[1].fresh(2).seed
+    assert calibrations[1].redrawn(2).seed == calibrations[1].redrawn(2).seed
 
 
 def test_a_restricted_calibration_keeps_one_tensor() -> None:

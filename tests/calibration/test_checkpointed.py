@@ -108,7 +108,7 @@ def test_other_weights_masks_and_draws_are_other_gradients(tmp_path: Path) -> No
     changes: list[Any] = [
         lambda c: rows_of(c, weights=moved),
         lambda c: rows_of(c.with_space(c.space.with_masks(masks))),
-        lambda c: rows_of(c.fresh(1)),
+        lambda c: rows_of(c.redrawn(1)),
         lambda c: rows_of(c.with_loss(lambda o, t: cross_entropy(2 * o, t))),
     ]
     for change in changes:

@@ -77,18 +77,18 @@ def numbers_of(calibration: Calibration) -> list[int]:
 @pytest.mark.parametrize("data", KEEPING_ORDER.values(), ids=KEEPING_ORDER)
 def test_data_in_a_fixed_order_are_gone_on_in(data: Any) -> None:
     calibration = calibration_on(data())
-    draws = [numbers_of(calibration.fresh(index)) for index in range(5)]
+    draws = [numbers_of(calibration.redrawn(index)) for index in range(5)]
     assert draws[0] == list(range(10))
     assert [draw[0] for draw in draws] == [0, 20, 30, 40, 50]  # 10 to 19 are held out
     assert all(draw == list(range(draw[0], draw[0] + 10)) for draw in draws)
-    assert numbers_of(calibration.fresh(5)) == draws[0]  # from the start again
-    assert numbers_of(calibration.fresh(2)) == draws[2]
+    assert numbers_of(calibration.redrawn(5)) == draws[0]  # from the start again
+    assert numbers_of(calibration.redrawn(2)) == draws[2]
 
 
 @pytest.mark.parametrize("data", SHUFFLING.values(), ids=SHUFFLING)
 def test_data_that_shuffle_are_drawn_under_another_seed(data: Any) -> None:
     calibration = calibration_on(data())
-    draws = [numbers_of(calibration.fresh(index)) for index in range(4)]
+    draws = [numbers_of(calibration.redrawn(index)) for index in range(4)]
     assert len({tuple(draw) for draw in draws}) == 4
     assert numbers_of(calibration.reseeded(derived_seed(0, 2))) == draws[2]
 
@@ -112,12 +112,12 @@ def test_later_draws_never_take_held_out_samples(
     calibration = calibration_on([pair for pair in data if len(pair[0])], num_samples)
     if samples < num_samples:
         with pytest.raises(CalibrationError, match=f"Expected {num_samples} calibration samples"):
-            numbers_of(calibration.fresh(index))
+            numbers_of(calibration.redrawn(index))
         return
     held_out = range(num_samples, min(2 * num_samples, samples))
     ring = [number for number in range(samples) if number not in held_out]
     expected = [ring[(index * num_samples + k) % len(ring)] for k in range(num_samples)]
-    assert numbers_of(calibration.fresh(index)) == expected
+    assert numbers_of(calibration.redrawn(index)) == expected
 
 
 def test_late_draws_pass_over_no_whole_rounds_once_their_length_is_known() -> None:
@@ -130,19 +130,19 @@ def test_late_draws_pass_over_no_whole_rounds_once_their_length_is_known() -> No
                 yield inputs, labels
 
     calibration = calibration_on(Counted())
-    expected = numbers_of(calibration.fresh(3))
+    expected = numbers_of(calibration.redrawn(3))
     for index in (3, 3 + 5, 3 + 5 * 100):
         drawn[0] = 0
-        assert numbers_of(calibration.fresh(index)) == expected
+        assert numbers_of(calibration.redrawn(index)) == expected
         if index > 8:
             assert drawn[0] <= SAMPLES
 
 
 def test_draws_of_draws_go_on_too() -> None:
     calibration = calibration_on(lists())
-    later = calibration.fresh(1)
-    assert numbers_of(later.fresh(0)) == numbers_of(later) == list(range(20, 30))
-    assert numbers_of(later.fresh(1)) == list(range(30, 40))
+    later = calibration.redrawn(1)
+    assert numbers_of(later.redrawn(0)) == numbers_of(later) == list(range(20, 30))
+    assert numbers_of(later.redrawn(1)) == list(range(30, 40))
 
 
 def test_held_out_samples_are_the_same_for_all_draws_in_a_fixed_order() -> None:
@@ -151,7 +151,7 @@ def test_held_out_samples_are_the_same_for_all_draws_in_a_fixed_order() -> None:
     model = calibration.model
     expected = cross_entropy(model(inputs[10:20]), labels[10:20]).detach()
     for index in range(4):
-        found = calibration.fresh(index).held_out_loss()
+        found = calibration.redrawn(index).held_out_loss()
         assert (found.samples, found.in_sample) == (10, False)
         assert found.value == pytest.approx(float(expected), rel=1e-5)
 
@@ -212,7 +212,7 @@ def test_the_model_is_taken_to_be_trained_on_all_the_data(monkeypatch: pytest.Mo
 def test_seeds_of_neighbours_share_no_draw() -> None:
     loader = SHUFFLING["loader"]()
     draws = [
-        tuple(numbers_of(calibration_on(loader, seed=seed).fresh(index)))
+        tuple(numbers_of(calibration_on(loader, seed=seed).redrawn(index)))
         for seed in range(4)
         for index in range(4)
     ]

@@ -43,8 +43,8 @@ from torchprune_bayes.integrations.accelerate import (
     calibrate,
     check_same_masks,
     merged,
-    prune_together,
-    shrink_together,
+    prune_distributed,
+    shrink_distributed,
     step,
 )
 from torchprune_bayes.structured.importances.opd import OPDImportance
@@ -57,7 +57,7 @@ def _masks_by_every_method(path: Path) -> None:
         model = network()
         calibration = calibrate(acc, model, batches(7), cross_entropy)
         options = {"calibration": calibration, **options_of(method)}
-        decision = prune_together(acc, None, method, amount=0.5, **options)
+        decision = prune_distributed(acc, None, method, amount=0.5, **options)
         check_same_masks(decision.masks)
         found[method] = ({n: m.clone() for n, m in masks_of(model).items()}, model.state_dict())
     save_from(acc.process_index, found, path)
@@ -247,7 +247,7 @@ def _failures() -> None:
         inputs = inputs * float("nan")
     calibration = calibrate(acc, network(), [(inputs, labels)], cross_entropy, split=False)
     for run in (
-        lambda: prune_together(acc, None, "woodfisher", amount=0.5, calibration=calibration),
+        lambda: prune_distributed(acc, None, "woodfisher", amount=0.5, calibration=calibration),
         lambda: list(calibration.gradients()),
         calibration.mean_gradient,
         lambda: calibrate(acc, network(), batches(1), cross_entropy, num_samples=8).mean_gradient(),
@@ -281,7 +281,7 @@ def _shrunk(path: Path) -> None:
             optimizer.zero_grad()
 
     train()
-    model, optimizer, _ = shrink_together(
+    model, optimizer, _ = shrink_distributed(
         acc,
         model,
         data[0][0],
@@ -381,9 +381,9 @@ def test_one_process_alone_is_a_plain_calibration() -> None:
     plain, sharded = (make(network(), batches(3), cross_entropy) for make in both)
     assert all(map(torch.equal, plain.gradients(), sharded.gradients()))
     with pytest.raises(ArgumentTypeError, match="neither"):
-        prune_together(acc, None, "magnitude", amount=0.5)
+        prune_distributed(acc, None, "magnitude", amount=0.5)
     model = network()
-    prune_together(acc, prunable_parameters(model), "magnitude", amount=0.5)
+    prune_distributed(acc, prunable_parameters(model), "magnitude", amount=0.5)
     kept = sum(int(mask.sum()) for mask in masks_of(model).values())
     assert kept == sum(mask.numel() for mask in islice(masks_of(model).values(), None)) / 2
 

@@ -29,16 +29,16 @@ from torchprune_bayes import (
     one_shot,
     prunable_parameters,
 )
-from torchprune_bayes._processes import everywhere, rank, together
+from torchprune_bayes._distributed import all_gathered, on_all_ranks, rank
 from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
-from torchprune_bayes.integrations import _together, accelerate
+from torchprune_bayes.integrations import _distributed_steps, accelerate
 from torchprune_bayes.integrations._ranks import summed, take_from_first
 from torchprune_bayes.integrations.accelerate import (
     ShardedCalibration,
     calibrate,
     merged,
-    prune_together,
-    shrink_together,
+    prune_distributed,
+    shrink_distributed,
     step,
 )
 from torchprune_bayes.integrations.hf import (
@@ -72,7 +72,7 @@ def raised_everywhere(run: Callable[[], Any], source: int) -> None:
     error = RuntimeError if rank() == source else CalibrationError
     with pytest.raises(error, match=FAILED):
         run()
-    assert everywhere(rank()) == [0, 1]  # in step again
+    assert all_gathered(rank()) == [0, 1]  # in step again
 
 
 def snapshot(*parts: Any) -> list[Any]:
@@ -101,15 +101,15 @@ def same(first: list[Any], second: list[Any]) -> bool:
 
 
 def before_an_exchange(here: Callable[[], Any]) -> None:
-    together(lambda: [here(), everywhere(1)])
+    on_all_ranks(lambda: [here(), all_gathered(1)])
 
 
 def within_an_exchange(here: Callable[[], Any]) -> None:
-    together(lambda: together(lambda: together(here)))
+    on_all_ranks(lambda: on_all_ranks(lambda: on_all_ranks(here)))
 
 
 def before_a_sum(here: Callable[[], Any]) -> None:
-    together(lambda: [here(), summed({"a": torch.ones(2)})])
+    on_all_ranks(lambda: [here(), summed({"a": torch.ones(2)})])
 
 
 def before_a_broadcast(here: Callable[[], Any]) -> None:
@@ -117,17 +117,17 @@ def before_a_broadcast(here: Callable[[], Any]) -> None:
         here()
         take_from_first([torch.ones(2)])
 
-    together(run)
+    on_all_ranks(run)
 
 
 def wrapped_on_its_way(here: Callable[[], Any]) -> None:
     def wrap() -> None:
         try:
-            together(here)
+            on_all_ranks(here)
         except Exception as error:
             raise type(error)(f"wrapped: {error}") from error
 
-    together(wrap)
+    on_all_ranks(wrap)
 
 
 def _exchanges() -> None:
@@ -146,7 +146,7 @@ def _exchanges() -> None:
         summed(tensors)
     with pytest.raises(AlignmentError, match="same tensors"):
         take_from_first(tensors.values())
-    assert everywhere(rank()) == [0, 1]
+    assert all_gathered(rank()) == [0, 1]
 
 
 def _passes() -> None:
@@ -159,7 +159,7 @@ def _passes() -> None:
         with failing(Calibration, "__init__", source):
             raised_everywhere(lambda: calibrate(acc, network(), batches(4), cross_entropy), source)
         shares = calibrate(acc, network(), batches(6), cross_entropy)
-        raised_everywhere(partial(together, partial(_consume, shares, source)), source)
+        raised_everywhere(partial(on_all_ranks, partial(_consume, shares, source)), source)
         fisher = EmpiricalFisher(damping=0.1).fit(shares.local)
         with failing(accelerate, "_joined", source):
             raised_everywhere(partial(merged, fisher), source)
@@ -188,7 +188,7 @@ def _prepared(acc: Any) -> tuple[Any, Any, Any, nn.Module]:
 PLACES: list[tuple[Any, str]] = [
     (GradualPruner, "plan"),  # deciding, before any gradient is exchanged
     (Calibration, "gradients"),  # a pass over the own share
-    (_together, "take_from_first"),  # agreeing
+    (_distributed_steps, "take_from_first"),  # agreeing
     (GradualPruner, "_commit"),  # doing
     (GradualPruner, "_hold"),  # done in part
 ]
@@ -217,18 +217,18 @@ def _prunings() -> None:
         (accelerate, "_check"),
         (accelerate, "decide_globally"),
         (Calibration, "gradients"),
-        (_together, "take_from_first"),
-        (_together, "apply_decision"),
+        (_distributed_steps, "take_from_first"),
+        (_distributed_steps, "apply_decision"),
     ):
         for source in (0, 1):
             _, _, shares, bare = _prepared(acc)
             before = snapshot(bare)
             options = {"amount": 0.5, "calibration": shares, **METHOD}
             with failing(target, name, source):
-                run = partial(prune_together, acc, None, "woodfisher", **options)
+                run = partial(prune_distributed, acc, None, "woodfisher", **options)
                 raised_everywhere(run, source)
             assert same(before, snapshot(bare)), name
-            prune_together(acc, None, "woodfisher", **options)
+            prune_distributed(acc, None, "woodfisher", **options)
 
 
 def _cuts() -> None:
@@ -244,7 +244,7 @@ def _cuts() -> None:
             place = (accelerate, "shrink") if case == "shrink" else (accelerate, "_digest")
 
             cut = partial(
-                shrink_together, acc, model, example, importance, optimizer=optimizer, **options
+                shrink_distributed, acc, model, example, importance, optimizer=optimizer, **options
             )
             if case == "differently":
                 with pytest.raises(AlignmentError, match="same cut"):
@@ -321,13 +321,13 @@ def test_callbacks_fail_in_all_processes(tmp_path: Path) -> None:
 
 def test_one_process_alone_raises_its_own_error() -> None:
     with pytest.raises(RuntimeError, match=FAILED):
-        together(fails)
-    assert everywhere(3) == [3]
+        on_all_ranks(fails)
+    assert all_gathered(3) == [3]
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pairs = prunable_parameters(model)
     pruner = GradualPruner(pairs, "magnitude", one_shot(0.5), optimizer=optimizer)
     with failing(GradualPruner, "_commit", 0), pytest.raises(RuntimeError, match=FAILED):
-        _together.step_together(pruner)
+        _distributed_steps.step_on_all_ranks(pruner)
     assert pruner.sparsity == 0.0
     keep_sparse(optimizer, {}).remove()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.integrations.accelerate_cases import batches, taken_in_turns
 from tests.integrations.processes import accelerator, in_two_processes, load_all, save_from
 from torchprune_bayes import Calibration
-from torchprune_bayes.integrations.accelerate import calibrate, check_same_masks, shrink_together
+from torchprune_bayes.integrations.accelerate import calibrate, check_same_masks, shrink_distributed
 from torchprune_bayes.methods import FORCE, SNIP, GraSP, IterativeSNIP, SNIPit
 from torchprune_bayes.structured import SNAPitImportance, find_groups, halving_path, shrink
 
@@ -160,7 +160,7 @@ def _shrunk(path: Path) -> None:
     model: Any = untrained()
     calibration = calibrate(acc, model, data(), cross_entropy)
     model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    model, _, report = shrink_together(
+    model, _, report = shrink_distributed(
         acc,
         model,
         data()[0][0],

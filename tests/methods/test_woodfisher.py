@@ -123,7 +123,7 @@ def test_steps_take_fresh_gradients_at_the_moved_weights():
     options = {**FIXED, "path": "linear"}
     first = WoodFisher(0.3, calibration=calibration, **options).decide(calibration.space)
     both = WoodFisher(0.6, calibration=calibration, steps=2, **options).decide(calibration.space)
-    again = calibration.fresh(1)
+    again = calibration.redrawn(1)
     fisher = EmpiricalFisher(block_size="full", damping=1e-2).fit(again, first.updates, first.masks)
     moved = fisher.remaining.gather(first.updates)
     scores = moved.square() / (2 * fisher.inverse_diagonal())

@@ -96,7 +96,7 @@ def test_each_event_sees_the_moment_and_draws_anew(
         known.append(run.pruner.masks)
         run.train(step, step + 1)
     first, second = Recording.seen
-    assert (first.seed, second.seed) == (5, first.fresh(1).seed)
+    assert (first.seed, second.seed) == (5, first.redrawn(1).seed)
     for calibration, masks in zip(Recording.seen, known[1:3], strict=True):
         rows = torch.cat(list(calibration.gradients()))
         remaining = sum(int(mask.sum()) for mask in calibration.space.masks().values())

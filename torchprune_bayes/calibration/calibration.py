@@ -267,7 +267,7 @@ class Calibration:
         """The same calibration with another draw of the samples.
 
         From data that come in the same order whatever the seed it draws the same samples; see
-        :meth:`fresh`.
+        :meth:`redrawn`.
         """
         other = copy.copy(self)
         other._stream = self._stream.reseeded(seed)
@@ -275,7 +275,7 @@ class Calibration:
         other._held_out = None
         return other
 
-    def fresh(self, index: int) -> Calibration:
+    def redrawn(self, index: int) -> Calibration:
         """The ``index``-th further draw of samples, unrelated to those of other seeds; 0 is this.
 
         Data that shuffle are drawn under a seed of their own. All others are gone on in, past the

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from torchprune_bayes._checks import check_choice
+from torchprune_bayes._distributed import on_all_ranks
 from torchprune_bayes._extras import optional
-from torchprune_bayes._processes import together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import (
@@ -23,6 +23,7 @@ from torchprune_bayes.integrations._checkpoints import (
     save_pruner,
     state_from,
 )
+from torchprune_bayes.integrations._distributed_steps import step_on_all_ranks
 from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog
 from torchprune_bayes.integrations._hf_metrics import TrainerMetrics
 from torchprune_bayes.integrations._hf_resume import (
@@ -36,7 +37,6 @@ from torchprune_bayes.integrations._hf_resume import (
     zeros_at_start,
 )
 from torchprune_bayes.integrations._ranks import refuse_sharded
-from torchprune_bayes.integrations._together import step_together
 from torchprune_bayes.methods.global_pruning import unstructured_method
 from torchprune_bayes.params import prunable_parameters, unwrap
 from torchprune_bayes.schedules import Schedule
@@ -161,9 +161,9 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         **_: Any,
     ) -> None:
         """Make the pruner; take its masks from the checkpoint; do what is due before training."""
-        held = together(lambda: self._begin(args, state, unwrap(model), optimizer))
+        held = on_all_ranks(lambda: self._begin(args, state, unwrap(model), optimizer))
         assert self.pruner is not None
-        together(lambda: cast(GradualPruner, self.pruner).load_state_dict(held))
+        on_all_ranks(lambda: cast(GradualPruner, self.pruner).load_state_dict(held))
         self._record = record_of(self.pruner)
         if not state.global_step:
             self._advance(state)
@@ -187,7 +187,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
     ) -> None:
         """Write the masks into the folder of the checkpoint."""
         if self.pruner is not None:
-            together(lambda: self._save(args, state))
+            on_all_ranks(lambda: self._save(args, state))
 
     def numbers(self) -> dict[str, float]:
         """The sparsity."""
@@ -203,7 +203,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         """
         if self.pruner is None:
             return
-        together(lambda: self._end(args, state))
+        on_all_ranks(lambda: self._end(args, state))
         if not self.pruner.finished:
             warn_of(
                 f"Training ended before its schedule did, at a sparsity of {self.sparsity:.4f}."
@@ -264,7 +264,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
 
     def _advance(self, state: TrainerState) -> None:
         assert self.pruner is not None
-        event = step_together(self.pruner)
+        event = step_on_all_ranks(self.pruner)
         self._record["step"] += 1
         if event is not None:
             self._record = record_of(self.pruner)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from torchprune_bayes._checks import check_count
+from torchprune_bayes._distributed import is_distributed
 from torchprune_bayes._extras import optional
-from torchprune_bayes._processes import several
 from torchprune_bayes.calibration.batches import map_tensors
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
@@ -72,7 +72,7 @@ class ShrinkingCallback(TrainerCallback):
             there are no units to remove, or too few for the sparsity.
         ParameterError: When training begins: if the model cannot be shrunk, or there are several
             processes, in which the model is wrapped already. Shrink it before the Trainer is made,
-            or use :func:`~torchprune_bayes.integrations.accelerate.shrink_together`.
+            or use :func:`~torchprune_bayes.integrations.accelerate.shrink_distributed`.
 
     Example:
         >>> from torchprune_bayes import cubic
@@ -127,7 +127,7 @@ class ShrinkingCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Find out whether the model can be shrunk; cut if it is due before training."""
-        if several():
+        if is_distributed():
             raise ParameterError(
                 "Expected one process, got several, in which the model is wrapped already: shrink "
                 "it before the Trainer is made."

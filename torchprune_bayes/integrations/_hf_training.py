@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from torchprune_bayes._checks import check_count
+from torchprune_bayes._distributed import entered_on_all_ranks, on_all_ranks
 from torchprune_bayes._extras import optional
 from torchprune_bayes._files import reading, write_whole
-from torchprune_bayes._processes import entered_together, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog
@@ -36,7 +36,7 @@ class _Kept(FirstToLog, AtEpochEnds):
     ) -> None:
         """Write the state into the folder of the checkpoint, whole or not at all."""
         if self.training is not None:
-            together(lambda: self._save(args, state))
+            on_all_ranks(lambda: self._save(args, state))
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = checkpoint_folder(args, state)
@@ -116,14 +116,14 @@ class SpaMCallback(_Kept):
             self._take_up(args, state)
             return self.training
 
-        self.training = together(begin)
+        self.training = on_all_ranks(begin)
         self._move_to_front()
         control.should_training_stop |= self.training.finished
 
     def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
         """Update the prior if it is due; stop when the evidence no longer rises."""
         assert self.training is not None
-        with entered_together(self.training.stepped):
+        with entered_on_all_ranks(self.training.stepped):
             pass
         control.should_training_stop |= self.training.finished
 
@@ -182,7 +182,7 @@ class GateCallback(_Kept):
             self._take_up(args, state)
             return self.training
 
-        self.training = together(begin)
+        self.training = on_all_ranks(begin)
         self._move_to_front()
 
     def on_pre_optimizer_step(
@@ -217,7 +217,7 @@ class GateCallback(_Kept):
                 training.begin_finetuning()
 
         with training.kept_on_error():
-            together(close)
+            on_all_ranks(close)
 
     def numbers(self) -> dict[str, float]:
         """The share of closed gates."""

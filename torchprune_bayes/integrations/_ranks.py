@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchprune_bayes._processes import everywhere, rank, several, together
+from torchprune_bayes._distributed import all_gathered, is_distributed, on_all_ranks, rank
 from torchprune_bayes.errors import AlignmentError, ParameterError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.training.undo import tensors_kept_on_error
@@ -44,26 +44,28 @@ def from_first(value: Value) -> Value:
     Raises:
         CalibrationError: If another process failed before it came here.
     """
-    return everywhere(value if rank() == 0 else None)[0]  # type: ignore[return-value]
+    return all_gathered(value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
 def same_everywhere(value: object) -> bool:
     """Whether all processes have an equal value."""
-    return len(set(everywhere(value))) == 1
+    return len(set(all_gathered(value))) == 1
 
 
 def summed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum each tensor over all processes, into new tensors.
+    """Sum each tensor over all processes, into new tensors if there are several.
 
     Raises:
         AlignmentError: If names or shapes differ between processes.
         CalibrationError: If another process failed before it came here.
     """
     _check_alike(tensors.items())
-    found = {name: tensor.clone() for name, tensor in tensors.items()} if several() else tensors
-    for tensor in found.values() if several() else ():
+    if not is_distributed():
+        return tensors
+    sums = {name: tensor.clone() for name, tensor in tensors.items()}
+    for tensor in sums.values():
         dist.all_reduce(tensor)
-    return found
+    return sums
 
 
 def take_from_first(tensors: Iterable[Tensor]) -> None:
@@ -73,7 +75,7 @@ def take_from_first(tensors: Iterable[Tensor]) -> None:
         AlignmentError: If shapes differ between processes; nothing is changed then.
         CalibrationError: If another process failed before it came here.
     """
-    if not several():
+    if not is_distributed():
         return
     held = list(tensors)
     _check_alike(enumerate(held))
@@ -88,7 +90,7 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
     Running statistics differ between processes after a step, and with them the gradients that each
     would take. If the body fails, every process has its own ones again.
     """
-    buffers = list(unwrap(model).buffers()) if several() else []
+    buffers = list(unwrap(model).buffers()) if is_distributed() else []
     with tensors_kept_on_error([(buffer, None) for buffer in buffers]):
         take_from_first(buffers)
         yield
@@ -115,8 +117,8 @@ def exchanged_rows(parts: Iterator[Tensor], device: torch.device) -> Iterator[Te
             rows = torch.empty(shape, dtype=dtype, device=device)
             if source == rank() and part is not None:
                 rows = part.contiguous()
-            everywhere(None)  # whoever took the last rows may have failed with them
-            if several():
+            all_gathered(None)  # whoever took the last rows may have failed with them
+            if is_distributed():
                 dist.broadcast(rows, src=source)
             yield rows
 
@@ -136,8 +138,8 @@ def _rounds(
     parts: Iterator[Value], describe: Callable[[Value], Any]
 ) -> Iterator[tuple[Value | None, list[Any]]]:
     while True:
-        part = together(lambda: next(parts, None))
-        found = everywhere(None if part is None else describe(part))
+        part = on_all_ranks(lambda: next(parts, None))
+        found = all_gathered(None if part is None else describe(part))
         if all(description is None for description in found):
             return
         yield part, found

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
+from torchprune_bayes._distributed import all_gathered, on_all_ranks, rank, world_size
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
-from torchprune_bayes._processes import everywhere, rank, together, world_size
 from torchprune_bayes.calibration import Calibration, MeanLoss
 from torchprune_bayes.calibration.batches import Batch, map_tensors
 from torchprune_bayes.calibration.fisher_targets import FisherTargets
@@ -84,7 +84,7 @@ class ShardedCalibration(Calibration):
                 model, own, loss_fn, params, share, mini_batch, seed, **options
             )
 
-        together(start)
+        on_all_ranks(start)
         self._own: _Share | None = None
         self._total = check_num_samples(num_samples, mini_batch)
 
@@ -105,13 +105,13 @@ class ShardedCalibration(Calibration):
     def num_samples(self) -> int:
         """Samples over all processes; asks them once if the number was not given."""
         if self._total is None:
-            self._total = sum(everywhere(together(lambda: self.local.num_samples)))
+            self._total = sum(all_gathered(on_all_ranks(lambda: self.local.num_samples)))
         return self._total
 
     @property
     def num_data(self) -> int:
         """Samples that the model is taken to be trained on, over all processes."""
-        return sum(everywhere(together(lambda: self.local.num_data)))
+        return sum(all_gathered(on_all_ranks(lambda: self.local.num_data)))
 
     def _flat_rows(
         self,
@@ -130,7 +130,7 @@ class ShardedCalibration(Calibration):
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over the samples of all processes."""
-        found = together(lambda: self.local.mean_gradient(weights))
+        found = on_all_ranks(lambda: self.local.mean_gradient(weights))
         mine = self.local.num_samples
         total = summed({name: gradient * mine for name, gradient in found.items()})
         samples = self.num_samples
@@ -148,7 +148,7 @@ class ShardedCalibration(Calibration):
 
     def held_out_loss(self, weights: Mapping[str, Tensor] | None = None) -> MeanLoss:
         """Mean loss over the held-out samples of all processes that have some."""
-        found = everywhere(together(lambda: self.local.held_out_loss(weights)))
+        found = all_gathered(on_all_ranks(lambda: self.local.held_out_loss(weights)))
         in_sample = all(part.in_sample for part in found)
         used = [part for part in found if in_sample or not part.in_sample]
         samples = sum(part.samples for part in used)

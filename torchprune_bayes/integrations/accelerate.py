@@ -25,12 +25,23 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 
+from torchprune_bayes._distributed import (
+    all_gathered,
+    entered_on_all_ranks,
+    errors_shared,
+    on_all_ranks,
+)
 from torchprune_bayes._extras import optional
-from torchprune_bayes._processes import entered_together, everywhere, telling, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import EmpiricalFisher, LayerCurvature
 from torchprune_bayes.errors import AlignmentError, ArgumentTypeError, ParameterError
 from torchprune_bayes.integrations._checkpoints import fingerprint
+from torchprune_bayes.integrations._distributed_steps import (
+    agreed,
+    decision_applied,
+    step_on_all_ranks,
+    uncut_on_error,
+)
 from torchprune_bayes.integrations._ranks import (
     refuse_sharded,
     same_everywhere,
@@ -39,12 +50,6 @@ from torchprune_bayes.integrations._ranks import (
     take_from_first,
 )
 from torchprune_bayes.integrations._sharded import ShardedCalibration
-from torchprune_bayes.integrations._together import (
-    agreed,
-    decision_applied,
-    step_together,
-    uncut_on_error,
-)
 from torchprune_bayes.methods.global_pruning import decide_globally
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured import ShrinkReport, shrink
@@ -60,8 +65,8 @@ __all__ = [
     "calibrate",
     "check_same_masks",
     "merged",
-    "prune_together",
-    "shrink_together",
+    "prune_distributed",
+    "shrink_distributed",
     "step",
 ]
 
@@ -94,11 +99,11 @@ def calibrate(
             equal.
         ParameterError: If weights or optimizer state are sharded (FSDP, DeepSpeed).
     """
-    together(lambda: _check_plain(accelerator, model, data))
+    on_all_ranks(lambda: _check_plain(accelerator, model, data))
     return ShardedCalibration(model, data, *args, **options)
 
 
-def prune_together(
+def prune_distributed(
     accelerator: Accelerator,
     params: ParameterPairs | None,
     method: type[BasePruningMethod] | str,
@@ -124,14 +129,14 @@ def prune_together(
         ParameterError: If weights are sharded.
     """
     calibration: Calibration | None = options.get("calibration")
-    pairs = together(lambda: _checked_pairs(accelerator, params, calibration))
+    pairs = on_all_ranks(lambda: _checked_pairs(accelerator, params, calibration))
     model = nn.Module() if calibration is None else calibration.model
-    with telling(), shared_buffers(model):
-        space, decision = together(lambda: decide_globally(pairs, method, **options))
+    with errors_shared(), shared_buffers(model):
+        space, decision = on_all_ranks(lambda: decide_globally(pairs, method, **options))
         decision = agreed(decision, space)
-        with entered_together(lambda: decision_applied(space, decision, pairs)):
+        with entered_on_all_ranks(lambda: decision_applied(space, decision, pairs)):
             take_from_first(tensor.leaf for tensor in space)
-            everywhere(None)
+            all_gathered(None)
     return dataclasses.replace(decision, masks=space.masks())
 
 
@@ -153,11 +158,11 @@ def step(accelerator: Accelerator, pruner: GradualPruner) -> dict[str, Any] | No
         CalibrationError: If it failed in another process.
         ParameterError: If weights are sharded.
     """
-    together(lambda: _check(accelerator, pruner.space.model))
-    return step_together(pruner)
+    on_all_ranks(lambda: _check(accelerator, pruner.space.model))
+    return step_on_all_ranks(pruner)
 
 
-def shrink_together(
+def shrink_distributed(
     accelerator: Accelerator,
     model: nn.Module,
     example_inputs: Any,
@@ -186,11 +191,11 @@ def shrink_together(
         CalibrationError: If it failed in another process.
         ParameterError: If weights are sharded.
     """
-    together(lambda: _check(accelerator, model))
+    on_all_ranks(lambda: _check(accelerator, model))
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    inner = together(lambda: bare_optimizer(optimizer))
-    with telling(), shared_buffers(model), uncut_on_error(bare, inner):
-        report = together(
+    inner = on_all_ranks(lambda: bare_optimizer(optimizer))
+    with errors_shared(), shared_buffers(model), uncut_on_error(bare, inner):
+        report = on_all_ranks(
             lambda: shrink(bare, example_inputs, importance, optimizer=inner, **options)
         )
         state = {name: parameter.data for name, parameter in bare.named_parameters()}
@@ -240,11 +245,11 @@ def merged(statistic: Statistic) -> Statistic:
         CalibrationError: If a Fisher streams its gradients.
     """
     if isinstance(statistic, EmpiricalFisher):
-        parts = everywhere(together(lambda: _packed(statistic)))
-        return cast(Statistic, together(lambda: _joined(type(statistic), parts)))
+        parts = all_gathered(on_all_ranks(lambda: _packed(statistic)))
+        return cast(Statistic, on_all_ranks(lambda: _joined(type(statistic), parts)))
     check_same_masks(statistic.masks)
     keys: dict[str, Tensor] = dict(sorted(statistic.sums.items()))
-    statistic.sums, statistic.count = summed(keys), sum(everywhere(statistic.count))
+    statistic.sums, statistic.count = summed(keys), sum(all_gathered(statistic.count))
     return statistic
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor, distributed
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._distributed import on_all_ranks, rank
 from torchprune_bayes._numerics.precision import float64_device
-from torchprune_bayes._processes import rank, together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature import LayerCurvature
 from torchprune_bayes.errors import ArgumentError
@@ -132,7 +132,7 @@ def fit_posterior(
         stream=rank() if chosen.all_reduce else 0,
     )
     if chosen.all_reduce:
-        together(lambda: curvature.fit(calibration, means, masks))
+        on_all_ranks(lambda: curvature.fit(calibration, means, masks))
         curvature.all_reduce()
     else:
         curvature.fit(calibration, means, masks)

@@ -63,5 +63,5 @@ class FORCE(SensitivityPruning):
 
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
         """``|w ∂L/∂w̄|``, with the gradient at what is left."""
-        calibration = self.required_calibration.fresh(step)
+        calibration = self.required_calibration.redrawn(step)
         return absolute(sensitivities(calibration, weights, at=masked(weights, masks)))

@@ -92,7 +92,7 @@ class GraSP(SensitivityPruning):
 
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
         """``w ⊙ Hg`` of what is left."""
-        calibration = _tempered(self.required_calibration.fresh(step), self.temperature)
+        calibration = _tempered(self.required_calibration.redrawn(step), self.temperature)
         left = masked(weights, masks)
         size = _BATCH if self.batch_norm == "running" else _LARGEST_BATCH
         product = _hessian_gradient_product(calibration, left, masks, size)

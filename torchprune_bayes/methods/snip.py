@@ -64,7 +64,7 @@ class IterativeSNIP(SensitivityPruning):
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
         """``|w ∂L/∂w|`` of what is left."""
         left = masked(weights, masks)
-        return absolute(sensitivities(self.required_calibration.fresh(step), left))
+        return absolute(sensitivities(self.required_calibration.redrawn(step), left))
 
     def scaled(
         self, scores: Scores, step: int, weights: Mapping[str, Tensor], masks: Masks

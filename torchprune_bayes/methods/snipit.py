@@ -121,7 +121,7 @@ class SNIPit(SensitivityPruning):
         return absolute(scores, unit=abs(loss + _EPSILON))
 
     def _calibration_of(self, step: int) -> Calibration:
-        calibration = self.required_calibration.fresh(step)
+        calibration = self.required_calibration.redrawn(step)
         return calibration.with_loss(_negative_logit) if self.compat == "paper" else calibration
 
     def _keep(

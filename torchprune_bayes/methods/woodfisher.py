@@ -222,7 +222,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         if self.curvature is not None:
             check_fitted_to(self.curvature, state.masks)
             return self.curvature.to(next(iter(state.weights.values())).device)
-        calibration = self.required_calibration.fresh(index)
+        calibration = self.required_calibration.redrawn(index)
         layout = None
         if self.pattern is not None:
             layout = GroupLayout(self.pattern.dims(self.space), self.pattern.size)

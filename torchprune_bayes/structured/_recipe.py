@@ -128,7 +128,7 @@ class Recipe:
         values: Mapping[str, Tensor] | None = None
         if self.allocation == "measured" and self.calibration is not None:
             curves = measure_curves(
-                self.calibration.fresh(step),
+                self.calibration.redrawn(step),
                 groups,
                 {name: score.argsort(stable=True) for name, score in scores.items()},
                 evaluations=self.evaluations,

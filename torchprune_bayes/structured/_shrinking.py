@@ -155,4 +155,4 @@ class Shrinking:
         calibration, wanted = self.recipe.calibration, self.recipe.repair
         if calibration is None or wanted == "none" or (wanted == "auto" and values is not None):
             return None
-        return calibration.fresh(self.steps)
+        return calibration.redrawn(self.steps)

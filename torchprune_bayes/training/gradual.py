@@ -287,7 +287,7 @@ class GradualPruner:
     def _new_method(self, space: ParameterSpace, wanted: Mapping[str, Any]) -> BasePruningMethod:
         options = {**self._options, **wanted}
         if self._calibration is not None and getattr(self._method, "needs_calibration", False):
-            fresh = self._calibration.fresh(len(self.history))
+            fresh = self._calibration.redrawn(len(self.history))
             options["calibration"] = fresh.with_space(space)
         return self._method(**options)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._distributed import entered_on_all_ranks
 from torchprune_bayes._numerics.marginal_likelihood import fixed_point_noise
 from torchprune_bayes._numerics.precision import has_float64
-from torchprune_bayes._processes import entered_together
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.laplace.evidence import SOLVERS
@@ -197,7 +197,7 @@ class SpaM:
             and with ``all_reduce`` in no process.
         """
         if self._fit.all_reduce:
-            with entered_together(self.stepped) as event:
+            with entered_on_all_ranks(self.stepped) as event:
                 return event
         with self.stepped() as event:
             return event
@@ -298,7 +298,7 @@ class SpaM:
         self._pruning.remove()
 
     def _fitted(self) -> Posterior:
-        calibration = self._calibration.fresh(len(self.history))
+        calibration = self._calibration.redrawn(len(self.history))
         calibration = calibration.with_space(self._pruning.space)
         posterior = fit_posterior(calibration, self.prior, noise=self.noise, **self._options)
         found = posterior.labels_per_sample

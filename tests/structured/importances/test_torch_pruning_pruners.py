@@ -96,7 +96,7 @@ def test_scores_are_those_of_the_model_as_it_is_after_a_cut(name: str) -> None:
     graph.get_pruning_group(model[0], tp.prune_conv_out_channels, idxs=[0, 1, 2]).prune()
     for group in groups_of(graph, model):
         found = importance(group)
-        draw = calibration(model).fresh(1)  # the importance has taken the first
+        draw = calibration(model).redrawn(1)  # the importance has taken the first
         expected = CALIBRATED[name](draw)(group)
         assert isinstance(found, Tensor)
         assert isinstance(expected, Tensor)

@@ -66,7 +66,7 @@ class CalibratedImportance(UnitImportance):
         """
         check_model(model, self.calibration)
         inner = [group for group in groups if self._measured(group)]
-        found = self.measure(self.calibration.fresh(self._draws), inner) if inner else {}
+        found = self.measure(self.calibration.redrawn(self._draws), inner) if inner else {}
         self._scores = {group.name: found.get(group.name) for group in groups}
         self._draws += 1
         self._versions = Versions(model)

@@ -85,7 +85,7 @@ class PosteriorImportance(UnitImportance):
                 self._current = self._given
             return
         check_model(model, self.calibration)
-        fresh = _with_readers(self.calibration.fresh(self._draws), groups)
+        fresh = _with_readers(self.calibration.redrawn(self._draws), groups)
         posterior = fit_posterior(fresh, **asdict(self._options)).with_best_prior(self._prior)
         if self._gated:
             readers = {g.name: [(p, 1.0) for p in pieces_of(g, "consumer")] for g in groups}

@@ -15,7 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprune_bayes._processes import entered_together, everywhere, telling, together
+from torchprune_bayes._distributed import (
+    all_gathered,
+    entered_on_all_ranks,
+    errors_shared,
+    on_all_ranks,
+)
 from torchprune_bayes.integrations._checkpoints import fingerprint
 from torchprune_bayes.integrations._ranks import (
     from_first,
@@ -36,7 +41,7 @@ from torchprune_bayes.types import Decision, ParameterPairs
 logger = logging.getLogger("torchprune_bayes")
 
 
-def step_together(pruner: GradualPruner) -> dict[str, Any] | None:
+def step_on_all_ranks(pruner: GradualPruner) -> dict[str, Any] | None:
     """Call ``pruner.step()`` in every process; where something is pruned, all prune the same.
 
     Masks, new weights and the weights that are left are those of the first process. If anything
@@ -48,14 +53,14 @@ def step_together(pruner: GradualPruner) -> dict[str, Any] | None:
     """
     if not pruner.due:
         return pruner.step()
-    with telling(), shared_buffers(pruner.space.model):
-        planned = together(pruner.plan)
+    with errors_shared(), shared_buffers(pruner.space.model):
+        planned = on_all_ranks(pruner.plan)
         decision = agreed(Decision(planned.masks, planned.updates), pruner.space)
         planned = replace(planned, masks=decision.masks, updates=decision.updates)
-        with entered_together(lambda: pruner.applied(planned)) as event:
+        with entered_on_all_ranks(lambda: pruner.applied(planned)) as event:
             if event is not None:
                 take_from_first(tensor.leaf for tensor in pruner.space)
-            everywhere(None)
+            all_gathered(None)
     return event
 
 
