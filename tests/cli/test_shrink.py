@@ -28,6 +28,7 @@ def test_the_smaller_model_is_saved_measured_and_loads_again(tmp_path, capsys):
     measured = evaluate(model, load_digits().test.batches())
     assert abs(measured.accuracy - report["metrics"]["after"]["accuracy"]) < 1e-6
     out = capsys.readouterr().out
+    assert out.startswith("plan: gradients of 64 samples, 60 evaluations of the loss on 64 of them")
     assert "without fine-tuning" in out
     assert str(tmp_path / "shrunk.safetensors") in out
 

@@ -49,6 +49,16 @@ def test_ratios_are_those_of_neighbours_and_the_models_take_turns(clock):
     assert before.training
 
 
+def test_ratios_on_both_sides_of_one_are_said_to_tell_nothing():
+    speed = Speed(2.0, 1.9, 1.04, 0.8, 1.4)
+    assert not speed.conclusive
+    assert str(speed).endswith(
+        "(1.04x, 0.80 to 1.40: no measurable difference, time more or larger batches)"
+    )
+    assert Speed(2.0, 1.0, 2.0, 1.1, 2.1).conclusive
+    assert Speed(2.0, 3.0, 0.7, 0.6, 0.9).conclusive
+
+
 def test_models_stay_and_inputs_have_three_forms():
     models = [nn.Bilinear(2, 2, 3), nn.Bilinear(2, 2, 1)]
     x = torch.ones(4, 2)

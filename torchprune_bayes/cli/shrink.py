@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -36,6 +37,7 @@ from torchprune_bayes.cli._measuring import (
 from torchprune_bayes.cli._page import check_report, settings_of, write_page
 from torchprune_bayes.cli._plan import in_words
 from torchprune_bayes.cli._results import write_config, write_report
+from torchprune_bayes.cli._shrink_plan import estimate_shrinking
 from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.reports import (
     LayerChange,
@@ -112,6 +114,13 @@ def build_parser() -> Parser:
         help="loss: by the data, the recommended way; or l1filter, opd, snapit, woodfisher, ...",
     )
     group.add_argument(
+        "--evaluations",
+        type=int,
+        default=60,
+        metavar="N",
+        help="evaluations of the loss for the curves of --importance loss: fewer are faster",
+    )
+    group.add_argument(
         "--round-to", type=int, default=1, metavar="N", help="leave multiples of N units"
     )
     group.add_argument(
@@ -134,9 +143,11 @@ def run(arguments: argparse.Namespace) -> int:
     if data is None:
         raise ArgumentTypeError("Expected --data to shrink with, got none.")
     example = example_of(data, model)
-    before, whole = measure(model, data.evaluation), copy.deepcopy(model)
-    importance = _importance(arguments, calibration_of(arguments, model, data, None))
+    calibration = calibration_of(arguments, model, data, None)
+    importance = _importance(arguments, calibration)
     check_writable(arguments.output)
+    _print_plan(arguments, calibration)
+    before, whole = measure(model, data.evaluation), copy.deepcopy(model)
     begin = perf_counter()
     with metered() as meter:
         found = shrink(
@@ -145,6 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
             importance,
             sparsity=arguments.sparsity,
             target=arguments.target,
+            evaluations=arguments.evaluations,
             round_to=arguments.round_to,
             ignored=arguments.exclude,
             heads=arguments.heads,
@@ -170,6 +182,24 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n".join([str(found), f"forward pass: {speed}", *lines]))
     print(f"wrote {', '.join(map(str, files))}, in {in_words(seconds)}")
     return 0
+
+
+def _print_plan(arguments: argparse.Namespace, calibration: Calibration) -> None:
+    measured = arguments.importance == _BY_LOSS
+    plan = estimate_shrinking(calibration, arguments.evaluations if measured else 0)
+    calibration.progress = sys.stderr.isatty()
+    curves = (
+        f", {plan.evaluations} evaluations of the loss on {plan.tried:,} of them at most"
+        if measured
+        else ""
+    )
+    print(
+        f"plan: gradients of {plan.samples:,} samples{curves}\n"
+        f"      up to about {in_words(plan.seconds)}, estimated from one forward pass\n"
+        f"      (faster with a smaller --num-samples{' or --evaluations' if measured else ''}); "
+        "measuring the model before and after comes on top",
+        flush=True,
+    )
 
 
 def _importance(arguments: argparse.Namespace, calibration: Calibration) -> Any:

@@ -37,9 +37,16 @@ class Speed:
     speedup_low: float
     speedup_high: float
 
+    @property
+    def conclusive(self) -> bool:
+        """Whether all pairs of passes agree on which of the two models is faster."""
+        return self.speedup_low > 1.0 or self.speedup_high < 1.0
+
     def __str__(self) -> str:
         times = f"{self.milliseconds_before:.3g} -> {self.milliseconds_after:.3g} ms"
-        return f"{times} ({self.speedup:.2f}x, {self.speedup_low:.2f} to {self.speedup_high:.2f})"
+        ratio = f"{self.speedup:.2f}x, {self.speedup_low:.2f} to {self.speedup_high:.2f}"
+        doubt = "" if self.conclusive else ": no measurable difference, time more or larger batches"
+        return f"{times} ({ratio}{doubt})"
 
 
 def compare_speed(

@@ -133,7 +133,7 @@ def measure_curves(
     each = evaluations // len(chosen)
     points = {group.name: _counts(group.units - min_keep, each) for group in chosen}
     total = sum(map(len, points.values()))
-    tried = min(max(_SAMPLE_LOSSES // total, _LEAST_SAMPLES), _MOST_SAMPLES)
+    _, tried = points_on(total)
     trials = _Trials(calibration.with_space(space), damping, tried)
     whole = trials.loss({})
     if not whole < float("inf"):
@@ -150,6 +150,17 @@ def measure_curves(
                 removed = (0, *points[group.name])
                 curves.append(LossCurve(group.name, group.units, removed, tuple(losses)))
     return curves
+
+
+def points_on(points: int) -> tuple[int, int]:
+    """How many samples the fits of all points take at most, and how many the loss of each does.
+
+    Example:
+        >>> points_on(60), points_on(30)
+        ((512, 256), (512, 512))
+    """
+    tried = _SAMPLE_LOSSES // max(points, 1)
+    return _MOST_SAMPLES, min(max(tried, _LEAST_SAMPLES), _MOST_SAMPLES)
 
 
 class _Trials:
