@@ -128,12 +128,16 @@ def pruned_by_host(
         model.zero_grad()
         return model
 
+    def enough(ratio: float) -> bool:
+        model = at(ratio, repaired=False)
+        return _nothing_left(model) or 1 - flops(model, example) / whole >= sparsity
+
     for _ in range(SEARCH):
         middle = (low + high) / 2
-        if 1 - flops(at(middle, repaired=False), example) / whole < sparsity:
-            low = middle
-        else:
+        if enough(middle):
             high = middle
+        else:
+            low = middle
     model = at(high, repaired=repair)
     return model, 1 - flops(model, example) / whole
 
@@ -184,4 +188,9 @@ def _count_heads(model: nn.Module, pruner: Any) -> None:
         if hasattr(module, "qkv"):
             module.num_heads = pruner.num_heads[module.qkv]
             module.attn_dim = module.qkv.out_features // 3
-            module.head_dim = module.attn_dim // module.num_heads
+            module.head_dim = module.attn_dim // max(module.num_heads, 1)
+
+
+def _nothing_left(model: nn.Module) -> bool:
+    """Whether the ratio was so high that an attention lost all of its heads."""
+    return any(m.num_heads == 0 for m in model.modules() if hasattr(m, "qkv"))

@@ -363,6 +363,26 @@ def test_the_default_with_repair_optimizer_and_average(name: str) -> None:
     assert all(names[name].shape == p.shape for name, p in model.named_parameters())
 
 
+def test_gradients_are_those_of_the_shrunk_model() -> None:
+    model, inputs = family_case("timm-vit")
+    groups = find_groups(model, inputs, heads="dimensions")
+    queries = [group for group in groups if any(part.rescaled for part in group.parts)]
+    kept = {group.name: torch.arange(group.units // 2) for group in queries}
+    plan = plan_of(model, queries, kept)
+    zeroed = copy.deepcopy(model)
+    zero_units(zeroed, plan)
+    output_of(zeroed, inputs).square().mean().backward()
+    for parameter, source in zip(model.parameters(), zeroed.parameters(), strict=True):
+        parameter.grad = source.grad
+    apply_plan(model, plan)
+    assert plan.factors
+    before = {name: model.get_parameter(name).grad for name in plan.factors}
+    model.zero_grad()
+    output_of(model, inputs).square().mean().backward()
+    for name, gradient in before.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
 def test_comes_back_from_a_folder_with_its_scales(tmp_path: Path) -> None:
     model, inputs = family_case("timm-vit")
     shrink(model, inputs, Given(), sparsity=0.5, target="channels", heads="dimensions")

@@ -237,6 +237,56 @@ def test_new_parameter_of_another_shape_is_refused() -> None:
     assert optimizer.param_groups[0]["params"][0] is old
 
 
+SCALED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.0, momentum=0.9),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.0, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.0),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.0, momentum=0.5, centered=True, eps=1e-16),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.0),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.0),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.0),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.0),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.0),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.0, t0=0),
+}
+"""Optimizers that let the parameters be, so that all gradients are of one place."""
+
+
+def rescaled_cut() -> tuple[ShrinkPlan, nn.Parameter, nn.Parameter]:
+    """A plan that keeps two rows of three and halves one of them; a parameter before and after."""
+    factors = {"w": {0: torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64)}}
+    plan = ShrinkPlan({"w": {0: torch.tensor([0, 2])}}, {"w": (3, 4)}, {}, factors)
+    old = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    return plan, old, nn.Parameter(plan.rescaled("w", plan.cut("w", old.detach())))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_state_of_a_rescaled_parameter_is_that_of_its_own_gradients(name: str) -> None:
+    plan, old, new = rescaled_cut()
+    twin = nn.Parameter(new.detach().clone())
+    optimizer, twin_optimizer = SCALED[name]([old]), SCALED[name]([twin])
+    for _ in range(3):
+        old.grad = torch.randn_like(old)
+        factors = torch.tensor([[0.5], [1.0]], dtype=torch.float64)  # loss of w / c: gradient / c
+        twin.grad = old.grad[[0, 2]] / factors
+        optimizer.step()
+        twin_optimizer.step()
+    slice_optimizer(optimizer, plan, {"w": (old, new)})
+    found, wanted = optimizer.state[new], twin_optimizer.state[twin]
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.allclose(torch.as_tensor(found[key]), torch.as_tensor(value)), key
+
+
+def test_unknown_state_of_a_rescaled_parameter_is_refused() -> None:
+    plan, old, new = rescaled_cut()
+    optimizer = torch.optim.SGD([old], lr=0.1)
+    optimizer.state[old]["whiteness"] = torch.ones_like(old)
+    with pytest.raises(ParameterError, match="got `whiteness`: make the optimizer anew"):
+        slice_optimizer(optimizer, plan, {"w": (old, new)})
+    assert optimizer.param_groups[0]["params"][0] is old
+
+
 EMAS: dict[str, Callable[[nn.Module], Any]] = {
     "timm": lambda model: ModelEmaV3(model, decay=0.5),
     "torch": lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)),

@@ -20,6 +20,22 @@ from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured.slicing import ShrinkPlan, apply_plan
 from torchprune_bayes.wiring.tensors import all_tensors
 
+_POWERS = {
+    "momentum_buffer": -1,
+    "exp_avg": -1,
+    "exp_avg_sq": -2,
+    "max_exp_avg_sq": -2,
+    "exp_inf": -1,
+    "square_avg": -2,
+    "grad_avg": -1,
+    "sum": -2,
+    "prev": -1,
+    "ax": 1,
+    "acc_delta": 2,
+    "step_size": 0,
+}
+"""State of PyTorch's optimizers as powers of a parameter: sums of gradients are -1, squares -2."""
+
 
 def slice_optimizer(
     optimizer: Optimizer,
@@ -30,7 +46,11 @@ def slice_optimizer(
 
     Parameter groups keep their identity, order and settings; the new parameters stand where the old
     ones stood. State of the parameter's shape (momentum of SGD; both moments of Adam and AdamW, and
-    AMSGrad's maximum) is cut as the parameter was, numbers such as the step are kept.
+    AMSGrad's maximum) is cut as the parameter was, numbers such as the step are kept. Where the
+    plan multiplies a parameter by ``c``, as queries and keys of heads with fewer dimensions, its
+    gradients are those of before divided by ``c``: first moments are divided by ``c`` and second
+    ones by ``c²``. The learning rate stays, so that these parameters move as such ones do, and
+    all others exactly as in the masked model.
 
     Args:
         optimizer: Changed in place; wrappers that pass ``param_groups`` and ``state`` on are fine.
@@ -41,7 +61,7 @@ def slice_optimizer(
 
     Raises:
         ParameterError: If some state cannot be cut along, such as the factored moments of Adafactor
-            or the history of L-BFGS.
+            or the history of L-BFGS, or is of an unknown kind where its parameter is rescaled.
         AlignmentError: If a cut parameter has not the shape of the new one. In both cases nothing
             is changed.
 
@@ -129,7 +149,7 @@ def _cut_state(
     moved: dict[str, Any] = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and value.shape == old.shape:
-            moved[key] = plan.cut(name, value)
+            moved[key] = plan.rescaled(name, plan.cut(name, value), _power(key, state, plan, name))
         elif _is_plain(value):
             moved[key] = value
         else:
@@ -139,6 +159,20 @@ def _cut_state(
                 f"{tuple(old.shape)}, got {shown}, which cannot be cut along with the parameter."
             )
     return moved
+
+
+def _power(key: str, state: Mapping[str, Any], plan: ShrinkPlan, name: str) -> int:
+    """How state follows a parameter that is multiplied."""
+    if name not in plan.factors:
+        return 0
+    if key not in _POWERS:
+        raise ParameterError(
+            f"Expected state of `{name}` that is known to follow a rescaled parameter "
+            f"({', '.join(_POWERS)}), got `{key}`: make the optimizer anew after shrinking, or "
+            "remove whole heads."
+        )
+    divided = key == "momentum_buffer" and "square_avg" in state  # RMSprop's, of no scale
+    return 0 if divided else _POWERS[key]
 
 
 def _is_plain(value: Any) -> bool:

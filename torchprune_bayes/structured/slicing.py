@@ -48,21 +48,30 @@ class ShrinkPlan:
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """Return what stays of a tensor that is shaped like ``name`` before the cut.
 
-        The same holds for a parameter, its gradient and its optimizer state. A tensor that the plan
-        does not mention comes back as it is; otherwise the result shares no memory.
+        The same holds for a parameter, its gradient and its optimizer state, but for the factors
+        of what is :meth:`rescaled`. A tensor that the plan does not mention comes back as it is;
+        otherwise the result shares no memory.
         """
         for dim, indices in self.kept.get(name, {}).items():
             tensor = tensor.index_select(dim, indices.to(tensor.device))
         return tensor
 
-    def rescaled(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a parameter after the cut with the factors of what stays, the same if none."""
-        for dim, factors in self.factors.get(name, {}).items():
+    def rescaled(self, name: str, tensor: Tensor, power: int = 1) -> Tensor:
+        """Return a tensor after the cut with the factors of what stays, the same if none.
+
+        A parameter takes its factors as they are. A gradient takes their inverse, the power -1,
+        since the loss depends on a rescaled parameter the less the larger it has become.
+        """
+        for dim, factors in self.factors.get(name, {}).items() if power else ():
             indices = self.kept[name][dim]
             shape = [1] * tensor.dim()
             shape[dim] = -1
-            tensor = tensor * factors[indices].reshape(shape).to(tensor)
+            tensor = tensor * factors[indices].pow(power).reshape(shape).to(tensor)
         return tensor
+
+    def gradient(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what stays of a gradient, by the rescaled parameter where it is rescaled."""
+        return self.rescaled(name, self.cut(name, tensor), -1)
 
     def expand(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor of the shape before the cut: ``tensor`` where it stays, zero elsewhere.
@@ -184,7 +193,7 @@ def apply_plan(
         old = tensors[name].detach()
         source = given[name].detach().to(old, copy=True) if name in given else old
         fresh[name] = plan.rescaled(name, plan.cut(name, source))
-    return replacement(inner, fresh, plan.cut, plan.attributes)
+    return replacement(inner, fresh, plan.gradient, plan.attributes)
 
 
 def groups_after(groups: Sequence[UnitGroup], plan: ShrinkPlan, kept: Kept) -> list[UnitGroup]:
