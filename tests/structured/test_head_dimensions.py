@@ -219,12 +219,52 @@ def test_rotary_embeddings_and_norms_leave_heads_whole_and_say_so(name: str) -> 
     assert why.startswith("dimensions of its heads go together: `")
 
 
+@pytest.mark.parametrize("name", ROTARY)
+def test_either_removes_whole_heads_where_dimensions_cannot_go(name: str) -> None:
+    model, inputs = family_case(name)
+    either, whole = (find_units(model, inputs, heads=heads) for heads in ("either", "whole"))
+    assert [group.name for group in either.groups] == [group.name for group in whole.groups]
+    assert either.left_out == whole.left_out
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_either_removes_dimensions_where_they_can_go(name: str) -> None:
+    model, inputs = family_case(name)
+    either, finer = (find_units(model, inputs, heads=heads) for heads in ("either", "dimensions"))
+    assert [group.name for group in either.groups] == [group.name for group in finer.groups]
+
+
+def test_either_decides_for_each_attention() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.ModuleDict({"free": Attention(), "fixed": Fixed()})
+    found = find_units(
+        model,
+        torch.randn(3, 6, 5),
+        heads="either",
+        forward_fn=lambda both, x: both["free"](x) + both["fixed"](x),
+    )
+    kinds = {group.name.partition(".")[0]: group.kind for group in found.groups}
+    assert kinds == {"free": "dimension", "fixed": "head"}
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"), [("flops", "dimension"), ("params", "head"), ("channels", "head")]
+)
+def test_the_recommended_call_removes_dimensions_for_flops(target: Any, kind: str) -> None:
+    model, inputs = build("timm-vit").eval(), inputs_of("timm-vit")
+    calibration = Calibration(
+        model, [(inputs["x"], torch.arange(len(inputs["x"])) % 3)], cross_entropy
+    )
+    report = shrink(model, inputs, calibration, sparsity=0.1, target=target, evaluations=12)
+    assert {group.kind for group in report.groups} - {"hidden"} == {kind}
+
+
 class Fixed(Attention):
     """The same with a number of dimensions written down."""
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
-        q, k, v = (f(x).reshape(n, t, 2, s) for f, s in ((self.q, 4), (self.k, 4), (self.v, 3)))
+        q, k, v = (f(x).reshape(n, t, -1, s) for f, s in ((self.q, 4), (self.k, 4), (self.v, 3)))
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
 

@@ -126,8 +126,8 @@ def build_parser() -> Parser:
     group.add_argument(
         "--heads",
         choices=get_args(Heads),
-        default="whole",
-        help="of attention: remove heads as a whole, or dimensions inside of all heads",
+        help="of attention: remove heads as a whole, dimensions inside of all heads, or either: "
+        "dimensions where they can be had (default with --importance loss and --target flops)",
     )
     add_sample_options(group)
     add_running_options(parser, "shrunk")

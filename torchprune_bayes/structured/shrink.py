@@ -51,7 +51,7 @@ def shrink(
     ema: nn.Module | Iterable[nn.Module] = (),
     forward_fn: ForwardFunction | None = None,
     verify: bool = True,
-    heads: Heads = "whole",
+    heads: Heads | None = None,
     scope: Literal["global", "layer"] | None = None,
 ) -> ShrinkReport:
     """Remove the least important channels, hidden units or heads of a model for good.
@@ -110,8 +110,11 @@ def shrink(
             and removes dimensions inside of them, equally many in all heads of a layer, but from
             each head those that matter least to it. Queries and keys are chosen apart from values.
             What cannot be had so, such as heads with rotary embeddings, is left whole and named in
-            ``left_out``. Products keep their scale: queries and keys are multiplied by
-            ``(d'/d)^¼`` where a module divides by the square root of what is left of ``d``.
+            ``left_out``; ``"either"`` removes whole heads there. Products keep their scale: queries
+            and keys are multiplied by ``(d'/d)^¼`` where a module divides by the square root of
+            what is left of ``d``. The default is ``"either"`` for ``target="flops"`` with a
+            calibration in the place of the importance, else ``"whole"``: per FLOP dimensions lose
+            less, and whole heads save a little more time.
         scope: The former name of ``allocation``, deprecated.
 
     Returns:
@@ -160,6 +163,8 @@ def shrink(
     _check_threshold(recipe, target)
     if verify and example_inputs is None:
         raise ArgumentError("Expected `example_inputs` to verify with, got None.")
+    if heads is None:
+        heads = "either" if target == "flops" and isinstance(importance, Calibration) else "whole"
     units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
     found = arranged(inner, units.groups, recipe.importance)
     costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)

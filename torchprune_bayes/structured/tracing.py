@@ -24,8 +24,8 @@ from torchprune_bayes.wiring.units import groups_of
 from torchprune_bayes.wiring.unseen import read_unseen
 from torchprune_bayes.wiring.whole import kept_whole
 
-Heads: TypeAlias = Literal["whole", "dimensions"]
-"""Whether heads go as a whole, or dimensions inside of all heads of a layer."""
+Heads: TypeAlias = Literal["whole", "dimensions", "either"]
+"""Whether heads go as a whole, dimensions inside of all heads of a layer, or these if they can."""
 
 __all__ = ["Heads", "Units", "find_groups", "find_units", "unit_group"]
 
@@ -74,7 +74,8 @@ def find_groups(
         heads: ``"whole"`` lists the heads of attention; ``"dimensions"`` lists in their place the
             dimensions inside of them, of which all heads of a layer keep the same number, see
             :mod:`~torchprune_bayes.structured.head_dimensions`. It takes example inputs, and up to
-            some tens of forward passes.
+            some tens of forward passes. ``"either"`` lists dimensions where all of an attention's
+            can be had, and its heads elsewhere.
 
     Returns:
         The groups, in the order of the modules that make the units.
@@ -118,20 +119,29 @@ def find_units(
     inner = unwrap(model)
     check_plain(inner)
     units, whole = _whole_units(inner, example_inputs, ignored, forward_fn)
-    if heads == "whole" or not whole:
+    if heads == "whole" or not whole or (heads == "either" and example_inputs is None):
         return units
     if example_inputs is None:
         raise ArgumentError(
             "Expected `example_inputs` to tell dimensions of heads apart, got None."
         )
-    finer, left_out = dimensions_of(inner, whole, example_inputs, forward_fn)
-    rest = [group for group in units.groups if group.kind != "head"]
-    of_heads = {group.name for group in whole}
-    groups = [*rest, *finer]
+    finer = Units(*dimensions_of(inner, whole, example_inputs, forward_fn))
+    stay = [group for group in units.groups if group.kind == "head"]
+    stay = [group for group in stay if heads == "either" and _makers(group) & {*finer.left_out}]
+    taken = {name for group in stay for name in _makers(group)}
+    groups = [group for group in units.groups if group.kind != "head"] + stay
+    groups += [group for group in finer.groups if not _makers(group) & taken]
     order = {name: place for place, (name, _) in enumerate(inner.named_modules())}
     groups.sort(key=lambda group: order[group.name.partition(":")[0]])
+    of_heads = {group.name for group in whole}
     reasons = {name: why for name, why in units.left_out.items() if name not in of_heads}
-    return Units(groups, reasons | left_out)
+    reasons |= {name: why for name, why in finer.left_out.items() if name not in taken}
+    return Units(groups, reasons)
+
+
+def _makers(group: UnitGroup) -> set[str]:
+    """The layers that make the units."""
+    return {p.name.rpartition(".")[0] for p in group.slices if p.role == "producer"}
 
 
 def _whole_units(
