@@ -6,7 +6,9 @@ The dense networks are those of ``finetuned.py``; each is trained once and kept 
 every fraction of the FLOPs a copy is shrunk and measured at once; with ``--fine-tune`` it is then
 trained like all others, for the same few updates, and measured again.
 
-``default`` is ``shrink(model, inputs, calibration, ...)``. ``tp magnitude`` and ``tp taylor`` are
+``default`` is ``shrink(model, inputs, calibration, target="flops")``, which removes dimensions inside
+of heads; ``--heads whole`` has it remove whole heads, and ``--heads dimensions`` has the peers remove
+dimensions, too. ``tp magnitude`` and ``tp taylor`` are
 torch-pruning's own pruner with its group importances. ``magnitude``, ``taylor`` and ``hessian`` are
 those importances at their default settings (mean over the layers of a group, divided by the mean of
 the group's units), written for groups of any model, so that all transformers are served. Each is
@@ -49,6 +51,7 @@ ALLOCATIONS: tuple[Allocation, ...] = ("global", "layer", "isomorphic")
 PEERS = ("magnitude", "taylor", "hessian", *HOSTS)
 TRACED = ("vit", "resnet20", "resnet18")
 """Tasks whose networks torch-pruning's own pruner is run on."""
+WITHOUT_HEADS = ("resnet20", "resnet18")
 SCORES = ["perplexity", "eval_loss_perplexity", "accuracy", "nll"]
 SCORES += ["tuned perplexity", "tuned eval_loss_perplexity", "tuned accuracy"]
 SCORES += ["seconds", "passes", "latency_ratio_1", "latency_ratio_16"]
@@ -116,6 +119,7 @@ def _by_host(task: Task, row: dict[str, Any], samples: int) -> nn.Module:
             scope=scope,
             sparsity=row["sparsity"],
             repair=row["repair"],
+            dimensions=row.get("heads") == "dimensions",
         )
         found.append((_held_out(task, model, row, samples), scope, model, fraction))
     _, row["allocation"], model, row["flops"] = min(found, key=lambda each: each[0])
@@ -169,7 +173,11 @@ def rows_for(arguments: argparse.Namespace, task: str) -> list[dict[str, Any]]:
         ("default", True),
         *((name, how) for name in PEERS for how in map(bool, arguments.repair)),
     ]
-    finer = {} if arguments.heads == "whole" else {"heads": arguments.heads}
+
+    def heads(method: str) -> dict[str, str]:
+        finer = arguments.heads or ("dimensions" if method == "default" else "whole")
+        return {} if finer == "whole" or task in WITHOUT_HEADS else {"heads": finer}
+
     return [
         {
             "task": task,
@@ -179,7 +187,7 @@ def rows_for(arguments: argparse.Namespace, task: str) -> list[dict[str, Any]]:
             "repair": repair,
             "steps": arguments.steps,
             "tuned": arguments.fine_tune,
-            **finer,
+            **heads(method),
         }
         for seed in arguments.seeds
         for sparsity in arguments.sparsities
@@ -215,7 +223,7 @@ def main() -> None:
     add("--sparsities", nargs="+", type=float, default=[0.3, 0.5, 0.7])
     add("--methods", nargs="+", choices=["default", *PEERS], default=["default", *PEERS])
     add("--repair", nargs="+", type=int, choices=[0, 1], default=[0, 1], help="of the peers")
-    add("--heads", choices=["whole", "dimensions"], default="whole")
+    add("--heads", choices=["whole", "dimensions"], help="of attention, of peers too")
     add("--samples", type=int, default=512, help="of the calibration")
     add("--steps", type=int, default=1)
     add("--seeds", nargs="+", type=int, default=[0])

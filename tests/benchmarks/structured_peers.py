@@ -97,6 +97,7 @@ def pruned_by_host(
     scope: str,
     sparsity: float,
     repair: bool,
+    dimensions: bool = False,
 ) -> tuple[nn.Module, float]:
     """Prune a copy by torch-pruning's own pruner until so much of the FLOPs is gone.
 
@@ -109,6 +110,7 @@ def pruned_by_host(
         scope: One of :data:`SCOPES`.
         sparsity: Fraction of the FLOPs.
         repair: Whether :func:`~torchprune_bayes.structured.repairing` goes round the last run.
+        dimensions: Whether heads lose dimensions instead of going as a whole.
 
     Returns:
         The smallest loss of FLOPs that is enough: the model, and the fraction that is gone.
@@ -122,6 +124,7 @@ def pruned_by_host(
             if name in gradient:
                 parameter.grad = gradient[name].to(parameter.dtype).clone()
         pruner = _pruner(model, example, ignored, HOSTS[method](), SCOPES[scope], ratio)
+        pruner.prune_num_heads, pruner.prune_head_dims = not dimensions, dimensions
         with repairing(pruner, calibrate(model)) if repaired else nullcontext():
             pruner.step()
             _count_heads(model, pruner)
