@@ -6,10 +6,10 @@ The dense networks are those of ``finetuned.py``; each is trained once and kept 
 every fraction of the FLOPs a copy is shrunk and measured at once; with ``--fine-tune`` it is then
 trained like all others, for the same few updates, and measured again.
 
-``default`` is ``shrink(model, inputs, calibration, target="flops")``, which removes dimensions inside
-of heads; ``--heads whole`` has it remove whole heads, and ``--heads dimensions`` has the peers remove
-dimensions, too. ``tp magnitude`` and ``tp taylor`` are
-torch-pruning's own pruner with its group importances. ``magnitude``, ``taylor`` and ``hessian`` are
+``default`` is ``shrink(model, inputs, calibration, target="flops")``, which removes dimensions
+inside of heads; ``--heads whole`` has it remove whole heads, ``--heads dimensions`` has the peers
+remove dimensions as well. ``tp magnitude`` and ``tp taylor`` are torch-pruning's own pruner with
+its group importances. ``magnitude``, ``taylor`` and ``hessian`` are
 those importances at their default settings (mean over the layers of a group, divided by the mean of
 the group's units), written for groups of any model, so that all transformers are served. Each is
 ranked globally, within layers and within isomorphic groups, the best of which is chosen by the loss
