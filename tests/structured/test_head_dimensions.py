@@ -237,12 +237,12 @@ def test_either_removes_dimensions_where_they_can_go(name: str) -> None:
 def test_either_decides_for_each_attention() -> None:
     torch.manual_seed(0)
     model: Any = nn.ModuleDict({"free": Attention(), "fixed": Fixed()})
-    found = find_units(
-        model,
-        torch.randn(3, 6, 5),
-        heads="either",
-        forward_fn=lambda both, x: both["free"](x) + both["fixed"](x),
-    )
+
+    def run(both: Any, x: Tensor) -> Tensor:
+        total: Tensor = both["free"](x) + both["fixed"](x)
+        return total
+
+    found = find_units(model, torch.randn(3, 6, 5), heads="either", forward_fn=run)
     kinds = {group.name.partition(".")[0]: group.kind for group in found.groups}
     assert kinds == {"free": "dimension", "fixed": "head"}
 

@@ -31,7 +31,8 @@ def damped(moment: Tensor, damping: float) -> Tensor:
         >>> damped(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), 0.5).tolist()
         [[2.5, 0.0], [0.0, 0.5]]
     """
-    matrix = wide(moment.clone())
+    matrix = wide(moment)
+    matrix = matrix.clone() if matrix is moment else matrix
     mean = matrix.diagonal().mean()
     matrix.diagonal().add_(torch.where(mean > 0, damping * mean, 1.0))
     return matrix
@@ -99,7 +100,8 @@ def descend_rows(gram: Tensor, weights: Tensor, keep: Tensor, steps: int) -> Ten
         tensor([[1.5000, 0.0000]])
     """
     wanted = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    matrix = (gram / gram.diagonal().mean()).to(wanted)  # of any scale: it does not matter
+    matrix = gram.new_empty(gram.shape, dtype=wanted.dtype)
+    torch.div(gram, gram.diagonal().mean(), out=matrix)  # of any scale: it does not matter
     kept = keep.to(wanted)
     scale, tiny = matrix.diagonal().reciprocal(), torch.finfo(wanted.dtype).tiny
     found = wanted * kept

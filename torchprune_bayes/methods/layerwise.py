@@ -129,19 +129,20 @@ class Layerwise(PruningMethod):
             CalibrationError: If the data gave no usable scores or inputs.
         """
         weights, masks, reports = space.values(), space.masks(), []
-        scores, moved = None, False
-        scorer = self._scorer(self.required_calibration)
-        for amount, pattern in self._rounds(space, masks):
+        scores, rounds = None, self._rounds(space, masks)
+        scorer: Scorer | None = self._scorer(self.required_calibration)
+        for index, (amount, pattern) in enumerate(rounds):
+            assert scorer is not None
             seen = space.with_masks(masks).with_values(weights)
-            scores = None  # before the next ones are made
             found = scorer.decide(seen, amount, pattern)
-            masks, scores = found.masks, found.scores
+            masks = found.masks
             reports.append({"kept": _count(masks), "scores": found.info})
+            if index == len(rounds) - 1:  # either what scores or the scores: both are large
+                scores, scorer = found.scores, None
             del found
             weights = self._solved(seen, weights, masks)
-            moved = True
         info = {"steps": reports, "scores": self.scores, "damping": self.damping}
-        return Decision(masks, weights if moved else None, scores, info)
+        return Decision(masks, weights if rounds else None, scores, info)
 
     def _rounds(self, space: ParameterSpace, masks: Masks) -> list[tuple[Any, Pattern | None]]:
         """What each round prunes of what the one before left."""
