@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer-magnitude": ("layer-magnitude", {}),
     "wanda": ("wanda", {}),
     "sparsegpt": ("sparsegpt", {}),
+    "alps": ("alps", {}),
     "opd": ("opd", {}),
     "kfac": ("kfac", {}),
     "woodfisher": ("woodfisher", {}),

@@ -62,7 +62,7 @@ ghost_device = importlib.import_module("ghost_device")
 DEVICE = "ghost"
 UNSTRUCTURED = [n for n, m in registered_methods().items() if n not in ("bmrs", "random")]
 IMPORTANCES = ["calibration", "gates", "l1", "random", "snapit", "woodfisher", "opd", "laplace"]
-PATTERNS = ["woodfisher", "woodtaylor", "greedy-obs", "cbs", "opd", "sparsegpt", "wanda"]
+PATTERNS = ["woodfisher", "woodtaylor", "greedy-obs", "cbs", "opd", "alps", "sparsegpt", "wanda"]
 OTHER_DEVICE = [n for n in UNSTRUCTURED if registered_methods()[n].needs_calibration]
 
 

@@ -24,6 +24,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("sparsegpt", {}),
     ("sparsegpt", {"scope": "global"}),
     ("wanda", {}),
+    ("alps", {}),
     ("kfac", {}),
 ]
 Prepared = tuple[nn.Module, Any, Any]

@@ -1,4 +1,4 @@
-"""SparseGPT and Wanda beside their papers' formulas."""
+"""SparseGPT, ALPS and Wanda beside their papers' formulas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchprune_bayes._numerics.layer_update import damped
 from torchprune_bayes.curvature.layer_inputs import LayerInputs
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 
-NAMES = ["sparsegpt", "wanda"]
+NAMES = ["alps", "sparsegpt", "wanda"]
 
 
 def test_sparsegpt_is_the_papers_in_every_layer():

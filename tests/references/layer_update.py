@@ -55,3 +55,37 @@ def sparse_gpt(gram: Tensor, weights: Tensor, sparsity: float, block: int) -> Te
             found[:, j:] -= torch.outer(error, inverse[0])
             found[:, j] *= keep[:, j]
     return found * keep
+
+
+def alps(gram: Tensor, weights: Tensor, kept: int, penalty: float, steps: int) -> Tensor:
+    """The mask of ALPS (algorithm 1), with every system solved anew and masks by sorting."""
+    units = gram.diagonal().sqrt()
+    normal, dense = gram / torch.outer(units, units), weights.double() * units
+
+    def project(values: Tensor) -> Tensor:
+        mask = torch.zeros(values.numel()).bool()
+        mask[values.flatten().abs().argsort(descending=True)[:kept]] = True
+        return values * mask.view_as(values)
+
+    identity = torch.eye(len(gram)).double()
+    sparse, pull = project(dense), torch.zeros_like(dense)
+    before, moving = sparse != 0, False
+    for step in range(steps):
+        right = dense @ normal - pull + penalty * sparse
+        fitted = torch.linalg.solve(normal + penalty * identity, right.mT).mT
+        sparse = project(fitted + pull / penalty)
+        pull = pull + penalty * (fitted - sparse)
+        if step % 3 == 2:
+            moved = int(((sparse != 0) != before).sum())
+            if not moving and moved < 0.005 * kept:
+                penalty /= 5
+                sparse, pull = project(dense), torch.zeros_like(dense)
+            elif moved == 0:
+                break
+            else:
+                moving = True
+                penalty *= 1.3 if moved >= 0.1 * kept else 1.2 if moved >= 0.005 * kept else 1.1
+            before = sparse != 0
+            if penalty < 1e-7:
+                break
+    return sparse != 0

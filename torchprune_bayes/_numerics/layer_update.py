@@ -75,7 +75,9 @@ def solve_rows(gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
     return found
 
 
-def descend_rows(gram: Tensor, weights: Tensor, keep: Tensor, steps: int) -> Tensor:
+def descend_rows(
+    gram: Tensor, weights: Tensor, keep: Tensor, steps: int, *, start: Tensor | None = None
+) -> Tensor:
     """The weights of :func:`solve_rows` nearly, by conjugate gradients on all rows together.
 
     From the masked weights on, each step changes the outputs less than the one before, and after
@@ -88,6 +90,7 @@ def descend_rows(gram: Tensor, weights: Tensor, keep: Tensor, steps: int) -> Ten
         weights: ``W``, ``[rows, n]``.
         keep: Boolean, like ``weights``.
         steps: Steps of conjugate gradients.
+        start: Where they begin, zero where pruned; default ``W`` on the mask.
 
     Returns:
         ``Ŵ``, in the dtype that was computed in.
@@ -104,7 +107,7 @@ def descend_rows(gram: Tensor, weights: Tensor, keep: Tensor, steps: int) -> Ten
     torch.div(gram, gram.diagonal().mean(), out=matrix)  # of any scale: it does not matter
     kept = keep.to(wanted)
     scale, tiny = matrix.diagonal().reciprocal(), torch.finfo(wanted.dtype).tiny
-    found = wanted * kept
+    found = wanted * kept if start is None else start.to(wanted)
     residual = (wanted - found) @ matrix * kept
     scaled = residual * scale
     direction, size = scaled, (residual * scaled).sum(1, keepdim=True)

@@ -17,7 +17,7 @@ _FAMILIES = {
         "greedy-obs",
         "kfac",
     ),
-    "layer by layer": ("layerwise", "sparsegpt", "wanda"),
+    "layer by layer": ("layerwise", "alps", "sparsegpt", "wanda"),
     "one weight at a time": ("diagonal-fisher", "hessian-diagonal"),
     "Bayesian": ("opd", "laplace-evidence"),
     "made for before training": (

@@ -1,5 +1,6 @@
 """The pruning methods, and what applies them to models."""
 
+from torchprune_bayes.methods.alps import ALPS
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.bmrs import BMRS, prune_gated
 from torchprune_bayes.methods.cbs import CBS, PostUpdateCBS
@@ -39,6 +40,7 @@ from torchprune_bayes.methods.woodfisher import WoodFisher
 from torchprune_bayes.methods.woodtaylor import WoodTaylor
 
 __all__ = [
+    "ALPS",
     "BMRS",
     "CBS",
     "FORCE",
