@@ -139,8 +139,8 @@ class Layerwise(PruningMethod):
             reports.append({"kept": _count(masks), "scores": found.info})
             if index == len(rounds) - 1:  # either what scores or the scores: both are large
                 scores, scorer = found.scores, None
-            del found
-            weights = self._solved(seen, weights, masks)
+            del found, seen
+            weights = self._solved(space, weights, masks)
         info = {"steps": reports, "scores": self.scores, "damping": self.damping}
         return Decision(masks, weights if rounds else None, scores, info)
 

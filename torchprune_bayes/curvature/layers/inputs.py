@@ -42,8 +42,8 @@ class InputMoment:
         return cls(module, torch.zeros(groups, n, n, dtype=weight.dtype, device=weight.device))
 
     def add(self, product: Tensor, tokens: int) -> None:
-        """Add a sum over more tokens."""
-        self.total += product
+        """Add a sum over more tokens, which other moments may have, too."""
+        self.total = self.total + product if self.tokens else product
         self.tokens += tokens
 
     @property
