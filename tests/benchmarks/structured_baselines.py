@@ -60,7 +60,7 @@ def network(shape: tuple[int, ...], classes: int, width: float) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 
 
-def rows(hoyer: float, l0: float) -> tuple[Row, ...]:
+def rows(hoyer: float, l0: float, gates: float) -> tuple[Row, ...]:
     """What is compared."""
     snap = Importance("snap-it", SAMPLES)
     found: dict[str, tuple[Start, Pruning, Target]] = {
@@ -80,7 +80,7 @@ def rows(hoyer: float, l0: float) -> tuple[Row, ...]:
         ),
         "group Hoyer-square": (Untrained(), Penalised(hoyer, before=20, tune=10), None),
         "L0 gates": (Untrained(), L0Gates(l0), None),
-        "BMRS_N": (Untrained(), Gated("bmrs-n", gates=Gates(multiplier=30.0)), None),
+        "BMRS_N": (Untrained(), Gated("bmrs-n", gates=Gates(multiplier=gates)), None),
         "CNIP-it, before": (Untrained(), WeightsAndUnits(SAMPLES), WEIGHTS),
         "IMP (weights)": (Untrained(), Rewinding(remember=2, rounds=3), WEIGHTS),
     }
@@ -105,11 +105,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--hoyer", type=float, default=4e-2, help="strength of the Hoyer penalty")
     parser.add_argument("--l0", type=float, default=0.5, help="strength of the L0 penalty")
+    parser.add_argument(
+        "--gates", type=float, default=30.0, help="learning rate of the gates, in that of weights"
+    )
     parser.add_argument("--only", nargs="+", help="labels of rows")
     parser.add_argument("--tuning", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("results/structured_baselines.json"))
     given = parser.parse_args()
-    chosen = [row for row in rows(given.hoyer, given.l0) if row.label in (given.only or row.label)]
+    chosen = [
+        row
+        for row in rows(given.hoyer, given.l0, given.gates)
+        if row.label in (given.only or row.label)
+    ]
     experiment = Experiment("digits", "", "digits", RECIPE, tuple(chosen), network)
     data = split().held_out() if given.tuning else split()
     given.output.parent.mkdir(parents=True, exist_ok=True)

@@ -250,7 +250,10 @@ class Calibration:
             AlignmentError: If the tensors belong to another model.
         """
         if space.model is not self.model:
-            raise AlignmentError("Expected tensors of the calibration's model, got of another.")
+            raise AlignmentError(
+                "Expected tensors of the calibration's model, got those of another: build the "
+                "calibration on that model."
+            )
         other = copy.copy(self)
         other.space = space
         other._functional = self._functional.of(space, self.loss_fn)

@@ -20,14 +20,14 @@ _GRADIENT, _MOMENTS, _HELD_OUT = 3, 3, 2
 
 @dataclass(frozen=True)
 class ShrinkEstimate:
-    """What shrinking by measured loss takes.
+    """What shrinking by measured loss takes in passes over the data.
 
     Attributes:
         samples: Calibration samples, each of which gives a gradient.
         tried: Samples of each evaluation of the loss.
         evaluations: Evaluations of the loss at most, for the curves.
         forward_samples: Samples that run through the model at most, a gradient counted three times.
-        seconds: Estimated time of these, extrapolated from one forward pass.
+        seconds: Estimated time of these, extrapolated from one forward pass; solving comes on top.
     """
 
     samples: int

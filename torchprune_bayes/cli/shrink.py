@@ -195,9 +195,9 @@ def _print_plan(arguments: argparse.Namespace, calibration: Calibration) -> None
     )
     print(
         f"plan: gradients of {plan.samples:,} samples{curves}\n"
-        f"      up to about {in_words(plan.seconds)}, estimated from one forward pass\n"
-        f"      (faster with a smaller --num-samples{' or --evaluations' if measured else ''}); "
-        "measuring the model before and after comes on top",
+        f"      up to about {in_words(plan.seconds)} for gradients and forward passes, estimated from "
+        "one pass; solving\n      and measuring the model before and after come on top; a smaller "
+        f"--num-samples{' or --evaluations' if measured else ''} is faster",
         flush=True,
     )
 

@@ -102,7 +102,10 @@ def gates_of(model: nn.Module) -> Gates:
                 site = _renamed(getattr(module, f"_{name}_site"), module_name)
                 gates[site.name], sites[site.name] = gate, site
     if not gates:
-        raise ArgumentError(f"Expected a model with gates, got none in {type(model).__name__}.")
+        raise ArgumentError(
+            f"Expected a model with gates, got none in {type(model).__name__}: "
+            "attach_gates(model) inserts them."
+        )
     return Gates(model, gates, sites)
 
 

@@ -60,7 +60,10 @@ def _check_parametric(laplace: Any) -> None:
             f"{type(laplace).__name__} without `{missing[0]}`."
         )
     if getattr(laplace, "H", None) is None or not hasattr(laplace, "n_data"):
-        raise ArgumentError("Expected a fitted Laplace posterior, got one before `fit`.")
+        raise ArgumentError(
+            "Expected a fitted Laplace posterior, got one before `fit`: call its `fit(loader)` "
+            "first."
+        )
 
 
 def _likelihood(laplace: Any) -> dict[str, Any]:

@@ -281,7 +281,8 @@ def space_of_pairs(params: ParameterPairs | None, kind: str) -> ParameterSpace:
     """
     if params is None:
         raise ArgumentTypeError(
-            f"Expected a model or (module, tensor name) pairs for {kind}, got None."
+            f"Expected a model or (module, tensor name) pairs for {kind}, got None: pass the "
+            "model, or `calibration=`, which knows its own."
         )
     return ParameterSpace.of_pairs(params)
 

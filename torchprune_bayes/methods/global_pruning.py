@@ -230,7 +230,10 @@ def export_masks(model: nn.Module, path: str | Path) -> None:
     """
     masks = masks_of(model)
     if not masks:
-        raise ArgumentError("Expected a pruned model to export masks from, got none pruned.")
+        raise ArgumentError(
+            "Expected a pruned model to export masks from, got none pruned: call prune_global "
+            "first."
+        )
     save_tensors(path, masks)
 
 

@@ -80,7 +80,7 @@ def normalising_by(batch_norm: str, model: nn.Module) -> Iterator[None]:
             if isinstance(module, nn.SyncBatchNorm):
                 raise ParameterError(
                     "Expected batch norms of one process for batch_norm='batch', got SyncBatchNorm "
-                    f"at `{name}`."
+                    f"at `{name}`: use batch_norm='running'."
                 )
             if isinstance(module, _BatchNorm):
                 hook = module.register_forward_pre_hook(_train_on_several, with_kwargs=True)

@@ -86,7 +86,8 @@ def prunable_parameters(
                 pairs.append(ParameterPair.of(model, module, name))
     if not pairs:
         raise ParameterError(
-            f"Expected trainable linear or convolution weights in {type(model).__name__}, got none."
+            f"Expected trainable linear or convolution weights in {type(model).__name__}, got "
+            "none: set requires_grad of some, or list (module, name) pairs yourself."
         )
     return pairs
 
@@ -116,6 +117,9 @@ def _modules_inside(
     for item in exclude:
         root = item if isinstance(item, str) else names.get(id(item))
         if root not in modules:
-            raise ParameterError(f"Expected `exclude` to name modules of the model, got {item!r}.")
+            raise ParameterError(
+                f"Expected `exclude` to name modules of the model, got {item!r}: "
+                "model.named_modules() lists them."
+            )
         skipped |= names_inside(modules, cast(str, root))
     return skipped

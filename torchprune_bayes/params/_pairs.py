@@ -52,7 +52,10 @@ def as_pairs(params: ParameterPairs) -> list[tuple[nn.Module, str]]:
                 f"Expected `params` to hold (module, tensor name) pairs, got {pair!r}."
             )
     if not pairs:
-        raise ParameterError("Expected at least one (module, tensor name) pair, got none.")
+        raise ParameterError(
+            "Expected at least one (module, tensor name) pair, got none: "
+            "prunable_parameters(model) lists a model's."
+        )
     return pairs
 
 

@@ -237,7 +237,10 @@ def _prunable_tensor(
         raise ParameterError(f"Expected a module of the model, got a {kind} that is not in it.")
     full = ".".join(part for part in (qualified[module], name) if part)
     if parametrize.is_parametrized(module, name):
-        raise ParameterError(f"Expected a plain tensor, got the parametrized `{full}`.")
+        raise ParameterError(
+            f"Expected a plain tensor, got the parametrized `{full}`: call "
+            "torch.nn.utils.parametrize.remove_parametrizations first."
+        )
     tensor = leaf(module, name)
     if tensor is None:
         computed = name in vars(module)

@@ -129,7 +129,8 @@ class MetricSums:
         samples, correct, top5, _, nll, brier = self._sums.sum(dim=0).tolist()
         if not samples:
             raise ArgumentError(
-                f"Expected at least one sample with a label other than {IGNORED_LABEL}, got none."
+                f"Expected at least one sample with a label other than {IGNORED_LABEL}, got "
+                "none: check the data that is measured on."
             )
         # Σ_b n_b/N |correct_b/n_b - confidence_b/n_b|: the n_b cancel, empty bins included.
         gap = float((self._sums[:, 1] - self._sums[:, 3]).abs().sum())

@@ -93,7 +93,8 @@ class Recipe:
             calibration = held
         if calibration is not None and calibration.model is not model:
             raise AlignmentError(
-                "Expected to shrink the model of the calibration, got another one."
+                "Expected to shrink the model of the calibration, got another one: build the "
+                "calibration on this one."
             )
         for name, value in (("allocation", allocation), ("repair", repair)):
             if calibration is None and value in ("measured", "least_squares"):

@@ -86,7 +86,7 @@ def slice_optimizer(
     if isinstance(optimizer, LBFGS) and optimizer.state:
         raise ParameterError(
             "Expected an optimizer with separate state for each parameter, got LBFGS, whose "
-            "history runs across all of them."
+            "history runs across all of them: build a new one after shrinking."
         )
     names = {id(old): (name, new) for name, (old, new) in parameters.items()}
     moved: dict[Any, Any] = {}
@@ -156,7 +156,8 @@ def _cut_state(
             shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ParameterError(
                 f"Expected `{key}` in the optimizer's state of `{name}` to be a number or of shape "
-                f"{tuple(old.shape)}, got {shown}, which cannot be cut along with the parameter."
+                f"{tuple(old.shape)}, got {shown}, which cannot be cut along with the "
+                "parameter: build a new optimizer after shrinking."
             )
     return moved
 

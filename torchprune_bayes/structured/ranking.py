@@ -153,7 +153,7 @@ def blocks_to_reach(
         most = 1.0 - left_of(high)
         raise ArgumentError(
             f"Expected a sparsity of at most {most:.6g} in {resource}, which ignored layers and "
-            f"floors allow, got {sparsity:g}."
+            f"floors allow, got {sparsity:g}: ask for less, or lower `min_keep` or `round_to`."
         )
     while low < high:
         middle = (low + high) // 2

@@ -178,7 +178,7 @@ class RepairReport:
         return bool(self.layers) and self.loss_repaired <= self.loss_cut
 
     def __str__(self) -> str:
-        outcome = "repaired" if self.taken else "repair not taken"
+        outcome = "repaired" if self.taken else "repair not taken, since it does not lower the loss"
         return (
             f"{outcome}: loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
             f"{len(self.layers)} layers were fitted anew in {self.seconds:.1f} s"
@@ -221,7 +221,7 @@ def cut_with(
         change.undo()
         plain.redo()
         change = plain
-        logger.warning("The repair is not taken, because it does not lower the loss: %s.", report)
+        logger.warning("%s; the layers are left as they were cut.", report)
     return change, report
 
 

@@ -190,7 +190,9 @@ def _belongs(manifest: Manifest, folder: Path) -> bool:
 def _manifest_in(folder: Path) -> Manifest:
     """The manifest that the folder's tensors go with, which may be a finished draft."""
     if not (folder / TENSORS_FILE).is_file():
-        raise ArgumentError(f"Expected a file `{TENSORS_FILE}` in {folder}, got none.")
+        raise ArgumentError(
+            f"Expected a file `{TENSORS_FILE}` in {folder}, got none: save_shrunk writes it."
+        )
     draft = folder / f"{MANIFEST_FILE}{_DRAFT}"
     if draft.is_file():
         with suppress(ArgumentError):
@@ -198,7 +200,9 @@ def _manifest_in(folder: Path) -> Manifest:
             if _belongs(found, folder):
                 return found
     if not (folder / MANIFEST_FILE).is_file():
-        raise ArgumentError(f"Expected a file `{MANIFEST_FILE}` in {folder}, got none.")
+        raise ArgumentError(
+            f"Expected a file `{MANIFEST_FILE}` in {folder}, got none: save_shrunk writes it."
+        )
     return _read_manifest(folder / MANIFEST_FILE)
 
 

@@ -162,7 +162,9 @@ def shrink(
     )
     _check_threshold(recipe, target)
     if verify and example_inputs is None:
-        raise ArgumentError("Expected `example_inputs` to verify with, got None.")
+        raise ArgumentError(
+            "Expected `example_inputs` to verify with, got None: pass some, or verify=False."
+        )
     if heads is None:
         heads = "either" if target == "flops" and isinstance(importance, Calibration) else "whole"
     units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
@@ -203,7 +205,10 @@ def _measured(
     if target != "latency" and target != "memory":
         return None
     if inputs[0] is None:
-        raise ArgumentError(f"Expected `example_inputs` to measure {target} with, got None.")
+        raise ArgumentError(
+            f"Expected `example_inputs` to measure {target} with, got None: pass inputs of the "
+            "size that matters to you."
+        )
     return MeasuredCosts(target, model, groups, *inputs)
 
 

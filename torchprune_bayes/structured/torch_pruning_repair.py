@@ -62,7 +62,10 @@ def repairing(
     """
     model = unwrap(pruner.DG.model)
     if model is not calibration.model:
-        raise AlignmentError("Expected the pruner's model in the calibration, got another one.")
+        raise AlignmentError(
+            "Expected the pruner's model in the calibration, got another one: build the "
+            "calibration on that model."
+        )
     found = (_converted(group, pruner.DG, model) for group in pruner.DG.get_all_groups())
     groups = [group for group in found if group is not None]
     before, recorded = _State(model), len(pruner.DG.pruning_history())

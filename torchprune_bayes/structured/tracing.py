@@ -123,7 +123,8 @@ def find_units(
         return units
     if example_inputs is None:
         raise ArgumentError(
-            "Expected `example_inputs` to tell dimensions of heads apart, got None."
+            "Expected `example_inputs` to tell dimensions of heads apart, got None: pass some, "
+            "or heads='whole'."
         )
     finer = Units(*dimensions_of(inner, whole, example_inputs, forward_fn))
     stay = [group for group in units.groups if group.kind == "head"]

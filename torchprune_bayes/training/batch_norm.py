@@ -72,7 +72,9 @@ def reestimate_batch_norm(
             model(*args, **kwargs)
             used += 1
         if not used:
-            raise CalibrationError("Expected at least one batch, got none.")
+            raise CalibrationError(
+                "Expected at least one batch, got none: an iterator can be used once only."
+            )
 
 
 @contextmanager

@@ -137,7 +137,10 @@ class GradualPruner:
         kind = unstructured_method(method)
         check_options(kind, options)
         if not decay_after and optimizer is None:
-            raise ArgumentTypeError("Expected `optimizer` with decay_after=False, got none.")
+            raise ArgumentTypeError(
+                "Expected `optimizer` with decay_after=False, got none: pass the one whose "
+                "weight decay is to end."
+            )
         self.mode, self._decay_after = mode, decay_after
         self.history: list[dict[str, Any]] = []
         self._space = space_of(params, calibration)

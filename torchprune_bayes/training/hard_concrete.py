@@ -152,5 +152,8 @@ def expected_l0(model: nn.Module) -> Tensor:
     """
     gates = [module for module in model.modules() if isinstance(module, HardConcreteGate)]
     if not gates:
-        raise ArgumentError("Expected a model with HardConcreteGate modules, got one without.")
+        raise ArgumentError(
+            "Expected a model with HardConcreteGate modules, got one without: "
+            "attach_l0_gates(model) inserts them."
+        )
     return torch.stack([gate.expected_l0() for gate in gates]).sum()

@@ -95,7 +95,10 @@ def fold_l0_gates(model: nn.Module) -> int:
     """
     placed, closed = _placed(unwrap(model)), 0
     if not placed:
-        raise ArgumentError("Expected a model with hard-concrete gates, got one without.")
+        raise ArgumentError(
+            "Expected a model with hard-concrete gates, got one without: "
+            "attach_l0_gates(model) inserts them."
+        )
     for module, side, gate in placed:
         scale = gate.expected_gate()
         closed += int((scale == 0).sum())

@@ -199,7 +199,8 @@ def _finish(recorder: Recorder, output: Any) -> None:
     tensors = tensors_in(output)
     if not tensors:
         raise ArgumentError(
-            f"Expected a floating point tensor from the model, got {type(output).__name__}."
+            f"Expected a floating point tensor from the model, got {type(output).__name__}: "
+            "give a `forward_fn` that returns one."
         )
     for tensor in tensors:
         for layer in recorder.state_of(tensor).layers:

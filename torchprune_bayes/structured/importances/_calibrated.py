@@ -127,7 +127,8 @@ def check_model(model: nn.Module, calibration: Calibration) -> None:
     """
     if model is not calibration.model:
         raise AlignmentError(
-            "Expected the model of the calibration, without wrappers, got another one."
+            "Expected the model of the calibration, without wrappers, got another one: unwrap "
+            "it before building the calibration."
         )
 
 
