@@ -215,7 +215,7 @@ def test_the_callable_is_found_in_the_working_folder(tmp_path, monkeypatch):
         ),
         (
             [*MODEL, "--method", "magnitude", "--amount", "0.5", "--exclude", "9"],
-            "Expected `exclude` to name modules of the model, got '9'.",
+            "Expected `exclude` to name modules of the model, got '9': model.named_modules()",
         ),
         (
             [*MODEL, "--method", "magnitude", "--amount", "0.5", "--device", "nowhere"],

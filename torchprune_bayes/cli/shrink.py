@@ -195,8 +195,8 @@ def _print_plan(arguments: argparse.Namespace, calibration: Calibration) -> None
     )
     print(
         f"plan: gradients of {plan.samples:,} samples{curves}\n"
-        f"      up to about {in_words(plan.seconds)} for gradients and forward passes, estimated from "
-        "one pass; solving\n      and measuring the model before and after come on top; a smaller "
+        f"      up to about {in_words(plan.seconds)} for gradients and forward passes, estimated "
+        "from one; solving\n      and measuring the model before and after come on top; a smaller "
         f"--num-samples{' or --evaluations' if measured else ''} is faster",
         flush=True,
     )
