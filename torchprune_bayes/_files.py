@@ -24,7 +24,7 @@ def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     """Turn whatever fails in the ``with`` block into one sentence about the file.
 
     A damaged or foreign file can make its reader fail in any way, so every exception but the
-    library's own is taken for that; the cause stays attached.
+    library's own is treated as damage; the cause stays attached.
 
     Args:
         path: The file or folder.
@@ -166,7 +166,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what the system refuses in the ``with`` block into one sentence about the file.
 
     Raises:
-        ArgumentError: If the block raises an ``OSError``, or safetensors one of its own.
+        ArgumentError: If the block raises an ``OSError``, or safetensors raises its own error.
     """
     try:
         yield

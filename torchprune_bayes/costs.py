@@ -118,9 +118,9 @@ def flops_per_weight(calibration: Calibration) -> dict[str, float]:
 
 def _uses(name: str, module: nn.Module, inputs: list[Tensor], output: Any) -> float:
     """How often each weight is used in one call."""
-    found = kind_of(module).uses(module, name.rpartition(".")[2], inputs, output)
-    if found is not None:
-        return found
+    uses = kind_of(module).uses(module, name.rpartition(".")[2], inputs, output)
+    if uses is not None:
+        return uses
     raise ArgumentError(
         f"Expected a linear or convolution layer for FLOPs per weight, got `{name}` of "
         f"{type(module).__name__}: leave it out of the parameters, or use no FLOP-aware option."

@@ -19,14 +19,14 @@ from torchprune_bayes.params import ParameterSpace, leaf
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer whose kind knows gradients, and those of its parameters that are wanted."""
+    """A layer whose kind can compute gradients, and those of its parameters that need them."""
 
     module: nn.Module
     rule: LayerKind
     names: Mapping[str, str]
     """Qualified names by the names in the layer."""
     whole: bool = False
-    """Whether a batch is taken as one sample, wherever in the inputs its samples are.
+    """Whether a batch counts as one sample, whichever input dimension is the batch.
 
     That is enough for Kronecker factors, which are sums over samples and positions alike.
     """
@@ -66,12 +66,12 @@ class Recording:
         Args:
             scalar: What is differentiated.
             factors: ``[B]``, multiplied with the gradients of the samples; all equal where a
-                layer is taken whole.
-            keep_graph: Whether more backward passes follow; otherwise memory is freed on the way.
+                batch counts as one sample.
+            keep_graph: Whether more backward passes follow; otherwise memory is freed early.
         """
         calls = self.calls if keep_graph else self._taken()
         edges = [call.edge for call in calls]
-        found: list[Tensor | None] = list(
+        edge_gradients: list[Tensor | None] = list(
             torch.autograd.grad(scalar, edges, retain_graph=keep_graph, allow_unused=True)
             if edges
             else []
@@ -79,7 +79,7 @@ class Recording:
         ready: dict[str, list[SampleGradients]] = {}
         left = _times_used(calls)
         for index, call in enumerate(calls):
-            g, found[index] = found[index], None
+            g, edge_gradients[index] = edge_gradients[index], None
             for name, gradients in self._of_call(call, g, factors).items():
                 ready.setdefault(name, []).append(gradients)
             for name in call.layer.names.values():
@@ -114,8 +114,8 @@ class Recording:
         if factors is not None:
             scale = factors[:samples].repeat_interleave(len(g) // samples).to(g)
             g = g * scale.view(-1, *[1] * (g.ndim - 1))
-        found = layer.rule.gradients(layer.module, call.saved, g, samples)
-        return {qualified: found[name] for name, qualified in layer.names.items()}
+        by_name = layer.rule.gradients(layer.module, call.saved, g, samples)
+        return {qualified: by_name[name] for name, qualified in layer.names.items()}
 
     def _taken(self) -> list[_Call]:
         calls, self.calls = self.calls, []
@@ -123,7 +123,7 @@ class Recording:
 
 
 class _ExpandedKind(LayerKind):
-    """A parameter that the model was given in one copy per sample."""
+    """A parameter that was expanded to one copy per sample."""
 
     names = ("values",)
 
@@ -139,16 +139,16 @@ class _ExpandedKind(LayerKind):
 def layers_of(space: ParameterSpace) -> list[Layer]:
     """The layers with a rule that use tensors of ``space``, tied ones under their one name."""
     names = {id(tensor.leaf): tensor.name for tensor in space}
-    found = []
+    layers = []
     for module in space.model.modules():
         kind = kind_of(module)
         if not kind.has_gradients(module):
             continue
-        held = {name: id(leaf(module, name)) for name in kind.names}
-        ours = {name: names[key] for name, key in held.items() if key in names}
+        leaves = {name: id(leaf(module, name)) for name in kind.names}
+        ours = {name: names[key] for name, key in leaves.items() if key in names}
         if ours:
-            found.append(Layer(module, kind, ours))
-    return found
+            layers.append(Layer(module, kind, ours))
+    return layers
 
 
 @contextmanager

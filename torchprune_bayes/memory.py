@@ -23,7 +23,7 @@ _UNKNOWN = 4096.0  # MiB, where the operating system does not say what is free
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes for what is held beside the model at one time.
+    """Bytes for everything held beside the model at one time.
 
     Half of it is for gradients that are kept in memory; what does not fit goes to a scratch file.
     The other half is for work: a group of Fisher blocks, and the activations and gradients of one
@@ -86,7 +86,7 @@ class MemoryBudget:
 
     @property
     def copy_bytes(self) -> int:
-        """For a copy of the gradients of what remains, once gradients are no longer taken."""
+        """For a copy of the gradients of what remains, once no more gradients are computed."""
         return self.total_bytes // 8
 
     @property
@@ -101,8 +101,8 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return int(_UNKNOWN * _MIB)
-    known = [_available(), _left_of_control_group()]
-    return min([size for size in known if size], default=int(_UNKNOWN * _MIB))
+    sizes = [_available(), _left_of_control_group()]
+    return min([size for size in sizes if size], default=int(_UNKNOWN * _MIB))
 
 
 def _available() -> int | None:

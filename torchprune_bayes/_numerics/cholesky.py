@@ -1,4 +1,4 @@
-"""Cholesky factors of matrices that are positive definite on paper."""
+"""Cholesky factors of matrices that are positive definite up to rounding."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _ATTEMPTS = 6
 
 
 class LaterChecks:
-    """Whether factorisations failed, which the device is asked once for all of them."""
+    """Whether any factorisation failed, read from the device once for all of them."""
 
     def __init__(self) -> None:
         self.flags: list[Tensor] = []
 
     def failed(self) -> bool:
-        """Whether one did."""
+        """Whether at least one failed."""
         return bool(self.flags) and bool(torch.stack(self.flags).any())
 
 
@@ -34,11 +34,11 @@ _LATER: ContextVar[LaterChecks | None] = ContextVar("later", default=None)
 def checked_once(run: Callable[[], T]) -> T:
     """Run a calculation whose factorisations are checked at its end, and not one by one.
 
-    Where one has failed, what came of it is thrown away, and everything is run again with a check
-    and, if need be, a larger diagonal for each.
+    If one failed, the result is discarded, and everything is run again with a check
+    and, if needed, added jitter for each factorisation.
 
     Args:
-        run: Has no effects but its result.
+        run: A function without side effects.
 
     Example:
         >>> checked_once(lambda: safe_cholesky(torch.tensor([[4.0]])))
@@ -47,20 +47,20 @@ def checked_once(run: Callable[[], T]) -> T:
     checks = LaterChecks()
     token = _LATER.set(checks)
     try:
-        found = run()
+        result = run()
     except Exception:
         if not checks.failed():
             raise
     else:
         if not checks.failed():
-            return found
+            return result
     finally:
         _LATER.reset(token)
     return run()
 
 
 def safe_cholesky(matrix: Tensor) -> Tensor:
-    """Factor a symmetric matrix, adding a little to its diagonal where rounding demands it.
+    """Factor a symmetric matrix, adding jitter to its diagonal if rounding makes it indefinite.
 
     Args:
         matrix: ``[..., n, n]`` float64, symmetric positive definite up to rounding.

@@ -1,4 +1,4 @@
-"""Inverse of damped empirical Fisher blocks, without ever running a rank-one recursion.
+"""Inverse of damped empirical Fisher blocks, computed without a rank-one recursion.
 
 Legend, all batched over ``blocks``: ``G`` gradients ``[blocks, N, B]``, ``λ`` damping,
 ``F = λI + GᵀG/N`` the block, ``P`` pruned and ``K`` kept entries, ``w`` weights ``[blocks, B]``.
@@ -87,11 +87,11 @@ class WoodburyInverse(InverseFisher):
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``: ``(1 − Σ_n X_ni²)/λ``."""
-        found = _empty(self.shape, self.space.inner)
+        diagonal = _empty(self.shape, self.space.inner)
         for where, tile in tiles(self.gradients):
             part = wide(self.whitened(tile).square_().sum(-2)).neg_().add_(1.0).div_(self.damping)
-            found[..., where] = _bounded(part, mean_squares(tile), self.damping)
-        return found
+            diagonal[..., where] = _bounded(part, mean_squares(tile), self.damping)
+        return diagonal
 
 
 class SampleSpaceInverse(WoodburyInverse):
@@ -119,7 +119,7 @@ class SampleSpaceInverse(WoodburyInverse):
 
 
 class SpectralInverse(WoodburyInverse):
-    """The sample-space form by the eigenvalues of ``GGᵀ = UΛUᵀ``, which serve every damping.
+    """The sample-space form by the eigenvalues of ``GGᵀ = UΛUᵀ``, shared by every damping.
 
     Cost per block: ``N B`` for a solve and for the diagonal, once the space has ``(UᵀG)²``.
     """
@@ -148,11 +148,11 @@ class SpectralInverse(WoodburyInverse):
 
 
 class SampleSpace:
-    """``GGᵀ`` of a batch of blocks, and what inverses of several dampings share.
+    """``GGᵀ`` of a batch of blocks, with everything that inverses at several dampings share.
 
     Args:
         inner: ``GGᵀ``, float64 ``[blocks, N, N]``.
-        keep_squares: Whether ``(UᵀG)²``, as large as the gradients, is kept from one diagonal to
+        keep_squares: Whether ``(UᵀG)²``, as large as the gradients, is cached from one diagonal to
             the next.
     """
 
@@ -162,7 +162,7 @@ class SampleSpace:
 
     @classmethod
     def of(cls, gradients: Gradients, *, keep_squares: bool = False) -> SampleSpace:
-        """That of gradients ``[blocks, N, B]``; ``N²B`` operations per block."""
+        """The space of gradients ``[blocks, N, B]``; ``N²B`` operations per block."""
         return cls(gram(gradients), keep_squares=keep_squares)
 
     def rotated_squares(self, gradients: Gradients) -> Iterator[Tensor]:
@@ -172,10 +172,10 @@ class SampleSpace:
             return
         rotation = self.spectrum[1].mT.to(gradients.device, gradients.dtype)
         for _, tile in tiles(gradients):
-            found = (rotation @ tile).square_()
+            squares = (rotation @ tile).square_()
             if self._squares is not None:
-                self._squares.append(found)
-            yield found
+                self._squares.append(squares)
+            yield squares
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ class SampleSpace:
         return values.clamp_min(0.0), vectors
 
     def inverse(self, gradients: Gradients, damping: float) -> WoodburyInverse:
-        """Invert the blocks, by the spectrum where it costs less than the gradients do."""
+        """Invert the blocks, by the spectrum where that is the cheaper form."""
         cheap = 8 * gradients.shape[-2] <= gradients.shape[-1]
         return (SpectralInverse if cheap else SampleSpaceInverse)(gradients, damping, self)
 
@@ -209,7 +209,7 @@ class PrimalInverse(InverseFisher):
 def inverse_diagonals(
     gradients: Gradients, space: SampleSpace, dampings: Sequence[float]
 ) -> Tensor:
-    """Diagonals of ``F⁻¹`` for several dampings, from one look at the gradients.
+    """Diagonals of ``F⁻¹`` for several dampings, in one pass over the gradients.
 
     ``(1 − Σ_n (UᵀG)_ni²/(Λ_n + Nλ))/λ`` with ``GGᵀ = UΛUᵀ``.
 
@@ -226,17 +226,17 @@ def inverse_diagonals(
     (values, _), count = space.spectrum, gradients.shape[-2]
     steps = torch.tensor(dampings, dtype=torch.float64, device=values.device)
     shares = 1.0 / (values.unsqueeze(-2) + count * steps.unsqueeze(-1))
-    # Rotations leave squares the same in sum: one row more, and these are Σ_n G_ni²/N.
+    # Rotations preserve sums of squares: one extra row gives Σ_n G_ni²/N.
     shares = torch.cat([shares, torch.full_like(shares[..., :1, :], 1.0 / count)], dim=-2)
     scale = steps.view(-1, *[1] * (len(gradients.shape) - 1))
-    found, start = _empty((len(dampings), *gradients.shape[::2]), values), 0
+    diagonals, start = _empty((len(dampings), *gradients.shape[::2]), values), 0
     for squares in space.rotated_squares(gradients):
         sums = wide(shares.to(squares) @ squares).movedim(-2, 0)  # [k + 1, blocks, size]
         stop = start + sums.shape[-1]
         part = sums[:-1].neg().add_(1.0).div_(scale)
-        found[..., start:stop] = _bounded(part, sums[-1], scale)
+        diagonals[..., start:stop] = _bounded(part, sums[-1], scale)
         start = stop
-    return found
+    return diagonals
 
 
 def _inverse_of_triangular(factor: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def invert(gradients: Gradients, damping: float, space: SampleSpace | None = Non
     Args:
         gradients: ``[blocks, N, B]``.
         damping: ``λ > 0``.
-        space: Their ``GGᵀ``, if it is known.
+        space: Their ``GGᵀ``, if already computed.
 
     Example:
         >>> g = torch.tensor([[[1.0, 0.0]]])
@@ -276,7 +276,8 @@ def in_sample_space(gradients: Gradients) -> bool:
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    # Vectors are filled a tile at a time: fresh memory costs more than arithmetic in the cache.
+    # Vectors are filled a tile at a time: allocating memory costs more than arithmetic in the
+    # cache.
     return torch.empty(tuple(shape), dtype=torch.float64, device=like.device)
 
 

@@ -9,7 +9,7 @@ def delta_f_gaussian(mean: Tensor, variance: Tensor, prior_precision: Tensor) ->
     """Change of the log evidence when the prior of a weight shrinks to a spike at zero.
 
     With the posterior ``N(m, s²)`` of a weight and its prior ``N(0, 1/δ)`` this is
-    log q(0) − log p(0) = −½ log(s² δ) − m²/(2 s²): an Occam term for what the data had to say about
+    log q(0) − log p(0) = −½ log(s² δ) − m²/(2 s²): an Occam term for what the data say about
     the weight, less what they say against zero (Friston and Penny 2011, doi:10.1016/j.neuroimage.
     2011.03.062; for networks as in arXiv:2406.01345, equation 6). Over independent weights it adds
     up.
@@ -20,7 +20,7 @@ def delta_f_gaussian(mean: Tensor, variance: Tensor, prior_precision: Tensor) ->
         prior_precision: δ, of a shape that broadcasts with them.
 
     Returns:
-        Float64, shaped like ``mean``; zero or more where the data prefer no weight. Weights that
+        Float64, shaped like ``mean``; zero or more where the data favour removal. Weights that
         a posterior holds fixed, with zero variance, have −∞.
 
     Cost: elementwise.

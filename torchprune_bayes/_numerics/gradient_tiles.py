@@ -1,10 +1,11 @@
-"""Products with gradients ``[blocks, N, B]`` that may be too many to hold at one time.
+"""Products with gradients ``[blocks, N, B]`` that may not fit into memory at once.
 
-In plain words: everything that the Fisher needs of its gradients is a sum over columns, so they are
-read a tile of columns at a time, whether they lie in memory, in another device's, or in a file.
-Gradients are float32 as a rule; products and sums are float64, because dampings are up to 10⁶ times
-smaller than the eigenvalues of the Gram matrix (see :mod:`~torchprune_bayes._numerics.precision`
-for devices without float64). A tile is so small that its float64 copy stays in a processor's cache.
+In plain words: every product with the gradients that the Fisher needs is a sum over columns, so
+they are read a tile of columns at a time, whether they are in memory, on another device, or in a
+file. Gradients are float32 as a rule; products and sums are float64, because dampings are up to 10⁶
+times smaller than the eigenvalues of the Gram matrix (see
+:mod:`~torchprune_bayes._numerics.precision` for devices without float64). A tile is so small that
+its float64 copy stays in a processor's cache.
 """
 
 from __future__ import annotations
@@ -111,10 +112,10 @@ def transposed_times(gradients: Gradients, rows: Tensor) -> Tensor:
     """
     across = wide(rows).mT.contiguous()  # [..., k, N]
     shape = (*across.shape[:-1], gradients.shape[-1])
-    found = torch.empty(shape, dtype=across.dtype, device=across.device)
+    product = torch.empty(shape, dtype=across.dtype, device=across.device)
     for where, tile in tiles(gradients):
-        found[..., where] = across @ wide(tile)
-    return found.mT
+        product[..., where] = across @ wide(tile)
+    return product.mT
 
 
 def mean_squares(gradients: Gradients) -> Tensor:
@@ -140,19 +141,20 @@ def chosen_columns(gradients: Gradients, indices: Tensor) -> Tensor:
     """
     if isinstance(gradients, Tensor):
         return gradients.gather(-1, indices.unsqueeze(1).expand(-1, gradients.shape[1], -1))
-    found = torch.zeros(
+    columns = torch.zeros(
         (1, gradients.shape[1], indices.shape[1]), dtype=gradients.dtype, device=gradients.device
     )
     for where, tile in tiles(gradients):
         here = (indices[0] >= where.start) & (indices[0] < where.stop)
         if here.any():
-            found[..., here] = tile[..., indices[0][here] - where.start]
-    return found
+            columns[..., here] = tile[..., indices[0][here] - where.start]
+    return columns
 
 
 def _kept(tile: Tensor, keep: Tensor) -> Tensor:
     if tile[..., 0, 0].numel() > 1 or tile.shape[-2] <= _ROWS:
-        # Several blocks keep different columns; and few rows are multiplied sooner than copied.
+        # Several blocks keep different columns; and for few rows multiplying is faster than
+        # copying.
         return tile * keep.unsqueeze(-2)
     chosen = keep.reshape(-1).nonzero().squeeze(-1)
     return tile if len(chosen) == tile.shape[-1] else tile.index_select(-1, chosen)

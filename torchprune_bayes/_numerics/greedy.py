@@ -1,4 +1,4 @@
-"""Greedy exact optimal brain surgeon: one weight at a time, each time the cheapest.
+"""Greedy exact optimal brain surgeon: one weight at a time, always the cheapest.
 
 Legend as in :mod:`~torchprune_bayes._numerics.fisher_blocks`, with ``H = F⁻¹``. Removing ``q``
 costs ``w_q²/(2H_qq)`` and is followed by the exact update of the rest and by the removal of ``q``
@@ -57,13 +57,13 @@ def greedy_removals(
     size: int = 1,
     remaining: Tensor | None = None,
 ) -> Removals:
-    """Remove the entries of each block one by one, every time the one that costs the least.
+    """Remove the entries of each block one by one, always the one that costs the least.
 
     Args:
         inverse: Inverse Fisher of the blocks.
         weights: ``[blocks, B]``.
-        kept: ``N`` of an N:M pattern: so many of every ``M`` consecutive entries stay. They come
-            last in the order, at infinite cost.
+        kept: ``N`` of an N:M pattern: so many of every ``M`` consecutive entries are kept. They
+            come last in the order, at infinite cost.
         size: ``M``, a divisor of ``B``.
         remaining: Boolean ``[blocks, B]``; entries pruned already are ``False`` and removed first.
 
@@ -79,13 +79,13 @@ def greedy_removals(
     every = torch.arange(entries, device=weights.device).expand(blocks, -1)
     matrix = inverse.columns(every)
     rest = weights.double().clone()
-    left = torch.ones_like(rest, dtype=torch.bool)
+    remains = torch.ones_like(rest, dtype=torch.bool)
     order, costs = torch.zeros_like(every), torch.full_like(rest, torch.inf)
-    pruned = torch.zeros_like(left) if remaining is None else ~remaining
+    pruned = torch.zeros_like(remains) if remaining is None else ~remaining
     removals = entries - entries // size * kept
     for step in range(removals):
-        spare = left.unflatten(-1, (-1, size)).sum(-1) > kept
-        free = left & spare.repeat_interleave(size, dim=-1)
+        spare = remains.unflatten(-1, (-1, size)).sum(-1) > kept
+        free = remains & spare.repeat_interleave(size, dim=-1)
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         scores = (rest.square() / (2.0 * diagonal)).masked_fill(pruned, -1.0)
         cost, chosen = scores.masked_fill(~free, torch.inf).min(-1, keepdim=True)
@@ -94,13 +94,13 @@ def greedy_removals(
         scaled = column / diagonal.gather(-1, chosen)
         rest -= scaled * rest.gather(-1, chosen)
         matrix.baddbmm_(column.unsqueeze(-1), scaled.unsqueeze(-2), alpha=-1.0)
-        left.scatter_(-1, chosen, False)
-    order[:, removals:] = every[left].unflatten(0, (blocks, -1))
+        remains.scatter_(-1, chosen, False)
+    order[:, removals:] = every[remains].unflatten(0, (blocks, -1))
     return Removals(order, costs)
 
 
 def greedy_group_removals(inverse: InverseFisher, weights: Tensor, size: int) -> Removals:
-    """Remove groups of ``M`` consecutive entries, every time the one that costs the least.
+    """Remove groups of ``M`` consecutive entries, always the one that costs the least.
 
     Removing a group ``g`` costs ``½ w_gᵀ(H_gg)⁻¹w_g``, with the interactions within it, and is
     followed by ``w ← w − H_{:,g}(H_gg)⁻¹w_g`` and ``H ← H − H_{:,g}(H_gg)⁻¹H_{g,:}``.
@@ -125,15 +125,15 @@ def greedy_group_removals(inverse: InverseFisher, weights: Tensor, size: int) ->
     every = torch.arange(entries, device=weights.device)
     matrix = inverse.columns(every.expand(blocks, -1))
     rest = weights.double().clone()
-    gone = torch.zeros(blocks, entries // size, dtype=torch.bool, device=weights.device)
-    order, costs = torch.zeros_like(gone, dtype=torch.long), torch.zeros_like(rest[:, ::size])
+    removed = torch.zeros(blocks, entries // size, dtype=torch.bool, device=weights.device)
+    order, costs = torch.zeros_like(removed, dtype=torch.long), torch.zeros_like(rest[:, ::size])
     eye = torch.eye(size, dtype=torch.float64, device=weights.device)
     for step in range(entries // size):
         pairs = matrix.unflatten(2, (-1, size)).unflatten(1, (-1, size))
         own = pairs.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-        own = torch.where(gone[..., None, None], eye, own)  # what is gone has left zeros in H
-        found = removal_costs(own, rest.unflatten(-1, (-1, size))).masked_fill(gone, torch.inf)
-        cost, chosen = found.min(-1)
+        own = torch.where(removed[..., None, None], eye, own)  # removed groups are zero in H
+        scores = removal_costs(own, rest.unflatten(-1, (-1, size)))
+        cost, chosen = scores.masked_fill(removed, torch.inf).min(-1)
         order[:, step], costs[:, step] = chosen, cost
         here = chosen.unsqueeze(-1) * size + every[:size]
         columns = matrix.gather(-1, here.unsqueeze(-2).expand(-1, entries, -1))
@@ -141,5 +141,5 @@ def greedy_group_removals(inverse: InverseFisher, weights: Tensor, size: int) ->
         scaled = torch.linalg.solve(block, columns, left=False)
         rest -= (scaled @ rest.gather(-1, here).unsqueeze(-1)).squeeze(-1)
         matrix.baddbmm_(scaled, columns.mT, alpha=-1.0)
-        gone.scatter_(-1, chosen.unsqueeze(-1), True)
+        removed.scatter_(-1, chosen.unsqueeze(-1), True)
     return Removals(order, costs)

@@ -14,7 +14,7 @@ class GroupedVector(RemainingVector):
     """Order of all entries: tensor by tensor, in each along one dimension first.
 
     Args:
-        masks: Tensors of ``True`` by name, whose shapes are taken.
+        masks: Tensors of ``True`` by name, of which only the shapes are used.
         dims: The dimension whose neighbours follow each other, by name.
 
     Example:

@@ -62,18 +62,18 @@ class Moments:
         Of inputs that hardly vary around a large mean the difference is rounding, and need not be
         positive; as much as that is added to the variances.
         """
-        found = self.products / max(self.count, 1)
+        moment = self.products / max(self.count, 1)
         if not centred:
-            return found
-        rounding = _ROUNDING * found.diagonal().mean()
-        found = found - torch.outer(self.mean(), self.mean())
-        found.diagonal().add_(rounding)
-        return found
+            return moment
+        rounding = _ROUNDING * moment.diagonal().mean()
+        moment = moment - torch.outer(self.mean(), self.mean())
+        moment.diagonal().add_(rounding)
+        return moment
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a least squares fit found.
+    """Result of a least squares fit.
 
     Attributes:
         weight: ``[o, d]`` float64, zero for inputs that go.
@@ -154,8 +154,8 @@ def _moved(weight: Tensor, keep: Tensor, second: Tensor, damping: float) -> Tens
     if scale <= 0.0:  # inputs that never vary predict nothing
         return moved
     inner.diagonal().add_(damping * scale)
-    wanted = second[keep][:, ~keep] @ weight[:, ~keep].T
-    moved[:, keep] += torch.cholesky_solve(wanted, safe_cholesky(inner)).T
+    target = second[keep][:, ~keep] @ weight[:, ~keep].T
+    moved[:, keep] += torch.cholesky_solve(target, safe_cholesky(inner)).T
     return moved
 
 

@@ -1,4 +1,4 @@
-"""What it costs to remove many weights at once when the others make up for it.
+"""Cost of removing many weights at once when the remaining ones compensate.
 
 Legend: ``G`` gradients ``[N, B]``, ``λ`` damping, ``F = λI + GᵀG/N`` the Fisher block, ``P`` the
 entries of one unit, ``w`` weights ``[B]``, ``S = GGᵀ + NλI``.

@@ -87,8 +87,8 @@ def kronecker_inverses(
 ) -> list[KroneckerInverse]:
     """One :class:`KroneckerInverse` for each pair of factors.
 
-    Whether the factorisations succeeded is fetched from the device once for all; those that did
-    not are repeated as :class:`KroneckerInverse` does it.
+    Success of the factorisations is read from the device once for all; those that did
+    not succeed are repeated as :class:`KroneckerInverse` does it.
 
     Args:
         factors: Pairs ``R, C``.
@@ -98,17 +98,17 @@ def kronecker_inverses(
     Raises:
         NumericalError: If a factor is not finite, or indefinite beyond rounding.
     """
-    found, failures = [], []
+    inverses, failures = [], []
     for rows, columns in factors:
         inverse = object.__new__(KroneckerInverse)
         damped = _damped(rows, columns, damping, pi=pi)
         (inverse._rows, first), (inverse._columns, second) = map(torch.linalg.cholesky_ex, damped)
-        found.append(inverse)
+        inverses.append(inverse)
         failures.append((first != 0) | (second != 0))
     failed = torch.stack(failures).tolist() if failures else []
     return [
         KroneckerInverse(*pair, damping, pi=pi) if bad else inverse
-        for inverse, pair, bad in zip(found, factors, failed, strict=True)
+        for inverse, pair, bad in zip(inverses, factors, failed, strict=True)
     ]
 
 

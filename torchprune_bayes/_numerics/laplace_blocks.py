@@ -56,7 +56,7 @@ class Precision:
 
 
 class LaplaceBlock(ABC):
-    """The curvature ``H`` of one tensor, or of several together, and what comes of ``sH + D``."""
+    """The curvature ``H`` of one tensor, or of several together, and quantities of ``sH + D``."""
 
     shape: tuple[int, int]
 
@@ -135,7 +135,7 @@ class DiagonalBlock(LaplaceBlock):
 
 
 class JointBlock(LaplaceBlock):
-    """``H = U diag(l) Uᵀ`` over the entries of several tensors together.
+    """``H = U diag(l) Uᵀ`` over the joint entries of several tensors.
 
     ``sH + D = D^½ (I + W Wᵀ) D^½`` with ``W = D^−½ U (s l)^½``, so that one Cholesky factor of
     ``I + WᵀW`` gives determinant and inverse.
@@ -162,7 +162,7 @@ class JointBlock(LaplaceBlock):
         return (self._vectors.square() @ self._values).unsqueeze(1)
 
     def spectrum(self) -> Tensor:
-        """``l``, where the columns of ``U`` are orthonormal; else found from their products."""
+        """``l``, if the columns of ``U`` are orthonormal; otherwise from their Gram matrix."""
         roots = self._vectors * self._values.sqrt()
         return torch.linalg.eigvalsh(roots.mT @ roots).clamp_min(0)
 

@@ -54,31 +54,31 @@ def solve_rows(gram: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
     Raises:
         NumericalError: If ``G`` is not positive definite.
 
-    Cost: ``Σ_rows |K|³/3`` multiplications, with rows of like many kept weights taken together.
+    Cost: ``Σ_rows |K|³/3`` multiplications, with rows batched by their number of kept weights.
 
     Example:
         >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
         >>> solve_rows(gram, torch.tensor([[1.0, 1.0]]), torch.tensor([[True, False]]))
         tensor([[1.5000, 0.0000]], dtype=torch.float64)
     """
-    wanted = wide(weights) @ gram
-    found = torch.zeros_like(wanted)
+    target = wide(weights) @ gram
+    solution = torch.zeros_like(target)
     for rows, width in _alike(keep):
         index = (~keep[rows]).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         within = keep[rows].gather(1, index)
         square = gram[index.unsqueeze(2), index.unsqueeze(1)]
         square *= within.unsqueeze(2) & within.unsqueeze(1)
         square.diagonal(dim1=1, dim2=2).add_(~within)  # fills up the shorter rows
-        right = (wanted[rows].gather(1, index) * within).unsqueeze(2)
+        right = (target[rows].gather(1, index) * within).unsqueeze(2)
         solved = torch.cholesky_solve(right, safe_cholesky(square)).squeeze(2)
-        found[rows] = found[rows].scatter(1, index, solved * within)
-    return found
+        solution[rows] = solution[rows].scatter(1, index, solved * within)
+    return solution
 
 
 def descend_rows(
     gram: Tensor, weights: Tensor, keep: Tensor, steps: int, *, start: Tensor | None = None
 ) -> Tensor:
-    """The weights of :func:`solve_rows` nearly, by conjugate gradients on all rows together.
+    """Approximate :func:`solve_rows` by conjugate gradients on all rows at once.
 
     From the masked weights on, each step changes the outputs less than the one before, and after
     ``max |K|`` steps the solution is exact. A few are enough: what is left then lies in directions
@@ -102,30 +102,30 @@ def descend_rows(
         >>> descend_rows(gram, torch.tensor([[1.0, 1.0]]), torch.tensor([[True, False]]), 1)
         tensor([[1.5000, 0.0000]])
     """
-    wanted = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    matrix = gram.new_empty(gram.shape, dtype=wanted.dtype)
-    torch.div(gram, gram.diagonal().mean(), out=matrix)  # of any scale: it does not matter
-    kept = keep.to(wanted)
-    scale, tiny = matrix.diagonal().reciprocal(), torch.finfo(wanted.dtype).tiny
-    found = wanted * kept if start is None else start.to(wanted)
-    residual = (wanted - found) @ matrix * kept
+    original = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    matrix = gram.new_empty(gram.shape, dtype=original.dtype)
+    torch.div(gram, gram.diagonal().mean(), out=matrix)  # the scale does not matter
+    kept = keep.to(original)
+    scale, tiny = matrix.diagonal().reciprocal(), torch.finfo(original.dtype).tiny
+    solution = original * kept if start is None else start.to(original)
+    residual = (original - solution) @ matrix * kept
     scaled = residual * scale
     direction, size = scaled, (residual * scaled).sum(1, keepdim=True)
     for _ in range(steps):
         slope = direction @ matrix * kept
         step = size / (direction * slope).sum(1, keepdim=True).clamp_min(tiny)
-        found = torch.addcmul(found, step, direction)
+        solution = torch.addcmul(solution, step, direction)
         residual = torch.addcmul(residual, step, slope, value=-1)
         scaled = residual * scale
         before, size = size, (residual * scaled).sum(1, keepdim=True)
         direction = torch.addcmul(scaled, size / before.clamp_min(tiny), direction)
-    return found
+    return solution
 
 
 def sweep(
     gram: Tensor, weights: Tensor, choose: Choice, *, group: int = 128, block: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """Prune column by column and let the columns to come make up for it.
+    """Prune column by column, compensating in the columns that follow.
 
     `SparseGPT (Frantar and Alistarh, 2023) <https://arxiv.org/abs/2301.00774>`_, algorithm 1: with
     the upper Cholesky factor ``U`` of ``G⁻¹``, to prune ``w_j`` changes what comes after it by
@@ -137,7 +137,7 @@ def sweep(
         weights: ``W``, ``[rows, n]``.
         choose: Called for every ``group`` of columns with these columns, their values at the time,
             and the costs ``w_j²/U_jj²`` of pruning them; returns what is kept.
-        group: Columns for which the mask is chosen together; divides ``block``.
+        group: Columns whose mask is chosen at once; divides ``block``.
         block: Columns after which changes are handed to all others at once.
 
     Returns:

@@ -52,7 +52,7 @@ def kept_block(
         weights: ``[1, B]``.
         keep: Boolean ``[1, B]``.
         count: ``n``: the first so many gradients stand for all.
-        inner: ``G_K G_Kᵀ``, ``[1, N, N]``, if it is known.
+        inner: ``G_K G_Kᵀ``, ``[1, N, N]``, if already computed.
 
     Cost: ``NB min(N, B) + 9r³`` operations, ``r = min(n, B)``.
     """

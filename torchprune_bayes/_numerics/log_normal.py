@@ -183,7 +183,7 @@ def delta_f_uniform(
         posterior: The posteriors.
         p1: Bits of precision at which a gate counts as closed.
         p2: Bits below which it does not any more; the paper has 23, which keeps the gates that
-            have collapsed furthest. ``None`` goes down to the lower bound.
+            have collapsed the furthest. ``None`` goes down to the lower bound.
 
     Returns:
         Float64, shaped like μ; zero or more where the data prefer the gate closed.

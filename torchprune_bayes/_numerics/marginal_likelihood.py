@@ -79,9 +79,9 @@ def gaussian_log_likelihood(
 def fixed_point_noise(
     squared_error: float, observations: int, effective: float, temperature: float = 1.0
 ) -> float:
-    """MacKay's ``σ``, for which the slope of ``log Z`` by ``log σ`` vanishes, ``γ`` being given.
+    """MacKay's ``σ``, where ``∂ log Z/∂ log σ`` is zero for a fixed ``γ``.
 
-    ``σ² = SSE / (T (n − Σγ))``; the sum of ``γ`` is held below ``n``, at 99 % of it.
+    ``σ² = SSE / (T (n − Σγ))``; the sum of ``γ`` is capped at 99 % of ``n``.
 
     Example:
         >>> fixed_point_noise(squared_error=8.0, observations=4, effective=2.0)

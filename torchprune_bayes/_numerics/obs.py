@@ -1,7 +1,7 @@
 """Optimal brain surgeon updates: what the kept weights do when others are set to zero.
 
 Legend as in :mod:`~torchprune_bayes._numerics.fisher_blocks`; ``ḡ = Gᵀ1/N`` is the mean gradient
-and ``η`` how much of the first-order term is taken. The joint update solves
+and ``η`` the weight of the first-order term. The joint update solves
 
     min_δ  η ḡᵀδ + ½ δᵀFδ   subject to   δ_P = −w_P
 
@@ -81,10 +81,11 @@ def joint_directions(
         damping: ``λ > 0``.
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
-        kept: Most entries that a block keeps, if it is known; asking the device takes time.
-        inner: ``G_K G_Kᵀ``, if it is known.
-        change: ``Gw``, float64 ``[blocks, N]``, if it is known.
-        descent: Whether the first-order part is wanted; else it is zero.
+        kept: Most entries that a block keeps, if already known; reading it from the device takes
+            time.
+        inner: ``G_K G_Kᵀ``, if already computed.
+        change: ``Gw``, float64 ``[blocks, N]``, if already computed.
+        descent: Whether to compute the first-order part; otherwise it is zero.
 
     Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``.
     """
@@ -100,7 +101,7 @@ def joint_directions(
 
 
 def needs_kept_columns(gradients: Gradients, kept: int) -> bool:
-    """Whether the update is found from the columns of the kept weights, copied side by side."""
+    """Whether the update is computed from the columns of the kept weights, copied side by side."""
     blocks, count, size = gradients.shape
     return kept <= count or (blocks > 1 and 2 * kept <= size)
 
@@ -114,7 +115,7 @@ def kept_inner(
         gradients: ``[blocks, N, B]``.
         keep: Boolean ``[blocks, B]``.
         kept: Most entries that a block keeps.
-        inner: ``GGᵀ`` of all entries; if it is known, a single block costs the smaller part.
+        inner: ``GGᵀ`` of all entries; with it, a single block costs only the smaller part.
     """
     if inner is None or len(keep) > 1 or 2 * kept <= keep.numel():
         return gram(gradients, keep)
@@ -143,8 +144,8 @@ def joint_directions_in_sample_space(
         damping: ``λ > 0``.
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
-        inner: ``G_K G_Kᵀ``, if it is known.
-        descent: Whether the first-order part is wanted.
+        inner: ``G_K G_Kᵀ``, if already computed.
+        descent: Whether to compute the first-order part.
     """
     right = _right_hand_side(removed_change(gradients, weights, keep), descent)
     inner = gram(gradients, keep) if inner is None else inner
@@ -173,8 +174,8 @@ def joint_directions_from_kept(
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         kept: Most entries that a block keeps.
-        change: ``Gw``, float64 ``[blocks, N]``, if it is known.
-        descent: Whether the first-order part is wanted.
+        change: ``Gw``, float64 ``[blocks, N]``, if already computed.
+        descent: Whether to compute the first-order part.
     """
     count, (indices, valid) = gradients.shape[-2], _positions(keep, kept)
     # Padding has columns of zero, which solve to zero.
@@ -208,7 +209,7 @@ def _right_hand_side(residual: Tensor, descent: bool) -> Tensor:
 
 
 def _on_support(moved: Tensor, weights: Tensor, keep: Tensor) -> Directions:
-    # In place on ``moved``, [blocks, B, 2 or 1]: fresh memory costs more than the arithmetic.
+    # In place on ``moved``, [blocks, B, 2 or 1]: allocating memory costs more than the arithmetic.
     removed = torch.where(keep, 0.0, weights).to(moved.device)
     moved.masked_fill_(~keep.to(moved.device).unsqueeze(-1), 0.0)
     moved[..., 0] -= removed

@@ -17,7 +17,7 @@ from torchprune_bayes._numerics.gradient_tiles import read
 from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.errors import ArgumentError
 
-_GROUPS = 64  # taken together
+_GROUPS = 64  # processed at a time
 
 
 def group_inverses(inverse: InverseFisher, size: int) -> Tensor:
@@ -93,8 +93,8 @@ def n_of_m_scores(
 ) -> Tensor:
     """Scores whose smallest leave the ``N`` best remaining entries of every ``M``.
 
-    Of all ways to remove ``M − N`` entries of a group the one of least cost is taken, each with the
-    interactions within it. Entries that are pruned already are removed first.
+    Of all ways to remove ``M − N`` entries of a group the one of least cost is chosen, each with
+    the interactions within it. Entries that are pruned already are removed first.
 
     Args:
         inverse: Inverse Fisher of the blocks.

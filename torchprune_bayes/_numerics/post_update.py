@@ -83,10 +83,10 @@ class PostUpdateObjective(SwapObjective):
         signs = torch.zeros_like(weights)
         while True:
             change = _changes(inner, moved, rows).masked_fill(~open_pairs, torch.inf)
-            found = best_pairs(change, threshold / self.damping)
-            if found is None:
+            best = best_pairs(change, threshold / self.damping)
+            if best is None:
                 return signs
-            block, i, j = found
+            block, i, j = best
             pair = torch.stack([i, rows + j], dim=-1)
             inner[block], moved[block] = _swapped(inner[block], moved[block], weights[block], pair)
             signs[block, i], signs[block, rows + j] = -1.0, 1.0
@@ -94,7 +94,7 @@ class PostUpdateObjective(SwapObjective):
             open_pairs[block, :, j] = False
 
     def swap(self, indices: Tensor, signs: Tensor) -> None:
-        """Restore where the sign is −1, prune where it is +1, and factorise anew."""
+        """Restore where the sign is −1, prune where it is +1, and factorise again."""
         super().swap(indices, signs)
         columns = torch.cat([part for _, part in self.columns(indices)], dim=-2)
         self._refresh(self.inner - (columns * signs.unsqueeze(-2)) @ columns.mT)

@@ -1,8 +1,8 @@
 """Where float64 arithmetic takes place: on a tensor's own device, or on the CPU if it has none.
 
 In plain words: Gram matrices, their factorisations and sums over many weights are done in float64,
-which some accelerators (Apple's MPS) do not have. There such a tensor goes to the CPU first. Every
-conversion to float64 in the library passes through here.
+which some accelerators (Apple's MPS) do not have. On those, such a tensor is moved to the CPU
+first. Every conversion to float64 in the library passes through here.
 """
 
 from __future__ import annotations

@@ -195,7 +195,8 @@ def _backtracked(
     shape: Shape3,
     scale: float,
 ) -> Tensor:
-    # The direction has the sign of the slope in each entry, so a short enough step goes up.
+    # The direction has the sign of the slope in each entry, so a short enough step increases the
+    # objective.
     before = float(term.occam(matrix_precision(factors, shape), scale))
     for halvings in range(12):
         stepped = (factors[index].log() + direction / 2**halvings).exp().clamp(SMALLEST, LARGEST)

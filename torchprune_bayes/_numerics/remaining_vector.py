@@ -34,7 +34,7 @@ class RemainingVector:
 
     def __init__(self, masks: Masks) -> None:
         self.masks = masks
-        counts = [torch.count_nonzero(mask) for mask in masks.values()]  # fetched together
+        counts = [torch.count_nonzero(mask) for mask in masks.values()]  # one read from the device
         self.sizes: list[int] = torch.stack(counts).tolist() if counts else []
         self._full = {
             name: size == mask.numel()
@@ -56,10 +56,10 @@ class RemainingVector:
 
     def scatter(self, vector: Tensor, fill: float = 0.0) -> dict[str, Tensor]:
         """Split a vector ``[D]`` into tensors, with ``fill`` where an entry is not remaining."""
-        pieces = vector.split(self.sizes)
+        parts = vector.split(self.sizes)
         return {
-            name: self._spread(name, piece, fill)
-            for name, piece in zip(self.masks, pieces, strict=True)
+            name: self._spread(name, part, fill)
+            for name, part in zip(self.masks, parts, strict=True)
         }
 
     def overlap(self, start: int, stop: int) -> list[tuple[str, int, int]]:

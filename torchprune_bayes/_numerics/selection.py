@@ -29,17 +29,17 @@ from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 _DIGIT_BITS = 12
 _BINS = 1 << _DIGIT_BITS
 _FEW = 8  # a bin with less than this part of all keys is copied
-# Entries looked at together. On the CPU a piece stays in the cache and is small enough for torch
+# Entries processed at a time. On the CPU a chunk stays in the cache and is small enough for torch
 # not to wake its thread pool, whose barriers are slow where cores are shared.
-_PIECE_ON_CPU = 1 << 15
-_PIECE_ELSEWHERE = 1 << 22
+_CHUNK_ON_CPU = 1 << 15
+_CHUNK_ELSEWHERE = 1 << 22
 
 
 @torch.no_grad()
 def smallest_k(
     scores: Sequence[Tensor], k: int, remaining: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Prune the ``k`` remaining entries with the smallest scores, over all tensors together.
+    """Prune the ``k`` remaining entries with the smallest scores, over all tensors.
 
     Ties go by index: the entry that comes first, in list order and then row by row, is pruned
     first. ``-0.0`` equals ``0.0``, infinite scores are ordered like numbers, and scores of
@@ -60,7 +60,7 @@ def smallest_k(
 
     Raises:
         ArgumentError: If ``k`` is negative or larger than the number of remaining entries, a
-            score of one is NaN, or the tensors do not go together.
+            score of one is NaN, or the tensors do not match.
         ArgumentTypeError: If ``k`` is no int, a score complex or a remaining mask not boolean.
 
     Example:
@@ -85,13 +85,13 @@ def within_budget(
     """Prune the smallest scores first until what is kept costs at most ``budget``.
 
     No more entries are pruned than that takes, and ties go by index as in :func:`smallest_k`.
-    An entry that costs nothing is pruned when its turn comes all the same. Time and memory are
+    An entry that costs nothing is still pruned when its turn comes. Time and memory are
     those of :func:`smallest_k`.
 
     Args:
         scores: Importance scores of any real dtypes, shapes and memory formats, on one device.
         costs: What one entry of each tensor costs, e.g. its FLOPs; finite and not negative.
-        budget: What all kept entries may cost together, in the unit of ``costs``.
+        budget: What all kept entries may cost in total, in the unit of ``costs``.
         remaining: Boolean tensors shaped like ``scores``, ``False`` where an entry is pruned
             already; ``None`` if none is. Pruned entries cost nothing.
 
@@ -100,7 +100,7 @@ def within_budget(
 
     Raises:
         ArgumentError: If the budget or a cost is negative or not finite, a remaining score is NaN,
-            or the tensors do not go together.
+            or the tensors do not match.
         ArgumentTypeError: If a score is complex or a remaining mask not boolean.
 
     Example:
@@ -137,7 +137,7 @@ def keep_strictly_above(
 
     Raises:
         ArgumentError: If ``sparsity`` is outside [0, 1], a remaining score is NaN, or the
-            tensors do not go together.
+            tensors do not match.
         ArgumentTypeError: If a score is complex or a remaining mask not boolean.
 
     Example:
@@ -168,27 +168,29 @@ class _Pool:
 
     def has_nan(self) -> Tensor:
         """Whether a remaining score is NaN, still on the device."""
-        found = [
+        largest = [
             (part if mask is None else part.masked_fill(~mask, 0)).amax()  # NaN is largest
-            for part, mask in self.pieces()
+            for part, mask in self.chunks()
             if len(part)
         ]
         none = torch.zeros((), dtype=torch.bool, device=self.score.device)
-        return torch.stack(found).isnan().any() if found else none
+        return torch.stack(largest).isnan().any() if largest else none
 
-    def pieces(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Cut scores and remaining mask into flat pieces, in the order of the index."""
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Cut scores and remaining mask into flat chunks, in index order."""
         masks = repeat(None) if self.remaining is None else _split(self.remaining)
         return zip(_split(self.score), masks)  # noqa: B905  # `repeat` has no end
 
     def keys_between(self, low: int, high: int) -> _Pool:
         """The remaining keys from ``low`` to ``high``, copied, as a pool."""
-        found = []
-        for part, mask in self.pieces():
+        inside_keys = []
+        for part, mask in self.chunks():
             keys = _keys(part, self.dtype)
             inside = (keys >= low) & (keys <= high)
-            found.append(keys[inside if mask is None else inside & mask])
-        return replace(self, score=torch.cat(found), remaining=None, dtype=found[0].dtype)
+            inside_keys.append(keys[inside if mask is None else inside & mask])
+        return replace(
+            self, score=torch.cat(inside_keys), remaining=None, dtype=inside_keys[0].dtype
+        )
 
 
 def _free(pools: Sequence[_Pool], target: Fraction) -> list[Tensor]:
@@ -227,15 +229,15 @@ def _cumulative_counts(pools: Sequence[_Pool], low: int, shift: int) -> dict[Fra
     """Count, per distinct cost, the remaining keys up to the end of each bin.
 
     The bins start at ``low`` and are ``2**shift`` wide. Keys below them count in the first, as
-    they do in all cumulative counts. Keys above count in the last, together with pruned entries:
-    nobody asks for its count, as it holds the threshold when none of the others does.
+    they do in all cumulative counts. Keys above count in the last, as do pruned entries:
+    its count is never needed, as it holds the threshold when no other bin does.
     """
     bits = 8 * pools[0].dtype.itemsize
     high = min(low + (_BINS << shift), 1 << (bits - 1)) - 1
     device = pools[0].score.device
     counts = {pool.cost: torch.zeros(_BINS, dtype=torch.int64, device=device) for pool in pools}
     for pool in pools:
-        for part, remaining in pool.pieces():
+        for part, remaining in pool.chunks():
             keys = _keys(part, pool.dtype)
             if remaining is not None:
                 keys = keys.masked_fill(~remaining, high)
@@ -250,7 +252,7 @@ def _masks(pools: Sequence[_Pool], threshold: int, rest: Fraction) -> list[Tenso
     tied = iter(_ties(pools, threshold) if rest > 0 else [])
     for pool in pools:
         out = torch.empty(pool.score.shape, dtype=torch.bool, device=pool.score.device)
-        for (part, remaining), keep in zip(pool.pieces(), _split(out), strict=True):
+        for (part, remaining), keep in zip(pool.chunks(), _split(out), strict=True):
             count = next(tied, 0)
             keys = _keys(part, pool.dtype)
             torch.ge(keys, threshold, out=keep)
@@ -258,37 +260,37 @@ def _masks(pools: Sequence[_Pool], threshold: int, rest: Fraction) -> list[Tenso
                 keep &= remaining
             if rest > 0 and count:
                 ties = keep & (keys == threshold)
-                wanted = min(math.ceil(rest / pool.cost), len(ties)) if pool.cost else len(ties)
-                keep &= ~ties | (ties.cumsum(0) > wanted)
-                rest -= pool.cost * min(wanted, count)
+                pruned = min(math.ceil(rest / pool.cost), len(ties)) if pool.cost else len(ties)
+                keep &= ~ties | (ties.cumsum(0) > pruned)
+                rest -= pool.cost * min(pruned, count)
         masks.append(out)
     return masks
 
 
 def _counts(pools: Sequence[_Pool]) -> list[int]:
-    """Remaining entries of each, fetched from the device together."""
+    """Remaining entries of each pool, in one read from the device."""
     if pools[0].remaining is None:
         return [pool.score.numel() for pool in pools]
-    found: list[int] = torch.stack(
+    counts: list[int] = torch.stack(
         [torch.count_nonzero(cast(Tensor, pool.remaining)) for pool in pools]
     ).tolist()
-    return found
+    return counts
 
 
 def _ties(pools: Sequence[_Pool], threshold: int) -> list[int]:
-    """Live keys equal to the threshold in every piece, likewise."""
-    found = []
+    """Remaining keys equal to the threshold in every chunk, in one read."""
+    tied = []
     for pool in pools:
-        for part, remaining in pool.pieces():
+        for part, remaining in pool.chunks():
             ties = _keys(part, pool.dtype) == threshold
-            found.append(torch.count_nonzero(ties if remaining is None else ties & remaining))
-    counts: list[int] = torch.stack(found).tolist()
+            tied.append(torch.count_nonzero(ties if remaining is None else ties & remaining))
+    counts: list[int] = torch.stack(tied).tolist()
     return counts
 
 
 def _split(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Cut a tensor into flat pieces: views of it if it is contiguous."""
-    size = _PIECE_ON_CPU if tensor.device.type == "cpu" else _PIECE_ELSEWHERE
+    """Cut a tensor into flat chunks: views of it if it is contiguous."""
+    size = _CHUNK_ON_CPU if tensor.device.type == "cpu" else _CHUNK_ELSEWHERE
     return tensor.reshape(-1).split(size)
 
 
@@ -317,13 +319,15 @@ def _pools(
     remaining: Sequence[Tensor] | None,
     costs: Sequence[float] | None = None,
 ) -> list[_Pool]:
-    """Check that the tensors go together and hold no remaining NaN, and pair them up."""
+    """Check that the tensors match and that no remaining score is NaN, and pair them up."""
     _check_tensors(scores, remaining or [])
     masks = [None] * len(scores) if remaining is None else remaining
     values = [1] * len(scores) if costs is None else costs
-    for name, given in [("remaining", masks), ("costs", values)]:
-        if len(given) != len(scores):
-            raise ArgumentError(f"Expected {len(scores)} `{name}` like `scores`, got {len(given)}.")
+    for name, per_tensor in [("remaining", masks), ("costs", values)]:
+        if len(per_tensor) != len(scores):
+            raise ArgumentError(
+                f"Expected {len(scores)} `{name}` like `scores`, got {len(per_tensor)}."
+            )
     dtype = _common_dtype(scores)
     pools = [
         _Pool(score, mask, Fraction(cost), dtype)
@@ -346,8 +350,8 @@ def _check_tensors(scores: Sequence[Tensor], remaining: Sequence[Tensor]) -> Non
     """Refuse tensors on different devices and of dtypes that have no order."""
     devices = sorted({str(tensor.device) for tensor in [*scores, *remaining]})
     if len(devices) != 1:
-        found = ", ".join(devices) or "no tensors"
-        raise ArgumentError(f"Expected `scores` and `remaining` on one device, got {found}.")
+        names = ", ".join(devices) or "no tensors"
+        raise ArgumentError(f"Expected `scores` and `remaining` on one device, got {names}.")
     for score in scores:
         if score.is_complex():
             raise ArgumentTypeError(f"Expected real `scores`, got {score.dtype}.")

@@ -55,7 +55,7 @@ class SwapObjective(ABC):
 
     @abstractmethod
     def accept(self, tile: Tile, threshold: Tensor) -> Tensor:
-        """Accept the best swap of each block, given those before, until none lowers it enough.
+        """Accept the best swap of each block, given those before, until none helps enough.
 
         Args:
             tile: The pairs to choose from.
@@ -99,9 +99,10 @@ def swap_search(
 
     Each iteration refreshes the gains of all entries, takes the ``swap_range`` best of either side,
     and accepts swap after swap, each the best of all their pairs given those accepted before. A
-    block that found no swap pairs the next best of one side with the best of the other, and so on.
+    block without an accepted swap pairs the next best of one side with the best of the other, and
+    so on.
 
-    Laws: every accepted swap lowers the objective; ``|P|`` of each block stays.
+    Laws: every accepted swap lowers the objective; ``|P|`` of each block is unchanged.
 
     Args:
         objective: What to lower, with the start.

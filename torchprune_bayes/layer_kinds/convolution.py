@@ -87,8 +87,8 @@ class ConvolutionKind(_AnyConvolution):
         left = outputs.permute(0, 2, 3, 1, 4).flatten(3)
 
         def right(chunk: slice) -> Tensor:
-            found = patches(layer, saved[chunk.start * parts : chunk.stop * parts])
-            split = found.unflatten(1, (layer.groups, -1)).unflatten(0, (-1, parts))
+            columns = patches(layer, saved[chunk.start * parts : chunk.stop * parts])
+            split = columns.unflatten(1, (layer.groups, -1)).unflatten(0, (-1, parts))
             return split.permute(0, 2, 3, 1, 4).flatten(3)
 
         weight = PatchProducts(layer, saved, left, right)

@@ -63,13 +63,13 @@ class FewerHeads(nn.MultiheadAttention):
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
             weights = functional.dropout(weights, self.dropout, self.training)
-            found = weights @ v
+            attended = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             weights = None
             dropout = self.dropout if self.training else 0.0
-            found = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
-        joined = found.transpose(1, 2).flatten(2)
+            attended = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+        joined = attended.transpose(1, 2).flatten(2)
         output = functional.linear(joined, self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -92,17 +92,17 @@ def _masked(
     batched: bool,
     heads: int,
 ) -> Tensor | None:
-    """Both masks as one to add, ``[batch, heads, queries, keys]`` or what broadcasts to it."""
-    found: Tensor | None = None
+    """Both masks as one additive mask, broadcastable to ``[batch, heads, queries, keys]``."""
+    additive: Tensor | None = None
     if attn_mask is not None:
-        found = _additive(attn_mask, query)
+        additive = _additive(attn_mask, query)
         if attn_mask.dim() == 3:  # [batch * heads, queries, keys]
-            found = found.unflatten(0, (-1, heads))
+            additive = additive.unflatten(0, (-1, heads))
     if key_padding_mask is not None:
         padding = _additive(key_padding_mask if batched else key_padding_mask[None], query)
         padding = padding[:, None, None, :]
-        found = padding if found is None else found + padding
-    return found
+        additive = padding if additive is None else additive + padding
+    return additive
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:

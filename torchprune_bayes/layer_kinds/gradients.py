@@ -45,7 +45,7 @@ class SampleGradients(ABC):
         Args:
             total: Shaped like the weight.
             by_position: Whether the positions of a sample are squared one by one, as if they were
-                samples, where they are known.
+                samples, where they are available.
         """
 
     @abstractmethod
@@ -76,7 +76,7 @@ class DenseGradients(SampleGradients):
         self.values = values
 
     def add_squares(self, total: Tensor, *, by_position: bool = False) -> None:
-        """Add the sum of the squares of samples; their positions are not known any more."""
+        """Add the sum of the squares of samples; their positions are no longer available."""
         total += self.values.to(total).square().sum(0)
 
     def write_to(self, rows: Tensor, *, add: bool) -> None:

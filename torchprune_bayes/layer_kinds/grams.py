@@ -56,7 +56,7 @@ class Gram:
             self._total[start:stop, :stop].addmm_(flat[start:stop], flat[:stop].mT)
 
     def matrix(self) -> Tensor:
-        """The sum, whose memory is given away."""
+        """The sum; its memory is handed over, so call this once."""
         return _mirror(self._total)
 
 
@@ -101,10 +101,10 @@ class Axis:
                 pixel = tap * self.dilation + place * self.stride
                 if pixel in inside and pixel + distance * self.dilation in inside:
                     seen[pixel].add(tap)
-        found: dict[frozenset[int], list[int]] = defaultdict(list)
+        pixels: dict[frozenset[int], list[int]] = defaultdict(list)
         for pixel in sorted(seen):
-            found[frozenset(seen[pixel])].append(pixel)
-        return found
+            pixels[frozenset(seen[pixel])].append(pixel)
+        return pixels
 
 
 class PatchGram:
@@ -144,7 +144,7 @@ class PatchGram:
                 part.addmm_(_cut(pixels, ys, xs).mT, _cut(pixels, further, beside))
 
     def matrix(self) -> Tensor:
-        """The sum, ``[c k, c k]``, whose parts are given away."""
+        """The sum, ``[c k, c k]``, whose parts are freed on the way; call this once."""
         taps = [axis.taps for axis in self._axes]
         shape = (*taps, self._channels, *taps, self._channels)
         blocks = torch.zeros(shape, dtype=self._like.dtype, device=self._like.device)

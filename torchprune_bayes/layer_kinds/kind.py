@@ -14,7 +14,7 @@ Side = Literal["in", "out"]
 
 
 class LayerKind(ABC):
-    """A kind of layer. What is not said below has the defaults of a layer that is not known.
+    """A kind of layer; a method that is not overridden does what suits an unknown layer.
 
     Law of the gradients: for the ``g`` of any loss, :meth:`gradients` gives the gradients that
     autograd gives for every sample by itself, in a model in eval mode that does not mix samples.

@@ -1,9 +1,9 @@
 """Models with adapters (those of ``peft``): what is the base in them, and what are adapters.
 
 In plain words: a low-rank adapter stands around a frozen layer, its ``base_layer``, and all else
-inside it is the adapter. A layer that is trained whole (``modules_to_save``) stands beside a frozen
-``original_module`` that is out of use. They are known by these names, so that ``peft`` need not be
-installed.
+inside it is the adapter. A layer that is trained whole (``modules_to_save``) is stored beside a
+frozen ``original_module`` that is not used. They are recognised by these names, so that ``peft``
+need not be installed.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ def has_adapters(modules: Mapping[str, nn.Module]) -> bool:
 
 
 def adapter_modules(modules: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the modules that are adapters, or stand unused beside what is trained instead.
+    """Names of the modules that are adapters, or unused originals of fully trained layers.
 
     Args:
         modules: A model's ``named_modules()``.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     for name, module in modules.items():
         if adapted_base(module) is not None:
             base = names_inside(modules, _joined(name, "base_layer"))
-            found |= names_inside(modules, name) - base - {name}
+            names |= names_inside(modules, name) - base - {name}
         elif _is_trained_whole(module):
             for place in ("original_module", *_inactive(module)):
-                found |= names_inside(modules, _joined(name, place))
+                names |= names_inside(modules, _joined(name, place))
         elif _is_prompted(module):
-            found |= names_inside(modules, _joined(name, "prompt_encoder"))
-    return found
+            names |= names_inside(modules, _joined(name, "prompt_encoder"))
+    return names
 
 
 def names_inside(modules: Iterable[str], root: str) -> set[str]:

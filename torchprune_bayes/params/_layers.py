@@ -49,8 +49,8 @@ def prunable_parameters(
     the hooks of torch's pruning API do not run.
 
     In a model with adapters (``peft``'s LoRA and the like) these are the weights of the base,
-    frozen as they are, and never the adapters: they are small, and what is pruned in them says
-    nothing of the model. Who wants adapters pruned lists them.
+    frozen as they are, and never the adapters: they are small, and their sparsity says
+    nothing about the model's. To prune adapters, list them yourself.
 
     Args:
         model: Any module; wrappers are looked through.

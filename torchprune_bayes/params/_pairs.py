@@ -28,7 +28,7 @@ class ParameterPair(tuple[nn.Module, str]):
 
     @classmethod
     def of(cls, model: nn.Module, module: nn.Module, name: str) -> ParameterPair:
-        """The pair of a tensor of ``model``, which is given without wrappers."""
+        """The pair of a tensor of ``model``, given without wrappers."""
         pair = cls((module, name))
         pair.model = model
         return pair
@@ -39,7 +39,7 @@ class ParameterPair(tuple[nn.Module, str]):
 
 
 def as_pairs(params: ParameterPairs) -> list[tuple[nn.Module, str]]:
-    """List the pairs, refusing what is none."""
+    """List the pairs, refusing anything else."""
     pairs = list(params)
     for pair in pairs:
         if not (
@@ -68,7 +68,7 @@ def without_repeats(params: ParameterPairs) -> list[tuple[nn.Module, str]]:
 
 
 def model_of(pairs: Sequence[tuple[nn.Module, str]]) -> nn.Module:
-    """The one model that holds the modules of all pairs, as far as the pairs know it.
+    """The one model that holds the modules of all pairs, as far as the pairs record it.
 
     Returns:
         The model; or, where no pair knows one that holds them all, a module that holds them as
@@ -78,21 +78,21 @@ def model_of(pairs: Sequence[tuple[nn.Module, str]]) -> nn.Module:
         AlignmentError: If a layer is no longer part of the model that its pair was listed from.
     """
     modules = {module for module, _ in pairs}
-    known = [pair for pair in pairs if isinstance(pair, ParameterPair)]
-    inside = {pair.model: set(pair.model.modules()) for pair in known}
-    for pair in known:
+    aware = [pair for pair in pairs if isinstance(pair, ParameterPair)]
+    inside = {pair.model: set(pair.model.modules()) for pair in aware}
+    for pair in aware:
         if pair[0] not in inside[pair.model]:
             raise AlignmentError(
                 f"Expected layers of the model, got a {type(pair[0]).__name__} that was replaced "
-                "or taken out since the parameters were listed: list them again."
+                "or removed since the parameters were listed: list them again."
             )
     for model, members in inside.items():
         if modules <= members:
             return model
     holder = nn.Module()
-    held: set[nn.Module] = set()
+    added: set[nn.Module] = set()
     for place, (module, _) in enumerate(pairs):
-        if module not in held:
+        if module not in added:
             holder.add_module(f"params[{place}]", module)
-            held.add(module)
+            added.add(module)
     return holder

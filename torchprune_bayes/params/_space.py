@@ -106,13 +106,13 @@ class ParameterSpace(Sequence[PrunableTensor]):
 
     def restricted(self, module: nn.Module, name: str) -> ParameterSpace:
         """The space of one of its tensors alone."""
-        found = [t for t in self._tensors if t.module is module and t.tensor_name == name]
-        if not found:
+        matching = [t for t in self._tensors if t.module is module and t.tensor_name == name]
+        if not matching:
             raise AlignmentError(
                 f"Expected `{name}` of {type(module).__name__} among the calibration's parameters "
                 f"({_shortened(self.names)}), got a tensor that is not one of them."
             )
-        return self._of(found)
+        return self._of(matching)
 
     def subset(self, names: Collection[str]) -> ParameterSpace:
         """The space of some of its tensors, given by qualified name, in its own order."""
@@ -156,19 +156,19 @@ class ParameterSpace(Sequence[PrunableTensor]):
 
     def check_same_tensors(self, params: ParameterPairs) -> None:
         """Refuse pairs, in any order, that are not the tensors of this space."""
-        wanted = {id(leaf(module, name)) for module, name in without_repeats(params)}
-        known = {id(tensor.leaf) for tensor in self._tensors}
-        if wanted != known:
+        passed = {id(leaf(module, name)) for module, name in without_repeats(params)}
+        own = {id(tensor.leaf) for tensor in self._tensors}
+        if passed != own:
             raise AlignmentError(
-                f"Expected the {len(known)} parameters of the calibration, got a list of "
-                f"{len(wanted)} with {len(wanted & known)} of them: pass the same list to both."
+                f"Expected the {len(own)} parameters of the calibration, got a list of "
+                f"{len(passed)} with {len(passed & own)} of them: pass the same list to both."
             )
 
     def check_in_model(self) -> None:
         """Refuse tensors whose module the model does not have any more.
 
         Raises:
-            AlignmentError: If a layer was replaced or taken out since the space was made.
+            AlignmentError: If a layer was replaced or removed since the space was made.
         """
         modules = dict(self.model.named_modules())
         for tensor in self._tensors:
@@ -194,9 +194,9 @@ class ParameterSpace(Sequence[PrunableTensor]):
                 f"({_shortened(self.names)}), got {flat.numel()}: pass the same list to the "
                 "calibration and to the pruning call."
             )
-        pieces = flat.detach().reshape(-1).split([values.numel() for values in remaining])
-        for tensor, values, piece in zip(self._tensors, remaining, pieces, strict=True):
-            if not torch.equal(values.to(piece.dtype), piece.to(values.device)):
+        parts = flat.detach().reshape(-1).split([values.numel() for values in remaining])
+        for tensor, values, part in zip(self._tensors, remaining, parts, strict=True):
+            if not torch.equal(values.to(part.dtype), part.to(values.device)):
                 raise AlignmentError(
                     f"Expected the values of `{tensor.name}` at its place, got others: keep the "
                     "order of the calibration's parameters and pass no importance_scores."
