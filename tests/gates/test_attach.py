@@ -113,7 +113,7 @@ def test_a_gate_on_both_sides_of_a_layer():
 @pytest.mark.parametrize(
     ("sites", "error", "message"),
     [
-        ("gpt2", ArgumentError, "found none in Sequential"),
+        ("gpt2", ArgumentError, "got none in Sequential"),
         ("gpt3", ArgumentError, "Expected one of auto"),
         ([], ArgumentError, "at least one site"),
         (["fc*"], ArgumentError, r"match 'fc\*', found none"),

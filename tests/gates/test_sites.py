@@ -103,7 +103,7 @@ class Twice(nn.Module):
         (lambda: nn.Sequential(nn.Linear(4, 8), Residual(), nn.Linear(8, 2)), "to several oper"),
         (Backwards, "in the order in which they were registered"),
         (Twice, "do not run once each"),
-        (lambda: Attention("apart"), "goes on to several|cannot be followed"),
+        (lambda: Attention("apart"), "several operations read|cannot be followed"),
     ],
 )
 def test_what_is_no_chain_is_not_read_as_one(build, why, preset):
@@ -163,7 +163,7 @@ def test_batch_norms_without_weights_get_no_gate():
 
 
 def test_one_layer_has_no_sites():
-    with pytest.raises(ArgumentError, match=r"preset 'auto', found none in Linear"):
+    with pytest.raises(ArgumentError, match=r"preset 'auto', got none in Linear"):
         find_sites(nn.Linear(3, 2))
 
 

@@ -10,10 +10,10 @@ evidence says that the unit can go (Wright, Igel and Selvan 2024, arXiv:2406.013
 3. :func:`fold_gates` moves them into the weights, and
    :func:`~torchprune_bayes.structured.shrink` with ``target="evidence"`` cuts out what is closed.
 
-Which gates close is up to a :class:`Criterion`: :class:`BMRSNormal` (the default) and
+A :class:`Criterion` decides which gates close: :class:`BMRSNormal` (the default) and
 :class:`BMRSUniform` compare the evidence of the model with and without a unit, and need neither a
 threshold nor an amount. :class:`SignalToNoise`, :class:`PosteriorMean` and :class:`WeightNorm` are
-baselines with one. Both forms of BMRS put up with evidence of ``tau`` against closing a gate, by
+baselines with one. Both forms of BMRS tolerate evidence of ``tau`` against closing a gate, by
 default :data:`DEFAULT_TAU`, ½ log 2π: a gate that the network does not need tends to a change of
 the log evidence of zero *from below*, so that the exact rule, ``tau=0``, hardly ever fires.
 

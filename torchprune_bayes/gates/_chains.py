@@ -1,4 +1,4 @@
-"""Whether a model is a chain of layers, told from its code without running it."""
+"""Whether a model is a chain of layers, decided from its code without running it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SIZES = ("size", "shape", "dim", "ndim", "numel", "dtype", "device")
 
 
 def check_chain(model: nn.Module) -> None:
-    """Refuse a model in which a value goes on to several layers, or layers run in another order.
+    """Refuse a model in which several layers read one value, or layers run in another order.
 
-    The code is followed symbolically (:mod:`torch.fx`); numbers read off a value's shape do not
-    count as going on.
+    The code is followed symbolically (:mod:`torch.fx`); numbers computed from a value's shape do
+    not count as reading it.
 
     Raises:
         ArgumentError: If it is no chain, or its code cannot be followed.
@@ -37,7 +37,7 @@ def check_chain(model: nn.Module) -> None:
 
 
 def _branching(graph: fx.Graph) -> str | None:
-    """Where a value goes on to several operations, or one takes several values."""
+    """Where several operations read one value, or one operation reads several."""
     numbers: set[fx.Node] = set()
     for node in graph.nodes:
         size = node.op.startswith("call") and (node.target in _SIZES or node.target is getattr)
@@ -47,8 +47,8 @@ def _branching(graph: fx.Graph) -> str | None:
         if node in numbers or node.op == "get_attr":
             continue
         if len([user for user in node.users if user not in numbers]) > 1:
-            return f"in which `{node.name}` goes on to several operations"
-        if len([each for each in node.all_input_nodes if each not in numbers]) > 1:
+            return f"in which several operations read `{node.name}`"
+        if len([source for source in node.all_input_nodes if source not in numbers]) > 1:
             return f"in which `{node.name}` combines several values"
     return None
 

@@ -42,10 +42,10 @@ def attach_gates(
         model: Any module; wrappers are looked through.
         sites: The name of a preset, see :func:`~torchprune_bayes.gates.find_sites`; or a list of
             sites, and of patterns of module names whose outputs are to be gated.
-        example_inputs: What the model is called with, for ``"auto"`` to see how its units are
-            wired; needed for models of no preset that are no chains.
+        example_inputs: What the model is called with, for ``"auto"`` to trace how its units are
+            wired; needed for models that match no preset and are not chains.
         preserve: Divide the weights beside the gates by the first E[θ], so that the output in
-            evaluation mode stays what it is; for pretrained models.
+            evaluation mode is unchanged; for pretrained models.
         heads: Whether a preset gates attention heads.
         residual: Whether the ResNet preset gates what writes to residual streams.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
@@ -87,7 +87,7 @@ def attach_gates(
 
 
 def gates_of(model: nn.Module) -> Gates:
-    """Find the gates in a model, a copied or unpickled one too.
+    """Find the gates in a model, which may be a copied or unpickled one.
 
     Raises:
         ArgumentError: If there are none.
@@ -123,7 +123,7 @@ def detach_gate(module: nn.Module, name: str) -> None:
 
 
 def _renamed(site: Site, name: str) -> Site:
-    # A part of a gated model, or a model around it, knows the modules by other names.
+    # In a part of a gated model, or a model around it, the modules have other names.
     return site if site.module == name else replace(site, module=name, producer=None)
 
 
@@ -160,27 +160,27 @@ def _resolve(model: nn.Module, sites: Sequence[str | Site]) -> list[Site]:
 
 
 def _matching(model: nn.Module, pattern: str) -> list[Site]:
-    found = [
+    matching = [
         Site(name, "out", units, kind="hidden" if activation_dim(module) == -1 else "channel")
         for name, module in model.named_modules()
         if fnmatchcase(name, pattern) and (units := entries_of(module, "out"))
     ]
-    if not found:
+    if not matching:
         raise ArgumentError(
-            f"Expected layers or batch norms whose names match {pattern!r}, found none."
+            f"Expected layers or batch norms whose names match {pattern!r}, got none."
         )
-    return found
+    return matching
 
 
 def _refuse_repeats(sites: Sequence[Site], modules: Sequence[nn.Module]) -> None:
     names = [site.name for site in sites]
     repeated = {name for name in names if names.count(name) > 1}
-    taken = {
+    occupied = {
         site.name
         for site, module in zip(sites, modules, strict=True)
         if GATE_NAMES[site.side] in module._modules
     }
-    if repeated | taken:
+    if repeated | occupied:
         raise ArgumentError(
-            f"Expected one gate at a site, got several at {', '.join(sorted(repeated | taken))}."
+            f"Expected one gate at a site, got several at {', '.join(sorted(repeated | occupied))}."
         )

@@ -1,4 +1,4 @@
-"""All gates of a model, and what is done with them together."""
+"""All gates of a model, and operations on all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Gates(Mapping[str, NoiseGate]):
     """The gates of a model by site.
 
     Args:
-        model: The model that they sit in.
+        model: The model that contains them.
         gates: The gates by name of their site.
         sites: The sites by the same names.
 
@@ -75,19 +75,19 @@ class Gates(Mapping[str, NoiseGate]):
         return self._weighted_kl([1.0] * len(self))
 
     def mean_kl(self) -> Tensor:
-        """Mean over sites of the mean over units, as arXiv:2406.01345's code weighs them."""
+        """Mean over sites of the mean over units, weighted as in the code of arXiv:2406.01345."""
         return self._weighted_kl([1.0 / (len(self) * gate.units) for gate in self.values()])
 
     def _weighted_kl(self, weights: list[float]) -> Tensor:
-        # All gates of the same bounds in one vector: each is a few dozen small operations.
+        # All gates of the same bounds in one vector: each would cost a few dozen small operations.
         device = float64_device(next(iter(self.values())).mu.device)
         total = torch.zeros((), dtype=torch.float64, device=device)
         for low, high in dict.fromkeys((gate.low, gate.high) for gate in self.values()):
             pairs = zip(self.values(), weights, strict=True)
             alike = [(gate, w) for gate, w in pairs if (gate.low, gate.high) == (low, high)]
             mu, log_sigma, share = (
-                torch.cat([wide(piece).to(device) for piece in pieces])
-                for pieces in (
+                torch.cat([wide(part).to(device) for part in parts])
+                for parts in (
                     [gate.mu for gate, _ in alike],
                     [gate.log_sigma for gate, _ in alike],
                     [gate.mask * weight for gate, weight in alike],
@@ -99,14 +99,14 @@ class Gates(Mapping[str, NoiseGate]):
     @torch.no_grad()
     def margins(self, criterion: Criterion | str = "bmrs-n") -> dict[str, Tensor]:
         """Margins in favour of closing by site, see :class:`Criterion`; float64 ``[units]``."""
-        found = find_criterion(criterion)
+        rule = find_criterion(criterion)
         return {
-            name: found.margin(gate.posterior, lambda name=name: self.weight_norms(name))  # type: ignore[misc]
+            name: rule.margin(gate.posterior, lambda name=name: self.weight_norms(name))  # type: ignore[misc]
             for name, gate in self.items()
         }
 
     def weight_norms(self, name: str) -> Tensor:
-        """L2 norms of the weights that make a site's units; of those that read them, if unknown."""
+        """L2 norms of the weights that produce a site's units, or read them if unknown."""
         site = self.sites[name]
         if site.producer is not None:
             return unit_norms(self.model.get_submodule(site.producer), "out", site.repeat)
@@ -126,12 +126,12 @@ class Gates(Mapping[str, NoiseGate]):
         Args:
             criterion: A criterion or its name.
             amount: At most this fraction or number of the open gates.
-            beyond: Close ``amount`` even where the criterion says no.
+            beyond: Close ``amount`` even where the criterion is against it.
             keep: Gates that stay open at each site.
-            regrow: Decide on all gates afresh, so that closed ones may open again.
+            regrow: Decide on all gates again, so that closed ones may reopen.
 
         Returns:
-            How many gates have been closed; negative if more have opened again.
+            How many gates have been closed; negative if more have reopened.
         """
         before = self.closed
         masks = self.masks
@@ -145,6 +145,6 @@ class Gates(Mapping[str, NoiseGate]):
         return self.closed - before
 
     def project_(self) -> None:
-        """Move all parameters back into their box; call it after every optimizer step."""
+        """Move all parameters back into their bounds; call it after every optimizer step."""
         for gate in self.values():
             gate.project_()

@@ -1,7 +1,7 @@
-"""Which gates can be closed: five criteria and how what they say becomes masks.
+"""Which gates can be closed: five criteria and how their margins become masks.
 
-Every criterion gives a *margin* for each gate, the amount by which it says that the gate should be
-closed: it says so where the margin is zero or more.
+Every criterion gives a *margin* for each gate, its evidence for closing it: the gate closes where
+the margin is zero or more.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ probability, ``tau`` is the prior log odds that a unit is redundant, 5 to 2 by d
 
 
 class Criterion(ABC):
-    """Says which gates can be closed.
+    """Decides which gates can be closed.
 
     Attributes:
         additive: Whether the margins of several gates, their ``tau`` included, add up to that of
@@ -51,7 +51,7 @@ class Criterion(ABC):
 
         Args:
             posterior: The gates' posteriors, ``[units]``.
-            norms: Gives the L2 norms of the units' weights, ``[units]``.
+            norms: Returns the L2 norms of the units' weights, ``[units]``.
 
         Returns:
             Float64 ``[units]``.
@@ -99,11 +99,11 @@ class PosteriorMean(Criterion):
 
 @dataclass(frozen=True)
 class BMRSNormal(Criterion):
-    """BMRS_N: close where a prior with a spike at zero has the evidence (arXiv:2406.01345, eq. 8).
+    """BMRS_N: close where a spike at zero has higher evidence (arXiv:2406.01345, eq. 8).
 
     Args:
-        tau: Evidence against it that is put up with; 0 is exact, :data:`DEFAULT_TAU` what the
-            released code does.
+        tau: Tolerated evidence against closing; 0 is exact, :data:`DEFAULT_TAU` that of the
+            released code.
         mu_p: Location of the spike in log θ; ``None`` for the lower bound.
         sigma_p: Scale of the spike; 0 gives the Savage-Dickey ratio, the paper has 1e-6.
     """
@@ -124,7 +124,7 @@ class BMRSNormal(Criterion):
 
 @dataclass(frozen=True)
 class BMRSUniform(Criterion):
-    """BMRS_U: close where a prior on gates below ``2^-p1`` has the evidence (arXiv:2406.01345).
+    """BMRS_U: close where a prior on gates below ``2^-p1`` has higher evidence (arXiv:2406.01345).
 
     Args:
         p1: Bits of precision at which a gate counts as closed; fewer prune more.
@@ -190,8 +190,8 @@ def choose_closed(
     Args:
         margins: Margins by site, ``[units]`` each.
         masks: Boolean by site, ``True`` where the gate is open.
-        amount: At most this fraction or number of the open gates of all sites together, those of
-            the largest margins; ``None`` closes whatever has a margin of zero or more.
+        amount: At most this fraction or number of the open gates of all sites, those of
+            the largest margins; ``None`` closes every gate with a margin of zero or more.
         beyond: Close ``amount`` even where the margins are negative, which turns the criterion
             into a ranking.
         keep: Gates that stay open at each site, those of the smallest margins.
@@ -200,7 +200,7 @@ def choose_closed(
         Boolean by site, ``True`` where a gate closes; ties are broken by index.
 
     Raises:
-        ArgumentError: If ``amount`` is impossible, or ``beyond`` goes without it.
+        ArgumentError: If ``amount`` is impossible, or ``beyond`` is set without it.
         ArgumentTypeError: If ``amount`` is no number.
 
     Cost: one sort of all margins.
@@ -228,10 +228,9 @@ def choose_closed(
         count = min(count, count_to_prune(amount, int(still_open.sum())))
     closed = torch.zeros_like(still_open)
     closed[order[:count]] = True
-    pieces = closed.split([mask.numel() for mask in masks.values()])
+    parts = closed.split([mask.numel() for mask in masks.values()])
     return {
-        name: piece.to(mask.device)
-        for (name, mask), piece in zip(masks.items(), pieces, strict=True)
+        name: part.to(mask.device) for (name, mask), part in zip(masks.items(), parts, strict=True)
     }
 
 

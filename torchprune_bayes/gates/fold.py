@@ -1,4 +1,4 @@
-"""Moving the scale of gates into the weights around them, and the gates out of the model."""
+"""Folding the scale of gates into the weights around them and removing the gates."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torchprune_bayes.gates.scaling import scale_units
 def fold_gates(model: nn.Module) -> dict[str, Tensor]:
     """Scale the weights by E[θ], zero where a gate is closed, and remove all gates.
 
-    The output in evaluation mode stays as it is up to rounding, and nothing of the gates is left:
-    no parameters, buffers, hooks or run-time cost. Optimizers that hold the gates' parameters go
-    on holding them.
+    The output in evaluation mode is unchanged up to rounding, and nothing of the gates remains:
+    no parameters, buffers, hooks or run-time cost. Optimizers that hold the gates' parameters
+    keep them.
 
     Args:
         model: A model with gates.

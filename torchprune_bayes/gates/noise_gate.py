@@ -23,7 +23,7 @@ class NoiseGate(nn.Module):
     """Multiply each unit by its own θ: a draw while training, E[θ] otherwise, zero once closed.
 
     θ has a log-uniform prior and a truncated log-normal posterior (Neklyudov et al. 2017,
-    arXiv:1705.07283), whose parameters are computed with in float64 whatever their dtype.
+    arXiv:1705.07283), whose computations are in float64 whatever the parameters' dtype.
 
     Args:
         units: Number of gates.
@@ -106,11 +106,11 @@ class NoiseGate(nn.Module):
 
     @torch.no_grad()
     def close(self, closed: Tensor, *, regrow: bool = False) -> int:
-        """Close gates for good.
+        """Close gates.
 
         Args:
             closed: Boolean ``[units]``, ``True`` where the gate closes.
-            regrow: Whether closed gates that are not in ``closed`` open again.
+            regrow: Whether closed gates that are not in ``closed`` reopen.
 
         Returns:
             How many gates are closed now.
@@ -126,9 +126,9 @@ class NoiseGate(nn.Module):
 
     @torch.no_grad()
     def project_(self) -> None:
-        """Move μ and log σ back into the box in which everything is finite.
+        """Move μ and log σ back into the bounds in which everything is finite.
 
-        To clamp them in the forward pass instead would leave those beyond the bounds, μ starting
+        Clamping them in the forward pass instead would leave those beyond the bounds, μ starting
         at one, without gradients.
         """
         self.mu.clamp_(self.low, self.high)

@@ -1,4 +1,4 @@
-"""Scaling the weights that make or read units."""
+"""Scaling the weights that produce or read units."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def scale_units(module: nn.Module, side: Side, scale: Tensor) -> None:
 
 
 def unit_norms(module: nn.Module, side: Side, repeat: int) -> Tensor:
-    """Euclidean norm of the weights that make or read each unit, float64 ``[units]``."""
+    """Euclidean norm of the weights that produce or read each unit, float64 ``[units]``."""
     weight = leaf(module, "weight")
     assert weight is not None
     dim = 0 if weight.ndim == 1 else weight_dim(module, side)

@@ -1,7 +1,7 @@
 """Where gates can sit in a model, and how a gate there is folded into the weights.
 
-In plain words: behind a layer a gate scales the rows that make a unit (``side="out"``), in front of
-a layer the columns that read it (``side="in"``). The second needs no knowledge of the activation in
+In plain words: behind a layer a gate scales the rows that produce a unit (``side="out"``), in front
+of a layer the columns that read it (``side="in"``). The second does not depend on the activation in
 between, so it is how hidden units and attention heads are gated.
 """
 
@@ -26,15 +26,15 @@ from torchprune_bayes.wiring.units import groups_of
 
 @dataclass(frozen=True)
 class Site:
-    """One place for a gate.
+    """A place for a gate.
 
     Attributes:
         module: Qualified name of the layer or batch norm that holds the gate.
-        side: Whether the gate works on its output or on its input.
+        side: Whether the gate scales its output or its input.
         units: Number of gates.
         repeat: Neighbouring entries that share one.
         kind: ``"hidden"``, ``"channel"`` or ``"head"``.
-        producer: Qualified name of the layer whose weights make the units, where it is known.
+        producer: Qualified name of the layer whose weights produce the units, if known.
     """
 
     module: str
@@ -46,7 +46,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The module's name, with ``":in"`` where the gate works on its input."""
+        """The module's name, with ``":in"`` where the gate scales its input."""
         return self.module if self.side == "out" else f"{self.module}:in"
 
 
@@ -111,14 +111,14 @@ def find_sites(
     residual: bool = False,
     forward_fn: ForwardFunction | None = None,
 ) -> list[Site]:
-    """List where gates belong in a model.
+    """List the places for gates in a model.
 
     Known blocks are recognised by class name and attributes: the hidden units and heads of ViT
     (timm and Hugging Face), BERT, DistilBERT and GPT-2, and the channels of ResNet (torchvision
-    and timm). Any other model is run on example inputs, if there are some, and each group of units
-    that shrinking would find, and that one batch norm or one layer reads, gets a gate there.
-    Without them it must be a chain, as an MLP, LeNet or VGG is: its code is followed
-    symbolically, and each value must go on to one layer, in the order in which they were
+    and timm). Any other model is run on example inputs, if given, and each group of units
+    that shrinking finds and that one batch norm or one layer reads gets a gate there.
+    Without them it must be a chain, such as an MLP, LeNet or VGG: its code is followed
+    symbolically, and each value must be read by one layer, in the order in which they were
     registered. The last layer gets no gate.
 
     Args:
@@ -129,15 +129,16 @@ def find_sites(
             of keyword arguments.
         heads: Whether attention heads get gates.
         residual: Whether the batch norms that write to a residual stream of a ResNet get gates, as
-            in arXiv:2406.01345. A channel of the stream goes only where all of them agree.
+            in arXiv:2406.01345. A channel of the stream is removed only where all of them are
+            closed.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
 
     Returns:
         The sites, in the order of the model's modules.
 
     Raises:
-        ArgumentError: If the preset is unknown or matches nothing, or the model is no chain and
-            there are no example inputs.
+        ArgumentError: If the preset is unknown or matches nothing, or the model is not a chain and
+            no example inputs are given.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
@@ -154,18 +155,18 @@ def find_sites(
     if preset == "auto" and example_inputs is not None:
         finders["chain"] = lambda: _wired(model, example_inputs, forward_fn, heads)
     for name in finders if preset == "auto" else [preset]:
-        found = list(finders[name]())
-        if found:
+        sites = list(finders[name]())
+        if sites:
             if name == "chain" and example_inputs is None:
                 check_chain(model)
-            return found
+            return sites
     why = (
         "; none of its units are all read by one layer that is called, or scaled by one batch norm"
         if preset == "auto" and example_inputs is not None
         else ""
     )
     raise ArgumentError(
-        f"Expected a model with sites of preset {preset!r}, found none in "
+        f"Expected a model with sites of preset {preset!r}, got none in "
         f"{type(model).__name__}{why}."
     )
 
@@ -206,14 +207,14 @@ def _transformer(model: nn.Module, preset: str, heads: bool) -> Iterator[Site]:
 
 
 def _resnet(model: nn.Module, residual: bool) -> Iterator[Site]:
-    found = False
+    seen = False
     modules = dict(model.named_modules())
     for name, block in modules.items():
         if type(block).__name__ not in RESNET_BLOCKS or not hasattr(block, "conv2"):
             continue
-        if residual and not found:
+        if residual and not seen:
             yield from _batch_norms(modules, [("bn1", "conv1")])
-        found = True
+        seen = True
         last = 3 if hasattr(block, "conv3") else 2
         inner = range(1, last + 1 if residual else last)
         places = [(f"{name}.bn{i}", f"{name}.conv{i}") for i in inner]
@@ -258,8 +259,8 @@ def _chain(model: nn.Module) -> Iterator[Site]:
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     attention = [name for name, m in model.named_modules() if "Attention" in type(m).__name__]
     for name, module in model.named_modules():
-        known = kind_of(module).is_norm or entries_of(module, "out") is not None
-        if known and not any(f"{name}.".startswith(f"{outer}.") for outer in attention):
+        gateable = kind_of(module).is_norm or entries_of(module, "out") is not None
+        if gateable and not any(f"{name}.".startswith(f"{outer}.") for outer in attention):
             yield name, module
 
 
@@ -282,9 +283,9 @@ def _site_of(model: nn.Module, group: UnitGroup, called: Collection[str]) -> Ite
     places: list[tuple[list[UnitSlice], Side]] = [(readers, "in")]
     if len(norms) == len(makers) == 1:
         places.append((norms, "out"))
-    for pieces, side in places:
-        if len(pieces) == 1 and _fits(model, group, pieces[0], side):
-            site = _site(model, group, pieces[0], side, makers)
+    for candidates, side in places:
+        if len(candidates) == 1 and _fits(model, group, candidates[0], side):
+            site = _site(model, group, candidates[0], side, makers)
             if site.module in called:
                 yield site
                 return
@@ -294,15 +295,15 @@ def _site(
     model: nn.Module, group: UnitGroup, piece: UnitSlice, side: Side, makers: list[UnitSlice]
 ) -> Site:
     """The producer is named if it is one layer whose outputs are laid out like the gate."""
-    each = piece.positions.shape[1]
-    known = len(makers) == 1 and makers[0].positions.shape[1] == each
-    known = known and _fits(model, group, makers[0], "out")
-    producer = makers[0].name.rpartition(".")[0] if known else None
-    return Site(piece.name.rpartition(".")[0], side, group.units, each, group.kind, producer)
+    repeat = piece.positions.shape[1]
+    matches = len(makers) == 1 and makers[0].positions.shape[1] == repeat
+    matches = matches and _fits(model, group, makers[0], "out")
+    producer = makers[0].name.rpartition(".")[0] if matches else None
+    return Site(piece.name.rpartition(".")[0], side, group.units, repeat, group.kind, producer)
 
 
 def _fits(model: nn.Module, group: UnitGroup, piece: UnitSlice, side: Side) -> bool:
-    """Whether the units lie side by side and fill a side of a layer that can hold a gate."""
+    """Whether the units are contiguous and fill a side of a layer that can hold a gate."""
     name, _, key = piece.name.rpartition(".")
     entries = piece.positions.numel()
     in_order = torch.equal(piece.positions.reshape(-1), torch.arange(entries))

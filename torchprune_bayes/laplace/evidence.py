@@ -35,19 +35,19 @@ def maximise_evidence(
     lr: float = 0.1,
     tolerance: float = 1e-4,
 ) -> PriorPrecision:
-    """Prior precisions of higher, mostly the highest, evidence at fixed weights and curvature.
+    """Increase the evidence by new prior precisions at fixed weights and curvature.
 
-    The log marginal likelihood is concave in the log precisions, so what is stationary is best.
-    With ``solver="fixed_point"`` it never falls:
+    The log marginal likelihood is concave in the log precisions, so a stationary point is a
+    maximum. With ``solver="fixed_point"`` the evidence never decreases:
 
     * scalar, layerwise: MacKay's equation ``δ = γ/Σθ²``, solved by Newton's method.
     * diag with a diagonal curvature: closed form.
     * unitwise, and diag with Kronecker factors: square-rooted MacKay steps, on the units of one
       side after the other. With Kronecker factors the diag structure has a lower bound only, and
-      it is the bound that rises.
+      it is the bound that increases.
 
     ``solver="adam"`` takes the steps of `SpaM (Dhahri et al., 2024)
-    <https://arxiv.org/abs/2402.15978>`_, Adam on the log precisions; the evidence may fall.
+    <https://arxiv.org/abs/2402.15978>`_, Adam on the log precisions; the evidence may decrease.
 
     Args:
         prior: Where to start, and in which structure.
@@ -128,15 +128,15 @@ def _by_adam(
     logs = {name: [f.double().log() for f in prior.factors[name]] for name in names}
     if shared:
         logs = dict.fromkeys(names, logs[names[0]])
-    leaves = {id(log): log for found in logs.values() for log in found}
+    leaves = {id(log): log for factor_logs in logs.values() for log in factor_logs}
     optimizer = torch.optim.Adam(list(leaves.values()), lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
         for name in names:
             _add_slopes(logs[name], terms[name], canonical_shape(prior.shapes[name]), scale)
         optimizer.step()
-    found = {name: [log.exp() for log in logs[name]] for name in names}
-    return prior.with_factors(found)
+    factors = {name: [log.exp() for log in logs[name]] for name in names}
+    return prior.with_factors(factors)
 
 
 def _add_slopes(

@@ -36,7 +36,7 @@ class LaplaceOptions:
         num_data: ``N``, the number of samples the model is trained on, to which sums over the
             calibration samples are scaled; default ``Calibration.num_data``.
         temperature: ``T``; below one the data count more than once, as with augmentation.
-        loss_scale: What the loss of one sample is to be multiplied with to be its negative
+        loss_scale: Factor that turns the loss of one sample into its negative
             log-likelihood at ``T = σ = 1``: 1 for cross-entropy, ``C/2`` for a squared error that
             is averaged over ``C`` outputs.
         outputs: ``C``, for regression.
@@ -72,7 +72,7 @@ class LaplaceOptions:
             )
 
     def check_noise(self, noise: float | None) -> None:
-        """Refuse what is no noise, and the empirical Fisher with it.
+        """Refuse an invalid noise, and the empirical Fisher with any noise.
 
         Raises:
             ArgumentError: In these cases.
@@ -83,7 +83,7 @@ class LaplaceOptions:
         if self.kind == "empirical":
             raise ArgumentError(
                 "Expected kind='ggn' or 'monte_carlo' with `noise`, got 'empirical': products of "
-                "residuals are no Hessian of a squared error."
+                "residuals are not the Hessian of a squared error."
             )
 
 
@@ -106,7 +106,7 @@ def fit_posterior(
         options: See :class:`LaplaceOptions`.
 
     Raises:
-        ArgumentError: If an option has an impossible value, or the empirical Fisher is to be used
+        ArgumentError: If an option has an impossible value, or the empirical Fisher is used
             for regression, where it does not have the scale of the Hessian.
         CalibrationError: If the data gave no usable gradients.
 
@@ -148,7 +148,7 @@ def posterior_of(
     *,
     noise: float | None = None,
 ) -> Posterior:
-    """The posterior that a fitted curvature gives, which may be a saved one: no data are needed.
+    """The posterior of a fitted, possibly saved, curvature; no data are needed.
 
     Args:
         curvature: Fitted at ``means``.
@@ -182,11 +182,11 @@ def _summed(
     curvature: LayerCurvature, means: Mapping[str, Tensor], samples: float
 ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
     with_factors = set(curvature.kronecker_names)
-    found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    sums: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
     for name, mean in means.items():
         if name in with_factors:
             rows, columns = (factor.to(mean.device) for factor in curvature.factors(name))
-            found[name] = (samples * rows, columns)
+            sums[name] = (samples * rows, columns)
         else:
-            found[name] = samples * curvature.block_diagonal(name).to(mean.device)
-    return found
+            sums[name] = samples * curvature.block_diagonal(name).to(mean.device)
+    return sums

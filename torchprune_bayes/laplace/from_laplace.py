@@ -1,4 +1,4 @@
-"""Reading the posteriors that laplace-torch has fitted; that package is not imported here."""
+"""Reading posteriors fitted with laplace-torch, without importing that package."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torchprune_bayes.params import mask_of
 
 
 def posterior_from_laplace(laplace: Any) -> Posterior:
-    """The posterior of a fitted ``laplace.Laplace``, as far as it is one over weights.
+    """The posterior of a fitted ``laplace.Laplace``, if it is one over weights.
 
-    Taken are all Hessian structures (full, kron, diag, lowrank) over all weights, those of the
+    Supported are all Hessian structures (full, kron, diag, lowrank) over all weights, those of the
     last layer, or a subnetwork. Entries that a subnetwork leaves out are held fixed: they have
-    infinite precision, and go last.
+    infinite precision, and are pruned last.
 
     Args:
-        laplace: A fitted posterior of laplace-torch; it is read, not kept.
+        laplace: A fitted posterior of laplace-torch; it is read, no reference is kept.
 
     Raises:
         ArgumentError: If it is not fitted.
-        ArgumentTypeError: If it is no Laplace posterior over weights.
+        ArgumentTypeError: If it is not a Laplace posterior over weights.
 
     Cost: for full an eigendecomposition of the Hessian, else one copy.
     """
@@ -52,8 +52,8 @@ def posterior_from_laplace(laplace: Any) -> Posterior:
 
 
 def _check_parametric(laplace: Any) -> None:
-    known = ("mean", "prior_precision", "sigma_noise", "temperature", "likelihood", "H")
-    missing = [name for name in known if not hasattr(laplace, name)]
+    required = ("mean", "prior_precision", "sigma_noise", "temperature", "likelihood", "H")
+    missing = [name for name in required if not hasattr(laplace, name)]
     if missing:
         raise ArgumentTypeError(
             "Expected a Laplace posterior over weights (full, kron, diag or lowrank), got "
@@ -96,7 +96,7 @@ def _shapes(laplace: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(model: nn.Module, name: str) -> str:
-    """The name a tensor has where it is not pruned."""
+    """The name of a tensor without the suffix of pruning."""
     path, _, last = name.rpartition(".")
     original = last.removesuffix("_orig")
     pruned = last.endswith("_orig") and mask_of(model.get_submodule(path), original) is not None
@@ -104,8 +104,8 @@ def _plain(model: nn.Module, name: str) -> str:
 
 
 def _split(vector: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    pieces = vector.split([prod(shape) for shape in shapes.values()])
-    return {n: piece.reshape(shapes[n]) for n, piece in zip(shapes, pieces, strict=True)}
+    parts = vector.split([prod(shape) for shape in shapes.values()])
+    return {n: part.reshape(shapes[n]) for n, part in zip(shapes, parts, strict=True)}
 
 
 def _prior(precision: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> PriorPrecision:
@@ -126,7 +126,7 @@ def _prior(precision: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> PriorPre
 
 
 def _exactly(blank: PriorPrecision, values: Mapping[str, Tensor]) -> PriorPrecision:
-    # In float64 and without the bounds of updates: it is the other package's own prior.
+    # In float64 and without the bounds of updates: the prior is used as fitted there.
     factors: dict[str, tuple[Tensor, ...]] = {n: (v.double(),) for n, v in values.items()}
     return PriorPrecision(blank.structure, blank.shapes, factors)
 
@@ -136,12 +136,12 @@ def _per_tensor(
 ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
     if isinstance(laplace.H, Tensor):
         return dict(_split(laplace.H.detach(), shapes))
-    found: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    curvature: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
     for name, factors in zip(shapes, laplace.H_facs.kfacs, strict=True):
         dense = [f.detach() if f.ndim > 1 else torch.diag(f.detach()) for f in factors]
         rows = dense[0]
-        found[name] = (rows, dense[1] if len(dense) > 1 else rows.new_ones(1, 1))
-    return found
+        curvature[name] = (rows, dense[1] if len(dense) > 1 else rows.new_ones(1, 1))
+    return curvature
 
 
 def _is_joint(laplace: Any) -> bool:

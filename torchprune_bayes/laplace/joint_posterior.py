@@ -1,4 +1,4 @@
-"""Posteriors whose curvature reaches over tensors: full and low-rank Hessians, subnetworks."""
+"""Posteriors whose curvature spans several tensors: full and low-rank Hessians, subnetworks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchprune_bayes.laplace.priors import PriorPrecision, PriorStructure
 
 
 class JointPosterior(Posterior):
-    """A posterior whose curvature reaches over tensors, ``H = U diag(l) Uᵀ``.
+    """A posterior whose curvature spans several tensors, ``H = U diag(l) Uᵀ``.
 
     Args:
         mean: Weights by qualified name.
@@ -28,7 +28,7 @@ class JointPosterior(Posterior):
         prior: As for :class:`Posterior`.
         likelihood: ``loss``, ``temperature`` and so on, as for :class:`Posterior`.
 
-    Cost: ``entries · rank² + rank³`` multiplications for what needs the inverse.
+    Cost: ``entries · rank² + rank³`` multiplications for anything that needs the inverse.
 
     Example:
         >>> posterior = JointPosterior({"bias": torch.ones(2)}, torch.ones(2, 1), torch.ones(1) * 3)
@@ -94,11 +94,11 @@ class JointPosterior(Posterior):
         """The same curvature and weights under the scalar prior of highest evidence.
 
         Raises:
-            ArgumentError: If another structure than ``"scalar"`` is asked for.
+            ArgumentError: If ``structure`` is not ``"scalar"``.
         """
         if PriorStructure.of(structure or self.prior.structure) is not PriorStructure.SCALAR:
             raise ArgumentError(
-                "Expected the structure 'scalar' for a curvature that reaches over tensors, got "
+                "Expected the structure 'scalar' for a curvature that spans several tensors, got "
                 f"{structure or self.prior.structure.value!r}."
             )
         whole = PriorPrecision.constant({"": self._joint.shape}, "scalar")

@@ -42,12 +42,12 @@ class Posterior:
         loss: Negative log-likelihood ``L``, summed over the data; for regression half the sum of
             squared errors.
         temperature: ``T``; below one the data count more than once.
-        noise: Standard deviation ``σ`` of the observations; regression alone.
-        observations: How many numbers were observed, samples times outputs; regression alone.
+        noise: Standard deviation ``σ`` of the observations; regression only.
+        observations: Number of observed values, samples times outputs; regression only.
         prior_mean: Mean of the prior, a number or tensors by name.
 
-    Everything is moved to where the means are, or to the CPU if they are on several devices or on
-    one without float64.
+    Everything is moved to the device of the means, or to the CPU if they are on several devices or
+    on one without float64.
 
     Raises:
         AlignmentError: If tensors, curvature and prior do not fit each other.
@@ -78,8 +78,8 @@ class Posterior:
         check_same_names(mean, curvature)
         place = _place(mean)
         blocks = {
-            name: _block(name, mean[name], _moved(found, place))
-            for name, found in curvature.items()
+            name: _block(name, mean[name], _moved(value, place))
+            for name, value in curvature.items()
         }
         self._set(mean, prior, loss, temperature, noise, observations, prior_mean)
         self._blocks: dict[str, LaplaceBlock] = blocks
@@ -103,7 +103,9 @@ class Posterior:
         prior = PriorPrecision.constant(shapes, device=device) if prior is None else prior
         self.prior = prior.to(device)
         if self.prior.shapes != shapes:
-            raise AlignmentError("Expected a prior of the posterior's tensors, got one of others.")
+            raise AlignmentError(
+                "Expected a prior of the posterior's tensors, got one of other tensors."
+            )
         self.loss, self.temperature = float(loss), float(temperature)
         self.noise, self.observations = noise, observations
         self.labels_per_sample: float | None = None
@@ -138,14 +140,14 @@ class Posterior:
 
         Args:
             name: Qualified name.
-            smoothed: Whether Kronecker factors of a prior that they cannot hold average it over
+            smoothed: Whether Kronecker factors average a prior that is not separable over
                 rows and columns, twice, as the paper's code does.
 
         Cost: elementwise; with ``smoothed`` an eigendecomposition of each Kronecker factor.
         """
         block, prior = self._blocks[name], self.prior.matrix(name)
-        found = block.smoothed_precisions if smoothed else block.precisions
-        return found(prior, self.scale).reshape(self.mean[name].shape)
+        precisions = block.smoothed_precisions if smoothed else block.precisions
+        return precisions(prior, self.scale).reshape(self.mean[name].shape)
 
     def curvature(self, name: str) -> Tensor:
         """Diagonal of ``sH`` for one tensor, float64 and shaped like it."""
@@ -154,11 +156,11 @@ class Posterior:
     def variance(self, name: str) -> Tensor:
         """Marginal variances of one tensor, the diagonal of ``P⁻¹``, float64 and shaped like it.
 
-        Exact, but for Kronecker factors with a prior that is not separable: then it is that of
-        the precision whose determinant the lower bound takes.
+        Exact, but for Kronecker factors with a prior that is not separable: then it is the variance
+        under the precision whose determinant is in the lower bound.
         """
-        found = self._blocks[name].variances(self.prior.matrix(name), self.scale)
-        return found.reshape(self.mean[name].shape)
+        variances = self._blocks[name].variances(self.prior.matrix(name), self.scale)
+        return variances.reshape(self.mean[name].shape)
 
     def log_marginal_likelihood(self) -> float:
         """``log Z``; a lower bound for Kronecker factors with a parameterwise prior.
@@ -188,7 +190,7 @@ class Posterior:
             ArgumentError: If the mode is unknown.
         """
         check_choice("mode", mode, MODES)
-        found = {}
+        scores = {}
         for name, mean in self.mean.items():
             values = (
                 self.curvature(name) if mode == "obd" else self.precision(name, smoothed=smoothed)
@@ -196,8 +198,8 @@ class Posterior:
             # Weights that are held fixed have infinite precision, and 0 · ∞ is not a score.
             squares = mean.double().square()
             damage = torch.where(squares > 0, values * squares, 0.0)
-            found[name] = values if mode == "posterior" else damage
-        return found
+            scores[name] = values if mode == "posterior" else damage
+        return scores
 
     def with_prior(self, prior: PriorPrecision) -> Posterior:
         """The same curvature and weights under another prior.
@@ -206,7 +208,9 @@ class Posterior:
             AlignmentError: If it is a prior of other tensors.
         """
         if prior.shapes != self.prior.shapes:
-            raise AlignmentError("Expected a prior of the posterior's tensors, got one of others.")
+            raise AlignmentError(
+                "Expected a prior of the posterior's tensors, got one of other tensors."
+            )
         other = copy.copy(self)
         other.prior = prior
         return other
@@ -224,8 +228,8 @@ class Posterior:
         """The same curvature and weights under the prior of highest evidence.
 
         Args:
-            structure: ``"scalar"``, ``"layerwise"``, ``"unitwise"`` or ``"diag"``; default the one
-                that the prior has.
+            structure: ``"scalar"``, ``"layerwise"``, ``"unitwise"`` or ``"diag"``; default that
+                of the prior.
             options: See :func:`~torchprune_bayes.laplace.maximise_evidence`.
         """
         prior = self.prior
@@ -249,7 +253,7 @@ class Posterior:
 
 
 def _place(mean: Mapping[str, Tensor]) -> torch.device:
-    """Where all of a posterior is: with the means, if they are on one device that has float64."""
+    """Device of a posterior: that of the means, if it is a single one with float64."""
     devices = {value.device for value in mean.values()}
     return float64_device(devices.pop()) if len(devices) == 1 else torch.device("cpu")
 
@@ -281,7 +285,7 @@ def _block(name: str, mean: Tensor, curvature: Tensor | tuple[Tensor, Tensor]) -
 
 
 def check_same_names(mean: Mapping[str, Tensor], other: Mapping[str, Any]) -> None:
-    """Refuse curvatures that are not those of the tensors."""
+    """Refuse curvatures of other tensors."""
     if not mean or set(mean) != set(other):
         raise AlignmentError(
             f"Expected a curvature for each of {', '.join(mean) or 'at least one tensor'}, got one "

@@ -24,7 +24,7 @@ from torchprune_bayes.errors import AlignmentError, ArgumentError
 
 
 class PriorStructure(str, Enum):
-    """Which weights share one prior precision, in laplace-torch's words where it has one.
+    """Which weights share one prior precision, in laplace-torch's terms where they exist.
 
     ``"parameterwise"`` is another name of ``"diag"``.
 
@@ -76,7 +76,7 @@ class PriorPrecision:
         shapes: Shapes of the tensors, by qualified name.
         factors: For each tensor, factors whose product broadcasts over
             ``[units, inputs, positions]``, the tensor's shape with all dimensions after the second
-            taken together.
+            flattened.
 
     Example:
         >>> prior = PriorPrecision.constant({"weight": (4, 3), "bias": (4,)}, "unitwise", 2.0)
@@ -111,20 +111,22 @@ class PriorPrecision:
         """
         structure = PriorStructure.of(structure)
         check_positive("value", value)
-        held = {name: tuple(shape) for name, shape in shapes.items()}
+        all_shapes = {name: tuple(shape) for name, shape in shapes.items()}
         device = None if device is None else float64_device(device)
         factors = {}
-        for name, shape in held.items():
+        for name, shape in all_shapes.items():
             first, *others = _factor_shapes(structure, canonical_shape(shape))
-            # Single precision is enough for what is as large as the weights themselves.
+            # Single precision is enough for factors as large as the weights themselves.
             dtype = torch.float32 if structure is PriorStructure.DIAG else torch.float64
             ones = [torch.ones(size, dtype=dtype, device=device) for size in others]
             factors[name] = (torch.full(first, value, dtype=dtype, device=device), *ones)
-        return cls(structure, held, factors)
+        return cls(structure, all_shapes, factors)
 
     def to(self, device: torch.device) -> PriorPrecision:
         """The same precisions on a device."""
-        moved = {name: tuple(f.to(device) for f in held) for name, held in self.factors.items()}
+        moved = {
+            name: tuple(f.to(device) for f in factors) for name, factors in self.factors.items()
+        }
         return PriorPrecision(self.structure, self.shapes, moved)
 
     def values(self, name: str) -> Tensor:
@@ -147,14 +149,14 @@ class PriorPrecision:
 
     def with_factors(self, factors: Mapping[str, Sequence[Tensor]]) -> PriorPrecision:
         """The same structure with other values, held within the bounds that updates keep to."""
-        held = {
+        clamped = {
             name: tuple(
                 new.clamp(SMALLEST, LARGEST).to(old)
                 for new, old in zip(factors[name], olds, strict=True)
             )
             for name, olds in self.factors.items()
         }
-        return PriorPrecision(self.structure, self.shapes, held)
+        return PriorPrecision(self.structure, self.shapes, clamped)
 
     def state_dict(self) -> dict[str, Any]:
         """Structure and factors, as plain values and tensors."""
@@ -170,7 +172,7 @@ class PriorPrecision:
             AlignmentError: If it is of another structure or for other tensors.
         """
         factors = state["factors"]
-        shapes = {name: [f.shape for f in found] for name, found in self.factors.items()}
+        shapes = {name: [f.shape for f in own] for name, own in self.factors.items()}
         same = {name: [f.shape for f in found] for name, found in factors.items()} == shapes
         if state["structure"] != self.structure.value or not same:
             raise AlignmentError(

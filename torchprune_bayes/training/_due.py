@@ -1,4 +1,4 @@
-"""What schedules have due: which tensors follow one, when, and how many entries are missing."""
+"""What a schedule requires: which tensors follow it, when, and how many entries to prune."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def schedule_groups(schedule: Schedules, space: ParameterSpace) -> dict[Schedule
     """The tensors that follow each schedule.
 
     Raises:
-        ArgumentTypeError: If it is no schedule and no mapping to schedules.
-        ArgumentError: If a tensor has none, or a schedule has no tensor.
+        ArgumentTypeError: If it is neither a schedule nor a mapping to schedules.
+        ArgumentError: If a tensor has no schedule, or a schedule has no tensor.
     """
     if isinstance(schedule, Schedule):
         return {schedule: space}
@@ -35,20 +35,20 @@ def schedule_groups(schedule: Schedules, space: ParameterSpace) -> dict[Schedule
             f"Expected a Schedule or a mapping from tensors to them, got {schedule!r}."
         )
     names: dict[Any, str] = dict(zip(space.pairs(), space.names, strict=True))
-    given = {names.get(key, key): value for key, value in schedule.items()}
-    if set(given) != set(space.names):
-        wrong = sorted(map(str, set(given) ^ set(space.names)))
+    by_name = {names.get(key, key): value for key, value in schedule.items()}
+    if set(by_name) != set(space.names):
+        wrong = sorted(map(str, set(by_name) ^ set(space.names)))
         raise ArgumentError(
             f"Expected one schedule for each tensor, got a difference in {', '.join(wrong)}."
         )
     members: dict[Schedule, list[str]] = {}
     for name in space.names:
-        members.setdefault(given[name], []).append(name)
+        members.setdefault(by_name[name], []).append(name)
     return {kind: space.subset(group) for kind, group in members.items()}
 
 
 def due_step(schedule: Schedule, now: int) -> int | None:
-    """The step of the schedule that is done at step ``now``; what is due at 0 is done at 1."""
+    """The schedule's step that is executed at step ``now``; what is due at 0 is done at 1."""
     candidates = (now, 0) if now == 1 else (now,)
     return next((step for step in candidates if schedule.is_due(step)), None)
 
@@ -64,12 +64,12 @@ def pruned_count(masks: Iterable[Tensor]) -> int:
 
 
 class Goal(Protocol):
-    """What a schedule counts, and what a method is told to do about it."""
+    """What a schedule measures, and the arguments a method gets to reach it."""
 
     def arguments(
         self, space: ParameterSpace, schedule: Schedule, due: int
     ) -> dict[str, Any] | None:
-        """Arguments of a method that reaches what is due, ``None`` if nothing is missing."""
+        """Arguments of a method that reaches what is due, ``None`` if it is reached already."""
 
     def is_reached(self, space: ParameterSpace, schedule: Schedule) -> bool:
         """Whether the end of the schedule is reached."""
@@ -79,21 +79,21 @@ class SparsityGoal:
     """A schedule of sparsities, exact to the entry.
 
     Args:
-        by_layer: Whether each tensor has the sparsity, or all together.
-        together: Entries that a method prunes together.
+        by_layer: Whether each tensor has the sparsity, or all of them jointly.
+        group_size: Entries that a method prunes as one group.
     """
 
-    def __init__(self, *, by_layer: bool, together: int) -> None:
-        self._by_layer, self._together = by_layer, together
+    def __init__(self, *, by_layer: bool, group_size: int) -> None:
+        self._by_layer, self._group_size = by_layer, group_size
 
     @classmethod
     def of(cls, method: BasePruningMethod) -> SparsityGoal:
-        """The goal as ``method`` counts: by layer or not, in groups of a pattern or not."""
+        """The goal as ``method`` counts it: by layer or not, in groups of a pattern or not."""
         pattern = getattr(method, "pattern", None)
         by_layer = getattr(method, "scope", "global") == "layer"
         if pattern is None or not pattern.takes_whole_groups:
-            return cls(by_layer=by_layer, together=1)
-        return cls(by_layer=by_layer, together=pattern.size)
+            return cls(by_layer=by_layer, group_size=1)
+        return cls(by_layer=by_layer, group_size=pattern.size)
 
     def arguments(
         self, space: ParameterSpace, schedule: Schedule, due: int
@@ -103,29 +103,31 @@ class SparsityGoal:
         return {"amount": amount} if amount else None
 
     def is_reached(self, space: ParameterSpace, schedule: Schedule) -> bool:
-        """Whether no entry is missing."""
+        """Whether the sparsity is reached."""
         return not self._missing(space.masks(), schedule.final)
 
     def _missing(self, masks: Masks, sparsity: float) -> int | dict[str, int]:
         if not self._by_layer:
-            return shortfall(masks.values(), sparsity, self._together)
-        counts = {name: shortfall([mask], sparsity, self._together) for name, mask in masks.items()}
+            return shortfall(masks.values(), sparsity, self._group_size)
+        counts = {
+            name: shortfall([mask], sparsity, self._group_size) for name, mask in masks.items()
+        }
         return counts if any(counts.values()) else 0
 
 
 def flops_arguments(budget: float) -> dict[str, Any]:
-    """What a method is told to keep this share of the dense FLOPs."""
+    """Arguments of a method that keep this share of the dense FLOPs."""
     return {"amount": None, "flops_target": budget}
 
 
 class FlopsGoal:
-    """A share of the dense FLOPs to keep in the end; the schedule says how it is come to.
+    """A share of the dense FLOPs to keep in the end, approached along the schedule.
 
-    Where the schedule is at a sparsity ``s``, ``s / final`` of the FLOPs to remove are gone.
+    When the schedule is at a sparsity ``s``, ``s / final`` of the FLOPs to remove are removed.
 
     Args:
         target: Share of the dense FLOPs of these tensors to keep.
-        calibration: What a weight costs is counted on one of its samples, once.
+        calibration: The cost of each weight is counted on one of its samples, once.
     """
 
     def __init__(self, target: float, calibration: Calibration) -> None:
@@ -134,7 +136,7 @@ class FlopsGoal:
     def arguments(
         self, space: ParameterSpace, schedule: Schedule, due: int
     ) -> dict[str, Any] | None:
-        """The share of the FLOPs to keep by now."""
+        """The share of the FLOPs to keep at this step."""
         share = schedule(due) / schedule.final if schedule.final else 1.0
         budget = 1.0 - share * (1.0 - self._target)
         return flops_arguments(budget) if self._kept(space) > budget else None
@@ -153,8 +155,8 @@ class FlopsGoal:
         return sum(self._costs[name] * int(mask.sum()) for name, mask in masks.items()) / dense
 
 
-def shortfall(masks: Iterable[Tensor], sparsity: float, together: int) -> int:
-    """Entries to prune until the sparsity, in whole groups of ``together`` entries."""
+def shortfall(masks: Iterable[Tensor], sparsity: float, group_size: int) -> int:
+    """Entries to prune until the sparsity, in whole groups of ``group_size`` entries."""
     masks = list(masks)
-    missing = round(sparsity * entry_count(masks) / together) * together - pruned_count(masks)
-    return max(missing // together, 0) * together
+    missing = round(sparsity * entry_count(masks) / group_size) * group_size - pruned_count(masks)
+    return max(missing // group_size, 0) * group_size

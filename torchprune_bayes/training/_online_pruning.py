@@ -1,4 +1,4 @@
-"""Pruning by the posterior while it is learnt."""
+"""Pruning by the posterior during training."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class OnlinePruning:
 
     Args:
         space: Tensors under the prior; those that are weights of layers are pruned.
-        optimizer: Its state is held at zero where the weights are.
+        optimizer: Its state is kept at zero where the weights are.
         schedule: Sparsity of these weights by number of the call; ``None`` prunes nothing.
         regrow: Whether zeros may come back.
         mode: What ranks the weights, see :meth:`~torchprune_bayes.laplace.Posterior.scores`.
 
     Attributes:
-        masks: Boolean masks of what has been pruned for good.
+        masks: Boolean masks of permanently pruned entries.
 
     Raises:
         ArgumentError: If there is a schedule and no weight to prune.
@@ -54,7 +54,7 @@ class OnlinePruning:
 
     @property
     def space(self) -> ParameterSpace:
-        """All tensors, seen through the masks."""
+        """All tensors, with the masks applied."""
         return self._space.with_masks(self.masks)
 
     @property
@@ -74,13 +74,13 @@ class OnlinePruning:
         scores = posterior.scores(self._mode)
         masks = space.at(scores[self._names[0]].device).masks()
         entries = sum(mask.numel() for mask in masks.values())
-        gone = sum(int((~mask).sum()) for mask in masks.values())
-        missing = max(round(self._schedule(now) * entries) - gone, 0)
+        pruned = sum(int((~mask).sum()) for mask in masks.values())
+        missing = max(round(self._schedule(now) * entries) - pruned, 0)
         kept = smallest_k([scores[n] for n in masks], missing, list(masks.values()))
         return {t.name: mask.to(t.leaf.device) for t, mask in zip(space, kept, strict=True)}
 
     def prune(self, masks: Masks) -> None:
-        """Set what ``masks`` prune to zero, and hold it there unless it may come back."""
+        """Set what ``masks`` prune to zero, and keep it there unless it may regrow."""
         for tensor in self._space.subset(masks):
             set_zero(tensor.leaf, ~masks[tensor.name])
         if not self._regrow:
@@ -88,7 +88,7 @@ class OnlinePruning:
 
     @contextmanager
     def kept_on_error(self, masks: Masks) -> Iterator[None]:
-        """Put weights, optimizer and masks back if the body, which holds ``masks``, fails."""
+        """Restore weights, optimizer and masks if the body, which holds ``masks``, fails."""
         before, handle = self.masks, self._handle
         zeros = {t.leaf: ~masks[t.name].to(t.leaf.device) for t in self._space.subset(masks)}
         with zeroing_undone(zeros, self._optimizer):
@@ -117,12 +117,12 @@ class OnlinePruning:
     def hold(self, masks: Mapping[str, Tensor]) -> None:
         """Keep zeros where ``masks`` are false, from now on; call in :meth:`kept_on_error`."""
         places = {tensor.name: tensor.leaf for tensor in self._space}
-        held = {places[name]: mask for name, mask in masks.items()}
+        by_leaf = {places[name]: mask for name, mask in masks.items()}
         self.masks = dict(masks)
-        self._handle = keep_sparse(self._optimizer, held) if held else None
+        self._handle = keep_sparse(self._optimizer, by_leaf) if by_leaf else None
 
     def remove(self) -> None:
-        """Let zeros go."""
+        """Stop keeping zeros."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -130,7 +130,7 @@ class OnlinePruning:
 
 def _weights_in(space: ParameterSpace) -> list[str]:
     prunable = ParameterSpace(space.model).names
-    found = [name for name in space.names if name in prunable]
-    if not found:
+    weights = [name for name in space.names if name in prunable]
+    if not weights:
         raise ArgumentError("Expected prunable weights in the calibration, got none.")
-    return found
+    return weights

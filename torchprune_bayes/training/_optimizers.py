@@ -1,4 +1,4 @@
-"""What is inside an optimizer: the one that really steps, its parameters, its moments."""
+"""What is inside an optimizer: the one that steps, its parameters, its moments."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def bare_optimizer(optimizer: Any) -> Optimizer:
         >>> bare_optimizer(Wrapper(inner)) is inner
         True
     """
-    found = optimizer
-    for _ in range(10):  # wrappers in wrappers, and none that goes in circles
-        if _takes_hooks(found):
-            assert isinstance(found, Optimizer)
-            return found
-        found = getattr(found, "optimizer", None)
+    inner = optimizer
+    for _ in range(10):  # nested wrappers, with a limit in case of a cycle
+        if _takes_hooks(inner):
+            assert isinstance(inner, Optimizer)
+            return inner
+        inner = getattr(inner, "optimizer", None)
     raise ArgumentTypeError(
         f"Expected a torch.optim optimizer, got {type(optimizer).__name__}, which takes no hooks "
         "and wraps none that does: pass the optimizer that updates the weights."
@@ -62,8 +62,8 @@ def check_in_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor]) -> No
     Raises:
         AlignmentError: In this case.
     """
-    known = ids_in(optimizer)
-    missing = [parameter for parameter in parameters if id(parameter) not in known]
+    own = ids_in(optimizer)
+    missing = [parameter for parameter in parameters if id(parameter) not in own]
     if missing:
         raise AlignmentError(
             "Expected parameters of the optimizer, got "
@@ -87,9 +87,9 @@ def end_weight_decay(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None
 def moments_of(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     """Running values of a parameter's entries: momentum, Adam's moments and their like.
 
-    By their names in ``torch.optim``, which others use too. Of what else an optimizer may keep
-    nothing is known: a preconditioner can have the shape of a square weight, and codes of 8 or 4
-    bits are no numbers.
+    Recognised by their names in ``torch.optim``, which others use too. Any other state is
+    unknown: a preconditioner can have the shape of a square weight, and codes of 8 or 4
+    bits are not values.
     """
     state = optimizer.state.get(parameter, {})
     return [value for key, value in state.items() if key in MOMENTS and _is_like(value, parameter)]
@@ -99,21 +99,22 @@ def lbfgs_directions(optimizer: Optimizer) -> list[Tensor]:
     """What L-BFGS remembers of past steps, vectors over all its parameters in their order."""
     if not isinstance(optimizer, LBFGS):
         return []
-    found = []
+    directions = []
     for state in optimizer.state.values():
-        held = (state.get("d"), state.get("prev_flat_grad"))
-        found += [value for value in held if isinstance(value, Tensor)]
-        found += [value for key in ("old_dirs", "old_stps") for value in state.get(key) or ()]
-    return found
+        previous = (state.get("d"), state.get("prev_flat_grad"))
+        directions += [value for value in previous if isinstance(value, Tensor)]
+        directions += [value for key in ("old_dirs", "old_stps") for value in state.get(key) or ()]
+    return directions
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what this process has of a sharded one."""
+    """The tensor itself, or the local part of a sharded one."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _takes_hooks(optimizer: Any) -> bool:
-    # The mark of `Optimizer.__init__`: a step without it runs no hooks, whatever is registered.
+    # The mark of `Optimizer.__init__`: a step without it runs no hooks, even if they are
+    # registered.
     if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
         return False
     try:  # a wrapper that never called `Optimizer.__init__` has no place for hooks

@@ -1,4 +1,4 @@
-"""What a pruner is made with."""
+"""Checks of a pruner's arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def space_of(
 
     Raises:
         AlignmentError: If ``params`` are not the calibration's.
-        ArgumentTypeError: If there is neither.
+        ArgumentTypeError: If neither is given.
     """
     if calibration is None:
         if params is None:
@@ -37,7 +37,7 @@ def space_of(
 
 
 def check_options(method: type[BasePruningMethod], options: Mapping[str, Any]) -> None:
-    """Refuse options that the pruner gives itself, and a FLOP target of a method without.
+    """Refuse options that the pruner sets itself, and a FLOP target for a method without one.
 
     Raises:
         ArgumentError: In this case.

@@ -1,4 +1,4 @@
-"""What a pruner plans, what it saves, and whether that can be taken up."""
+"""The plan and the saved state of a pruner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchprune_bayes.types import Masks
 
 @dataclass(frozen=True)
 class PlannedPruning:
-    """What a step of a pruner is going to do; nothing has been changed yet.
+    """Plan of a pruner's step; nothing has been changed yet.
 
     Attributes:
         step: Number of the step.
@@ -33,7 +33,7 @@ class PlannedPruning:
 
 @dataclass(frozen=True)
 class PrunerState:
-    """Step, history and masks of a pruner, each of the type and shape that it has to have."""
+    """Step, history and masks of a pruner, checked for type and shape."""
 
     step: int
     history: list[dict[str, Any]]
@@ -41,17 +41,17 @@ class PrunerState:
 
     @classmethod
     def of(cls, state: Any, space: ParameterSpace) -> PrunerState:
-        """Check what was saved and bring masks to where the tensors are.
+        """Check a saved state and move its masks to the tensors' devices.
 
         Raises:
             AlignmentError: If a mask belongs to no tensor or has another shape.
-            ArgumentError: If ``state`` is no state of a pruner.
+            ArgumentError: If ``state`` is not a pruner's state.
             ArgumentTypeError: If the step is no int.
         """
         if not isinstance(state, Mapping) or set(state) != {"step", "history", "masks"}:
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
             raise ArgumentError(
-                f"Expected the keys history, masks and step in a pruner's state, got {found}."
+                f"Expected the keys history, masks and step in a pruner's state, got {keys}."
             )
         check_count("step", state["step"], minimum=0)
         history, masks = state["history"], state["masks"]
@@ -62,11 +62,11 @@ class PrunerState:
 
 
 def checked_masks(masks: Any, space: ParameterSpace) -> Masks:
-    """Masks that were saved, boolean and where the tensors are.
+    """Saved masks, as boolean tensors on the tensors' devices.
 
     Raises:
         AlignmentError: If a mask belongs to no tensor or has another shape.
-        ArgumentError: If there are no masks by name, or one is no mask of zeros and ones.
+        ArgumentError: If they are not masks by name, or one is not a mask of zeros and ones.
     """
     if not isinstance(masks, Mapping):
         raise ArgumentError(f"Expected masks by name, got {type(masks).__name__}.")
@@ -88,5 +88,5 @@ def _check_mask(name: str, leaf: Tensor, mask: Any) -> None:
 
 
 def is_list_of_events(value: Any) -> bool:
-    """Whether this can be a history."""
+    """Whether this is a valid history."""
     return isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation, taken again after weights have changed."""
+"""Running statistics of batch normalisation, recomputed after weights have changed."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def reestimate_batch_norm(
     model: nn.Module, batches: Iterable[Batch], *, num_batches: int | None = None
 ) -> None:
-    """Take the running statistics of all batch normalisation layers again, on given data.
+    """Recompute the running statistics of all batch normalisation layers on given data.
 
     Pruning shifts the activations, so the statistics of the dense model no longer fit. Each
     statistic becomes the plain mean over the batches (``momentum=None``), whatever their order.
 
     Only these statistics change: other layers run as in evaluation (no dropout), and modes,
-    weights, gradients and random states stay as they were. If anything fails, the old statistics
-    are put back. A wrapped model is looked through; each process uses its own data.
+    weights, gradients and random states are unchanged. If anything fails, the old statistics
+    are restored. Wrapped models are supported; each process uses its own data.
 
     Args:
-        model: The model; a layer without running statistics is left alone.
+        model: The model; a layer without running statistics is not changed.
         batches: ``(input, target)`` pairs, mappings (passed as keyword arguments) or inputs.
         num_batches: How many batches to use at most; ``None`` uses all.
 
@@ -53,7 +53,7 @@ def reestimate_batch_norm(
     """
     # torch.optim.swa_utils.update_bn is not used: it puts the whole model into train mode, which
     # turns dropout on and draws random numbers, gives all submodules the mode of the root
-    # afterwards, takes no mappings, and leaves half-made statistics behind if a batch fails.
+    # afterwards, takes no mappings, and leaves incomplete statistics behind if a batch fails.
     if num_batches is not None:
         check_count("num_batches", num_batches)
     model = unwrap(model)
@@ -84,7 +84,7 @@ def _restarted(layers: list[_BatchNorm]) -> Iterator[None]:
     before = [buffer.clone() for buffer in buffers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # which is torch's way to ask for the cumulative mean
+        layer.momentum = None  # selects the cumulative mean
         layer.training = True
     try:
         yield

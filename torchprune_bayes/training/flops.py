@@ -1,4 +1,4 @@
-"""FLOPs of a whole training, of a model that changes on its way."""
+"""FLOPs of a whole training, of a model that changes during it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ FORWARD = 1
 
 
 class TrainingFlops:
-    """Add up what the samples of a training have cost, with the model as it was for each.
+    """Add up the FLOPs of all samples of a training, each with the model at its time.
 
     SNIP-it (arXiv:2006.00896) reports the FLOPs of all forward passes of a training, dense over
     pruned. Its code counts a multiplication with an addition as one operation, here they are two;
     it counts the norms of a probe of eight images for each image, here norms count nothing. Ratios
-    are as in the paper but for the latter. Zeros cost what other weights cost: only what is cut
-    out saves anything.
+    are as in the paper but for the latter. Zeros cost what other weights cost: only removed
+    units save anything.
 
     Args:
         example_inputs: What the model is called with: a tensor, a tuple of positional or a mapping
-            of keyword arguments, whose first tensor says how many samples they are.
-        passes: Forward passes that a sample stands for: 1 as in the paper, 3 with the backward
+            of keyword arguments, whose first tensor's first dimension is the number of samples.
+        passes: Forward passes counted per sample: 1 as in the paper, 3 with the backward
             pass, which costs about two.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for other ways to call it.
 
@@ -66,7 +66,7 @@ class TrainingFlops:
         self.total = 0
 
     def add(self, model: nn.Module, samples: int) -> int:
-        """Count samples that the model has seen as it is now.
+        """Count samples processed by the model in its present size.
 
         Returns:
             FLOPs that were added.
@@ -87,8 +87,8 @@ class TrainingFlops:
 
 def _batch_size(inputs: Any) -> int:
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    found = [inputs] if isinstance(inputs, Tensor) else list(values)
-    sizes = [len(value) for value in found if isinstance(value, Tensor) and value.ndim]
+    candidates = [inputs] if isinstance(inputs, Tensor) else list(values)
+    sizes = [len(value) for value in candidates if isinstance(value, Tensor) and value.ndim]
     if not sizes or not sizes[0]:
         raise ArgumentError("Expected a tensor with samples in `example_inputs`, got none.")
     return sizes[0]

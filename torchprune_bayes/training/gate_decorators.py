@@ -1,4 +1,4 @@
-"""Gate decorators: scaling gates behind batch norms, ranked by what closing them would do."""
+"""Gate decorators: scaling gates behind batch norms, ranked by the effect of closing them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class GateDecorator(nn.Module):
     """A batch norm whose scale is a gate of its own, ``φ ⊙ norm(x)``.
 
     `Gate Decorator (You et al., 2019) <https://arxiv.org/abs/1909.08174>`_. The norm's scale ``γ``
-    moves into the gate, ``φ = γ``, ``β ← β/γ``, ``γ ← 1``, so that the function stays the same and
-    a closed gate takes the shift away too. A ``γ`` of zero stays where it is. The scores are the
+    moves into the gate, ``φ = γ``, ``β ← β/γ``, ``γ ← 1``, so that the function is unchanged and
+    a closed gate removes the shift too. A ``γ`` of zero is not moved. The scores are the
     sums of ``|φ ∂L/∂φ|`` over the batches seen in :func:`collect_scores`, each the first-order
     change of the loss when the gate is closed.
 
@@ -77,7 +77,9 @@ class GateDecorator(nn.Module):
             ArgumentError: If the norm has no scale and shift of its own.
         """
         if not self.norm.affine:
-            raise ArgumentError("Expected a norm with affine=True to fold gates into, got one not.")
+            raise ArgumentError(
+                "Expected a norm with affine=True to fold gates into, got one without."
+            )
         factor = self.gate * self.open
         self.norm.weight.mul_(factor)
         self.norm.bias.mul_(factor)
@@ -191,7 +193,7 @@ def close_gates(
     Args:
         gates: The gates, with scores of :func:`collect_scores`.
         amount: Fraction or number of the open gates to close.
-        min_open: Gates that stay open in each norm as far as the count allows.
+        min_open: Gates to keep open in each norm as far as the count allows.
 
     Returns:
         Which gates are open now, ``[channels]`` for each norm.
@@ -218,7 +220,7 @@ def close_gates(
 
 
 def _places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """All modules inside a model with where they are held, shared ones at each of their places."""
+    """All modules inside a model with their parents and names, shared ones once for each place."""
     return [
         (parent, name, child)
         for parent in model.modules()

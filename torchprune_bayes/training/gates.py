@@ -26,23 +26,23 @@ class GateTraining:
 
     Add :meth:`penalty` to the mean loss of a batch, call :meth:`step` after ``optimizer.step()``,
     :meth:`end_epoch` after each epoch, and :meth:`begin_finetuning` once, before the last epochs.
-    This is the algorithm of arXiv:2406.01345 with the scale of its objective to choose.
+    This is the algorithm of arXiv:2406.01345 with a choice of the scale of its objective.
 
     Args:
         model: A model with gates, wrapped in DDP or not.
         data_size: Number of training samples, for ``kl="elbo"``.
         kl: What the KL divergences of all gates are multiplied by. ``"elbo"``: 1/``data_size``,
             the negative evidence lower bound per sample. ``"mean"``: the mean over sites of the
-            mean over units, as in the paper's code, which weighs narrow layers most and is no
-            bound. ``"sum"``: one. A number: that number.
+            mean over units, as in the paper's code, which weights narrow layers most and is not a
+            bound. ``"sum"``: 1. A number: that number.
         anneal_steps: Steps over which the penalty grows linearly from zero.
         criterion: A criterion or its name, see :func:`~torchprune_bayes.gates.find_criterion`.
         prune_every: Epochs between two prunings while training; ``None`` prunes only before
             fine-tuning.
         amount: Cap on what one pruning closes; see :func:`~torchprune_bayes.gates.choose_closed`.
-        beyond: Close ``amount`` even where the criterion says no.
+        beyond: Close ``amount`` even where the criterion is against it.
         keep: Gates that stay open at each site.
-        regrow: Whether a pruning may open gates again, as in the paper's code.
+        regrow: Whether a pruning may reopen gates, as in the paper's code.
 
     Attributes:
         history: A dict of plain values for each epoch: ``epoch``, ``closed`` (gates in all),
@@ -101,7 +101,7 @@ class GateTraining:
 
     @property
     def best_metric(self) -> float | None:
-        """The largest metric of the present phase, if there was any."""
+        """The largest metric of the present phase, if there is one."""
         return None if self._best is None else self._best[0]
 
     def penalty(self) -> Tensor:
@@ -110,7 +110,7 @@ class GateTraining:
         return (share * self._scaled_kl()).float()
 
     def step(self) -> None:
-        """Count a step and move the gates' parameters back into their box."""
+        """Count a step and move the gates' parameters back into their bounds."""
         self.gates.project_()
         self._step += 1
 
@@ -118,8 +118,9 @@ class GateTraining:
         """Prune if it is due, and keep a copy of the model if it is the best of this phase.
 
         Args:
-            metric: What is better the larger it is, measured on the model as it is now; with
-                several processes the same on all of them, or they would restore different models.
+            metric: Larger is better, measured on the model as it is now; with
+                several processes it must be the same on all of them, or they would restore
+                different models.
 
         Returns:
             What was added to :attr:`history`.
@@ -141,12 +142,12 @@ class GateTraining:
 
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
-        """Put gates and counters back if the body, which may close gates, fails."""
+        """Restore gates and counters if the body, which may close gates, fails."""
         ours = {key: vars(self)[key] for key in ("_step", "finetuning", "history", "_best")}
         ours["history"] = list(self.history)
         gates = list(self.gates.values())
-        held = [t for gate in gates for t in (*gate.parameters(), *gate.buffers())]
-        with tensors_kept_on_error([(tensor, None) for tensor in held]):
+        tensors = [t for gate in gates for t in (*gate.parameters(), *gate.buffers())]
+        with tensors_kept_on_error([(tensor, None) for tensor in tensors]):
             try:
                 yield
             except BaseException:
@@ -154,9 +155,9 @@ class GateTraining:
                 raise
 
     def begin_finetuning(self) -> int:
-        """Prune for the last time; from here on the masks stay and the best starts anew.
+        """Prune for the last time, fix the masks, and start tracking the best model again.
 
-        With a cap ``amount`` that is each pruning's own, a pruning at the end of the epoch before
+        With ``amount``, a cap per pruning, a pruning at the end of the epoch before
         was the last one: a second without a step in between would close as many again.
 
         Returns:
@@ -194,14 +195,14 @@ class GateTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; the model loads its own state.
+        """Resume from :meth:`state_dict`; the model loads its own state.
 
         Raises:
-            ArgumentError: If ``state`` is no state of this class.
+            ArgumentError: If ``state`` is not a state of this class.
         """
         if not isinstance(state, Mapping) or set(state) != _STATE:
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {found}.")
+            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {keys}.")
         check_count("step", state["step"], minimum=0)
         if not is_list_of_events(state["history"]):
             raise ArgumentError(f"Expected a list as history, got {state['history']!r:.80}.")
@@ -232,7 +233,7 @@ def gate_parameter_groups(
     """Parameter groups for an optimizer: gates learn faster and never decay.
 
     With Adam, log σ moves by about the learning rate in a step, so that it takes about
-    7.5/(``lr`` · ``multiplier``) steps from its first value, -5, to where gates close.
+    7.5/(``lr`` · ``multiplier``) steps from its initial value, -5, to where gates close.
 
     Args:
         model: A model with gates, wrapped in DDP or not.

@@ -57,34 +57,35 @@ class GradualPruner:
 
     Steps are counted from 1, so step ``n`` comes after ``n`` updates; what a schedule has due at 0
     is done at the first call. At each due step exactly ``round(sparsity * entries)`` are pruned in
-    all, and gradients and curvature are taken anew at the weights of the moment, from another draw
+    all, and gradients and curvature are computed again at the current weights, from another draw
     of the calibration data. All groups of tensors decide before anything is changed.
 
     There are two ways to keep what is pruned:
 
-    * ``mode="zeros"``, the default: weights stay plain, zeros are the mask, and the pruner holds
-      the masks. Names in ``state_dict`` stay, so that checkpoints, ``from_pretrained``,
+    * ``mode="zeros"``, the default: weights remain plain tensors, zeros are the mask, and the
+    pruner holds
+      the masks. Names in ``state_dict`` do not change, so that checkpoints, ``from_pretrained``,
       ``copy.deepcopy`` and averaged models work. Without ``optimizer`` the zeros hold from one
       call of :meth:`step` to the next ``optimizer.step()``; with it, throughout. Gradients of
-      pruned entries are zero when clipping or the optimizer looks at them, in any case.
+      pruned entries are zero before clipping and the optimizer in any case.
     * ``mode="hooks"``: ``<name>_orig`` and ``<name>_mask``, as ``torch.nn.utils.prune`` does.
 
     Args:
         params: ``(module, name)`` pairs; or a model, for its
             :func:`~torchprune_bayes.prunable_parameters`; ``None`` takes the calibration's.
         method: A pruning method that takes ``amount``, ours or PyTorch's, or a registered name.
-        schedule: One :class:`~torchprune_bayes.schedules.Schedule` for all tensors together, or
+        schedule: One :class:`~torchprune_bayes.schedules.Schedule` for all tensors jointly, or
             one for each tensor, by qualified name or pair. Tensors whose schedules are equal are
-            pruned together.
+            pruned jointly.
         calibration: Data, model and loss, for methods that need them.
-        optimizer: Its moments are held at zero where the weights are, see
+        optimizer: Its moments are kept at zero where the weights are, see
             :func:`~torchprune_bayes.keep_sparse`; wrapped by accelerate or not. Frozen weights need
             not be in it.
         mode: ``"zeros"`` or ``"hooks"``.
-        decay_after: Whether weight decay goes on when the end of the schedule is reached; else it
-            is zero from there on, in every group of the optimizer that has one of the tensors.
+        decay_after: Whether weight decay continues after the end of the schedule; otherwise it
+            is zero from there on, in every parameter group that contains one of the tensors.
         options: Further arguments of the method. With ``flops_target``, the share of the FLOPs to
-            keep in the end, the schedule gives the course alone: at a sparsity ``s`` of the
+            keep in the end, the schedule only gives the course: at a sparsity ``s`` of the
             schedule, ``s / final`` of the FLOPs to remove are removed.
 
     Attributes:
@@ -95,7 +96,7 @@ class GradualPruner:
         AlignmentError: If ``params`` are not the calibration's or not in the optimizer.
         ArgumentError: If an argument or option has an impossible value, or tensors have no
             schedule.
-        ArgumentTypeError: If something is missing or of the wrong type, or the optimizer takes no
+        ArgumentTypeError: If an argument is missing or of the wrong type, or the optimizer takes no
             hooks.
         ParameterError: If a tensor cannot be pruned.
 
@@ -159,7 +160,7 @@ class GradualPruner:
 
     @property
     def space(self) -> ParameterSpace:
-        """The tensors, in order; masks that only the pruner holds are not seen in it."""
+        """The tensors, in order; masks that only the pruner holds are not visible in it."""
         return self._space
 
     @property
@@ -175,7 +176,7 @@ class GradualPruner:
 
     @property
     def finished(self) -> bool:
-        """Whether the end of the schedule is reached, so that no later step prunes."""
+        """Whether the end of the schedule is reached, after which no step prunes."""
         return all(
             self._goal.is_reached(self._seen(group), schedule)
             for schedule, group in self._groups.items()
@@ -197,7 +198,7 @@ class GradualPruner:
             return event
 
     def plan(self) -> PlannedPruning:
-        """Decide what the next step is going to do; changes nothing."""
+        """Decide what the next step does; changes nothing."""
         now = self._step + 1
         decisions = self._decisions(now)
         masks: Masks = {}
@@ -213,7 +214,7 @@ class GradualPruner:
 
     @contextmanager
     def applied(self, planned: PlannedPruning) -> Iterator[dict[str, Any] | None]:
-        """Do what was planned; if the body fails as well, all is as it was before.
+        """Carry out a plan; if the body fails as well, everything is restored.
 
         Yields:
             What was added to :attr:`history`, or ``None`` if nothing was pruned.
@@ -226,13 +227,13 @@ class GradualPruner:
             yield event
 
     def remove(self) -> None:
-        """Let zeros and their gradients go, for a model that another pruner takes over."""
+        """Stop keeping zeros and zero gradients, e.g. before another pruner takes over."""
         self._held.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Step, history and masks, as tensors and plain values; ``torch.load`` reads them safely.
 
-        Schedule, method and options are not in it, nor is what the model and the optimizer save.
+        Schedule, method and options are not included, nor are the states of model and optimizer.
         """
         hooked = [tensor.name for tensor in self._space if tensor.leaf_name != tensor.name]
         names = self._masks if self.mode == "zeros" else hooked
@@ -240,30 +241,30 @@ class GradualPruner:
         return {"step": self._step, "history": [dict(e) for e in self.history], "masks": masks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; the model's entries are set to zero at once.
+        """Resume from :meth:`state_dict`; pruned entries are set to zero at once.
 
         With ``mode="hooks"`` this makes ``<name>_orig`` and ``<name>_mask`` in a new model, so
         it comes before the model's own ``load_state_dict``.
 
         Raises:
             AlignmentError: If a mask belongs to no tensor or has another shape.
-            ArgumentError: If ``state`` is no state of a pruner; nothing is changed then.
+            ArgumentError: If ``state`` is not a pruner's state; nothing is changed then.
         """
-        found = PrunerState.of(state, self._space)
-        with self._all_or_nothing(found.masks, None):
+        loaded = PrunerState.of(state, self._space)
+        with self._all_or_nothing(loaded.masks, None):
             if self.mode == "zeros":
-                self._masks = found.masks
-            elif found.masks:
-                apply_decision(self._space.subset(found.masks), Decision(found.masks))
-            self._step, self.history = found.step, found.history
+                self._masks = loaded.masks
+            elif loaded.masks:
+                apply_decision(self._space.subset(loaded.masks), Decision(loaded.masks))
+            self._step, self.history = loaded.step, loaded.history
             self._restore_zeros()
             self._held = self._hold()
             self._end_decay()
 
     def _goal_of(self, flops_target: float | None) -> Goal:
-        # The method is made once now, so that a wrong option shows before hours of training.
-        wanted = {"amount": 0.0} if flops_target is None else flops_arguments(flops_target)
-        trial = self._new_method(self._space, wanted)
+        # The method is constructed once now, so that a wrong option fails before hours of training.
+        goal = {"amount": 0.0} if flops_target is None else flops_arguments(flops_target)
+        trial = self._new_method(self._space, goal)
         if isinstance(trial, PruningMethod) and trial.needs_calibration:
             trial.required_calibration  # noqa: B018  # raises if there is none
         if flops_target is None:
@@ -282,16 +283,16 @@ class GradualPruner:
             if due is None:
                 continue
             space = self._seen(group)
-            wanted = self._goal.arguments(space, schedule, due)
-            if wanted is not None:
-                decisions.append(decide_on(space, self._new_method(space, wanted)))
+            due_arguments = self._goal.arguments(space, schedule, due)
+            if due_arguments is not None:
+                decisions.append(decide_on(space, self._new_method(space, due_arguments)))
         return decisions
 
-    def _new_method(self, space: ParameterSpace, wanted: Mapping[str, Any]) -> BasePruningMethod:
-        options = {**self._options, **wanted}
+    def _new_method(self, space: ParameterSpace, goal: Mapping[str, Any]) -> BasePruningMethod:
+        options = {**self._options, **goal}
         if self._calibration is not None and getattr(self._method, "needs_calibration", False):
-            fresh = self._calibration.redrawn(len(self.history))
-            options["calibration"] = fresh.with_space(space)
+            redrawn = self._calibration.redrawn(len(self.history))
+            options["calibration"] = redrawn.with_space(space)
         return self._method(**options)
 
     def _commit(self, planned: PlannedPruning) -> dict[str, Any]:
@@ -328,11 +329,11 @@ class GradualPruner:
         if not sparse:
             return HeldZeros()
         if self._optimizer is not None:
-            known = ids_in(self._optimizer)
-            return keep_sparse(self._optimizer, {p: m for p, m in sparse.items() if id(p) in known})
-        held = hold_gradients_of({p: ~mask for p, mask in sparse.items()})
-        weakref.finalize(self, held.remove)
-        return held
+            own = ids_in(self._optimizer)
+            return keep_sparse(self._optimizer, {p: m for p, m in sparse.items() if id(p) in own})
+        hooks = hold_gradients_of({p: ~mask for p, mask in sparse.items()})
+        weakref.finalize(self, hooks.remove)
+        return hooks
 
     def _end_decay(self) -> None:
         if self._optimizer is not None and not self._decay_after and self.finished:
@@ -340,7 +341,7 @@ class GradualPruner:
 
     @contextmanager
     def _all_or_nothing(self, masks: Masks, updates: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """Put model, optimizer and pruner back if the body, which brings ``masks``, fails."""
+        """Restore model, optimizer and pruner if the body, which brings ``masks``, fails."""
         ours = {key: vars(self)[key] for key in ("_step", "history", "_masks", "_held")}
         space = self._space.subset(masks)
         moved = [] if updates is None else [tensor.leaf for tensor in space]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchprune_bayes._checks import check_count, check_fraction, check_positive
 from torchprune_bayes.errors import ArgumentError
 
-_LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))  # that of the published code
-_SPREAD = 1e-2  # standard deviation of the first `log_alpha`, likewise
+_LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))  # from the published code
+_SPREAD = 1e-2  # standard deviation of the initial `log_alpha`, from there too
 
 
 class HardConcreteGate(nn.Module):
@@ -33,7 +33,7 @@ class HardConcreteGate(nn.Module):
         keep_probability: ``σ(log α)`` at the start.
         temperature: ``β``.
         stretch: ``(γ, ζ)``.
-        per_sample: Whether every sample of a batch, the first dimension, has a draw of its own.
+        per_sample: Whether every sample of a batch, the first dimension, has its own draw.
 
     Raises:
         ArgumentError: If an argument has an impossible value.
@@ -121,14 +121,14 @@ class HardConcreteGate(nn.Module):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Keep ``α`` in [0.01, 100]; called after each ``optimizer.step()``, as is published.
+        """Keep ``α`` in [0.01, 100]; call it after each ``optimizer.step()``, as published.
 
-        A gate that is closed or open for good has no gradient and could never change again.
+        A gate that is fully closed or open has no gradient and could never change again.
         """
         self.log_alpha.clamp_(*_LOG_ALPHA_RANGE)
 
     def extra_repr(self) -> str:
-        """What the module's representation shows."""
+        """Extra text of the module's representation."""
         return f"{self.log_alpha.numel()}, dim={self.dim}, temperature={self.temperature:.3g}"
 
     def _repeated(self, gate: Tensor) -> Tensor:

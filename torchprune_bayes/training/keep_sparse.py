@@ -1,4 +1,4 @@
-"""Keeping zeros zero while an optimizer works on the weights around them."""
+"""Keeping zeros zero while an optimizer updates the other weights."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SUFFIX = "_orig"
 
 
 class HeldZeros:
-    """Hooks that hold zeros at zero, all of them or none; made by :func:`keep_sparse`.
+    """Hooks that keep zeros at zero, registered all or none; returned by :func:`keep_sparse`.
 
     Args:
-        hooks: Each registers a hook.
+        hooks: Functions that each register a hook.
     """
 
     def __init__(self, hooks: Iterable[Callable[[], RemovableHandle]] = ()) -> None:
@@ -43,7 +43,7 @@ class HeldZeros:
             raise
 
     def remove(self) -> None:
-        """Let zeros and their gradients go."""
+        """Remove the hooks, so that zeros may change again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -56,30 +56,30 @@ def keep_sparse(
     model: nn.Module | None = None,
     state: bool = True,
 ) -> HeldZeros:
-    """Hold pruned entries at exactly zero, now and after every ``optimizer.step()``.
+    """Keep pruned entries at exactly zero, now and after every ``optimizer.step()``.
 
     Momentum, moment estimates and weight decay move an entry even where its gradient is zero, and
     plain weights have gradients at their zeros too. This works through the optimizer's own step
     hooks and hooks of the parameters, on sharded parameters (FSDP2) through their local part.
 
-    *Gradients* of pruned entries are zero as soon as they come into being, so that clipping, line
-    searches, and optimizers that look at whole tensors see what is left alone. L-BFGS forgets what
-    it knows of directions that no longer exist.
+    *Gradients* of pruned entries are zeroed as soon as they are computed, so that clipping, line
+    searches, and optimizers that look at whole tensors see the remaining entries only. L-BFGS
+    forgets what it stored of directions that no longer exist.
 
-    *State*: of an optimizer's state the moments are held at zero, known by the names that they have
-    in ``torch.optim``. Anything else, such as preconditioners or moments packed in 8 bits, stays as
-    it is; the weights are zero after every step in any case.
+    *State*: of an optimizer's state the moments are kept at zero, recognised by their names
+    in ``torch.optim``. Anything else, such as preconditioners or moments packed in 8 bits, is not
+    changed; the weights are zero after every step in any case.
 
     Args:
         optimizer: Any ``torch.optim`` optimizer; accelerate's wrapper is looked through.
         masks: Masks shaped like their parameters, zero where these are pruned: by parameter; or by
-            qualified name, as ``masks_of``, ``import_masks`` and decisions have them, with
+            qualified name, as from ``masks_of``, ``import_masks`` and decisions, with
             ``model``; or a pruned model. In a model, tensors pruned through torch's pruning API
             have their masks, and of the plain weights in
             :func:`~torchprune_bayes.prunable_parameters` every exact zero counts as pruned. So
-            give masks where weights are zero for other reasons, as newly added heads are.
-        model: The model that the names are of.
-        state: Whether moments are held at zero in the same places.
+            pass masks where weights are zero for other reasons, as in newly added heads.
+        model: The model that the names refer to.
+        state: Whether moments are kept at zero in the same places.
 
     Returns:
         A handle; ``handle.remove()`` ends it.
@@ -88,7 +88,7 @@ def keep_sparse(
         AlignmentError: If a parameter is not in the model or the optimizer, or a mask has another
             shape.
         ArgumentError: If a model is given in which nothing is pruned.
-        ArgumentTypeError: If the optimizer takes no hooks, or masks go by name without a model.
+        ArgumentTypeError: If the optimizer takes no hooks, or masks are by name without a model.
 
     Cost: one byte per masked weight; one elementwise pass per step over the weights, one over
     their gradients and, with ``state``, one over the moments.
@@ -107,15 +107,15 @@ def keep_sparse(
         >>> handle.remove()
     """
     optimizer = bare_optimizer(optimizer)
-    found = _by_parameter(masks, model, optimizer)
-    check_in_optimizer(optimizer, found)
-    for parameter, mask in found.items():
+    by_parameter = _by_parameter(masks, model, optimizer)
+    check_in_optimizer(optimizer, by_parameter)
+    for parameter, mask in by_parameter.items():
         if mask.shape != parameter.shape:
             raise AlignmentError(
                 f"Expected a mask of shape {tuple(parameter.shape)} like its parameter, "
                 f"got {tuple(mask.shape)}."
             )
-    pruned = {parameter: _local_zeros(parameter, mask) for parameter, mask in found.items()}
+    pruned = {parameter: _local_zeros(parameter, mask) for parameter, mask in by_parameter.items()}
 
     def hold_gradients(optimizer: Optimizer, *_: Any) -> None:
         for parameter, zeros in pruned.items():
@@ -140,9 +140,9 @@ def keep_sparse(
 
 
 def hold_gradients_of(pruned: Mapping[Tensor, Tensor]) -> HeldZeros:
-    """Let gradients of parameters be zero where these masks are true, whenever they are computed.
+    """Zero the gradients of parameters where these masks are true, whenever they are computed.
 
-    Frozen parameters have none.
+    Frozen parameters are skipped.
     """
     return HeldZeros(_gradient_hooks(pruned))
 
@@ -153,7 +153,7 @@ def _gradient_hooks(pruned: Mapping[Tensor, Tensor]) -> list[Callable[[], Remova
 
 
 def _hold_gradient(parameter: Tensor, zeros: Tensor) -> RemovableHandle:
-    if hasattr(parameter, "placements"):  # gradients of sharded ones come past autograd's hooks
+    if hasattr(parameter, "placements"):  # gradients of sharded ones bypass autograd's hooks
 
         def after(parameter: Tensor) -> None:
             _zero_gradient(parameter, zeros)
@@ -178,7 +178,7 @@ def set_zero(tensor: Tensor, zeros: Tensor) -> None:
         zeros: Boolean, shaped like it or its local part, ``True`` where it becomes zero.
     """
     local = local_part(tensor)
-    # Not a product with the mask: that keeps NaN and leaves negative zeros.
+    # Not a product with the mask: that would keep NaN and produce negative zeros.
     local.masked_fill_(zeros.to(local.device), 0)
 
 
@@ -195,18 +195,18 @@ def _by_parameter(
 ) -> dict[Tensor, Tensor]:
     if isinstance(masks, nn.Module):
         return _masks_in(masks, optimizer)
-    found: dict[Tensor, Tensor] = {}
+    by_parameter: dict[Tensor, Tensor] = {}
     for key, mask in masks.items():
         if isinstance(key, Tensor):
-            found[key] = mask
+            by_parameter[key] = mask
         elif model is None:
             raise ArgumentTypeError(
                 f"Expected masks by parameter, got one by the name {key!r}: "
-                "pass the model that the names are of as `model=`."
+                "pass the model that the names refer to as `model=`."
             )
         else:
-            found[_tensor_named(model, key)] = mask
-    return found
+            by_parameter[_tensor_named(model, key)] = mask
+    return by_parameter
 
 
 def _tensor_named(model: nn.Module, name: str) -> Tensor:
@@ -219,22 +219,22 @@ def _tensor_named(model: nn.Module, name: str) -> Tensor:
 
 
 def _masks_in(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    known = ids_in(optimizer)
+    own = ids_in(optimizer)
     plain = [tensor for pair in prunable_parameters(model) if (tensor := leaf(*pair)) is not None]
-    found = {tensor: tensor.detach() != 0 for tensor in plain}
+    kept = {tensor: tensor.detach() != 0 for tensor in plain}
     for module in model.modules():
         for key, tensor in module._parameters.items():
             mask = mask_of(module, key.removesuffix(_SUFFIX)) if key.endswith(_SUFFIX) else None
             if tensor is not None and mask is not None:
-                found[tensor] = mask
-    sparse = {p: mask for p, mask in found.items() if id(p) in known and not bool(mask.all())}
+                kept[tensor] = mask
+    sparse = {p: mask for p, mask in kept.items() if id(p) in own and not bool(mask.all())}
     if not sparse:
         raise ArgumentError("Expected a pruned model, got one without zeros in the optimizer.")
     return sparse
 
 
 def _forget_directions(optimizer: Optimizer, pruned: Mapping[Tensor, Tensor]) -> None:
-    """Start L-BFGS anew if past steps or gradients lead to entries that are pruned."""
+    """Reset L-BFGS if stored steps or gradients contain pruned entries."""
     remembered = lbfgs_directions(optimizer)
     if not remembered:
         return

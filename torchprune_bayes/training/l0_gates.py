@@ -1,4 +1,4 @@
-"""Hard-concrete gates on the units of a model, and cutting out those that have closed."""
+"""Hard-concrete gates on the units of a model, and removing those that have closed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def attach_l0_gates(
 ) -> list[HardConcreteGate]:
     """Put a hard-concrete gate on each unit of a model, in place; before its optimizer is made.
 
-    The units are those of :func:`~torchprune_bayes.gates.find_sites`. Each gate stands for the
-    weights that make its unit, which :func:`~torchprune_bayes.training.expected_l0` counts; add it
-    to the loss, times a factor, and call ``gate.constrain()`` after each update.
+    The units are those of :func:`~torchprune_bayes.gates.find_sites`. Each gate represents the
+    weights that produce its unit, which :func:`~torchprune_bayes.training.expected_l0` counts; add
+    it to the loss, times a factor, and call ``gate.constrain()`` after each update.
 
     Args:
         model: Any module; wrappers are looked through.
@@ -39,7 +39,7 @@ def attach_l0_gates(
         The gates.
 
     Raises:
-        ArgumentError: If there is no place for gates, or there are some already.
+        ArgumentError: If there is no place for gates, or the model has some already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -50,10 +50,10 @@ def attach_l0_gates(
     model = unwrap(model)
     if _placed(model):
         raise ArgumentError("Expected a model without hard-concrete gates, got one that has some.")
-    found = find_sites(model, sites, example_inputs)
-    modules = [check_site(model, site) for site in found]
+    places = find_sites(model, sites, example_inputs)
+    modules = [check_site(model, site) for site in places]
     gates = []
-    for site, module in zip(found, modules, strict=True):
+    for site, module in zip(places, modules, strict=True):
         gate = HardConcreteGate(
             site.units,
             **{"weights_per_unit": _weights(model, site, module), **options},
@@ -74,7 +74,7 @@ def attach_l0_gates(
 def fold_l0_gates(model: nn.Module) -> int:
     """Scale the weights by the gates of evaluation mode, zero for closed ones, and remove all.
 
-    The output in evaluation mode stays as it is up to rounding. What is closed is cut out by
+    The output in evaluation mode is unchanged up to rounding. Closed units are removed by
     ``shrink(model, inputs, LargestWeightImportance("any", 1e-12), target="evidence")``.
 
     Returns:
@@ -120,7 +120,7 @@ def _placed(model: nn.Module) -> list[tuple[nn.Module, str, HardConcreteGate]]:
 
 
 def _weights(model: nn.Module, site: Site, module: nn.Module) -> float:
-    """Weights of the layer that makes each unit; of the gated layer's, where it is not known."""
+    """Weights per unit of the layer that produces it; of the gated layer, where that is unknown."""
     maker = module if site.producer is None else model.get_submodule(site.producer)
     weight = maker.weight
     assert isinstance(weight, Tensor)

@@ -1,7 +1,7 @@
 """Penalties that make weights sparse while a model is trained: terms to add to the loss.
 
 They do not prune: weights become small, and :func:`count_below` tells how many magnitude pruning
-may then take without harm.
+can then prune without harm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def hoyer_square(params: ParameterPairs | nn.Module) -> Tensor:
 
     `DeepHoyer (Yang, Wen and Li, 2020) <https://arxiv.org/abs/1908.09979>`_. Each term
     lies between 1, for one nonzero weight, and the number of weights, and does not change with
-    their scale: it counts weights, almost, where a sum of absolute values only shrinks them.
+    their scale: it approximates the number of nonzero weights, where an L1 norm only shrinks them.
 
     Args:
         params: ``(module, name)`` pairs, or a model for its
@@ -31,7 +31,7 @@ def hoyer_square(params: ParameterPairs | nn.Module) -> Tensor:
         A scalar, in the dtype of the weights.
 
     Raises:
-        ParameterError: If one of the pairs is no parameter.
+        ParameterError: If one of the pairs is not a parameter.
 
     Cost: two passes over the weights.
 
@@ -59,7 +59,7 @@ def group_hoyer_square(params: ParameterPairs | nn.Module) -> Tensor:
         A scalar, in the dtype of the weights.
 
     Raises:
-        ParameterError: If one of the pairs is no parameter or has fewer than two dimensions.
+        ParameterError: If one of the pairs is not a parameter or has fewer than two dimensions.
 
     Cost: three passes over the weights.
 
@@ -76,12 +76,12 @@ def group_hoyer_square(params: ParameterPairs | nn.Module) -> Tensor:
 def count_below(params: ParameterPairs | nn.Module, threshold: float) -> int:
     """How many remaining weights have an absolute value of at most ``threshold``.
 
-    As ``amount`` of magnitude pruning it removes just these. The SNIP-it paper's code takes 1e-3
+    As ``amount`` of magnitude pruning it removes exactly these. The SNIP-it paper's code uses 1e-3
     for weights trained with a Hoyer penalty.
 
     Raises:
         ArgumentError: If the threshold is not positive.
-        ParameterError: If one of the pairs is no parameter.
+        ParameterError: If one of the pairs is not a parameter.
 
     Example:
         >>> layer = nn.Linear(3, 1)
@@ -91,12 +91,12 @@ def count_below(params: ParameterPairs | nn.Module, threshold: float) -> int:
         2
     """
     check_positive("threshold", threshold)
-    found = 0
+    count = 0
     for module, name in _pairs(params):
         mask, weight = mask_of(module, name), _parameter(module, name).detach()
         small = weight.abs() <= threshold
-        found += int((small if mask is None else small & (mask != 0)).sum())
-    return found
+        count += int((small if mask is None else small & (mask != 0)).sum())
+    return count
 
 
 def _grouped(weight: Tensor) -> Tensor:
@@ -110,17 +110,17 @@ def _grouped(weight: Tensor) -> Tensor:
 
 
 def _ratio(sizes: Tensor) -> Tensor:
-    """``(Σ s)²/Σ s²``; the smallest number makes 0/0, of a tensor of zeros, a zero."""
+    """``(Σ s)²/Σ s²``; the smallest float turns 0/0, of a tensor of zeros, into 0."""
     return sizes.sum().square() / (sizes.square().sum() + torch.finfo(sizes.dtype).tiny)
 
 
 def _weights(params: ParameterPairs | nn.Module) -> list[Tensor]:
-    found = []
+    weights = []
     for module, name in _pairs(params):
         weight, mask = _parameter(module, name), mask_of(module, name)
-        # Not the view that PyTorch's hook makes: it is that of the last forward pass.
-        found.append(weight if mask is None else weight * mask)
-    return found
+        # Not the tensor made by PyTorch's hook, which dates from the last forward pass.
+        weights.append(weight if mask is None else weight * mask)
+    return weights
 
 
 def _pairs(params: ParameterPairs | nn.Module) -> list[tuple[nn.Module, str]]:

@@ -21,9 +21,9 @@ class PriorDecay:
     With ``c = T/N`` and a loss that is a mean over ``N`` samples this is training on the log joint
     ``−L/T − ½ Σ δ_i w_i²``: for every optimizer the same steps as with that penalty in the loss.
     The hook sees gradients as ``step`` does, after loss scaling is undone, accumulation and
-    clipping. Parameters without a gradient are left alone.
+    clipping. Parameters without a gradient are skipped.
 
-    An explicit step is stable only up to some strength, so ``c δ_i`` is held at ``1/lr`` at most,
+    An explicit step is stable only up to some strength, so ``c δ_i`` is capped at ``1/lr``,
     with which one plain gradient step sets the weight to zero.
 
     Args:
@@ -32,7 +32,7 @@ class PriorDecay:
         precisions: ``δ`` by parameter, each of a shape that broadcasts over its parameter's.
         factor: ``c``.
         decoupled: Whether ``w`` shrinks by ``1 − lr c δ`` instead, as in AdamW. With an adaptive
-            optimizer the weights then go to another point than the maximum of the log joint.
+            optimizer the weights then do not converge to the maximum of the log joint.
 
     Attributes:
         precisions: ``δ`` by parameter; may be changed at any time.
@@ -76,13 +76,13 @@ class PriorDecay:
         self._handle: RemovableHandle = optimizer.register_step_pre_hook(hook)
 
     def remove(self) -> None:
-        """End it."""
+        """Remove the hook."""
         self._handle.remove()
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # args[0] is the optimizer; with a closure, gradients come into being inside the step.
+        # args[0] is the optimizer; with a closure, gradients are computed inside the step.
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._followed(args[1], optimizer), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
@@ -102,7 +102,7 @@ class PriorDecay:
     def _pull(self, optimizer: Optimizer) -> None:
         for parameter, strength, _ in self._decayed(optimizer):
             assert parameter.grad is not None
-            # Fused optimizers get scaled gradients and undo the scale themselves.
+            # Fused optimizers get scaled gradients and unscale them themselves.
             unscale = getattr(optimizer, "grad_scale", None)
             scaled = strength if unscale is None else strength * unscale
             parameter.grad.addcmul_(scaled.to(parameter.grad), parameter)
@@ -113,15 +113,17 @@ class PriorDecay:
             parameter.mul_((1.0 - lr * strength).to(parameter))
 
     def _decayed(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, float]]:
-        found = []
+        decayed = []
         for group in optimizer.param_groups:
             lr = float(group.get("lr", 0.0))
             for parameter in group["params"]:
                 precision = self.precisions.get(parameter)
                 if precision is not None and parameter.grad is not None:
                     strength = precision * self.factor
-                    found.append((parameter, strength.clamp(max=1.0 / lr) if lr else strength, lr))
-        return found
+                    decayed.append(
+                        (parameter, strength.clamp(max=1.0 / lr) if lr else strength, lr)
+                    )
+        return decayed
 
 
 def _check_no_other_decay(optimizer: Optimizer, parameters: Mapping[Tensor, Tensor]) -> None:

@@ -29,19 +29,19 @@ class IterativeMagnitudePruning:
     `Frankle and Carbin (2019) <https://arxiv.org/abs/1803.03635>`_ rewind to the initial weights,
     `Frankle et al. (2020) <https://arxiv.org/abs/1912.05671>`_ to those after a little training,
     where larger networks find their sparse solutions too. Call :meth:`remember` at that point, and
-    :meth:`prune_and_rewind` at the end of every round of training. What is pruned is held at zero
-    while the optimizer works on the rest. A learning-rate scheduler is the loop's own to reset.
+    :meth:`prune_and_rewind` at the end of every round of training. Pruned weights are kept at zero
+    while the optimizer updates the rest. The loop resets a learning-rate scheduler itself.
 
     Args:
-        model: The model; its weights stay plain, without hooks.
+        model: The model; its weights remain plain, without hooks.
         schedule: Sparsity after each round, the rounds counted from 1:
             ``geometric(0.9, begin=0, end=5)`` prunes the same share of what is left in 5 rounds.
         params: ``(module, name)`` pairs; ``None`` takes
             :func:`~torchprune_bayes.prunable_parameters`.
-        optimizer: Its state is remembered, rewound, and held at zero where weights are pruned.
-        scope: ``"global"`` ranks all tensors together, ``"layer"`` each on its own.
+        optimizer: Its state is remembered, rewound, and kept at zero where weights are pruned.
+        scope: ``"global"`` ranks all tensors jointly, ``"layer"`` each separately.
         rewind: ``"all"`` rewinds every parameter and buffer and the optimizer, with its learning
-            rates; ``"weights"`` the pruned tensors alone.
+            rates; ``"weights"`` only the pruned tensors.
 
     Raises:
         AlignmentError: If a tensor is not in the optimizer.
@@ -110,18 +110,18 @@ class IterativeMagnitudePruning:
         return self._pruner.history
 
     def remember(self) -> None:
-        """Take the present state as that to which later rounds rewind."""
+        """Store the present state, to which later rounds rewind."""
         state: dict[str, Any] = {"model": _cloned(self._rewound_tensors())}
         if self._optimizer is not None and self._rewind_all:
             state["optimizer"] = copy.deepcopy(self._optimizer.state_dict())
         self._remembered = state
 
     def prune_and_rewind(self) -> dict[str, Any] | None:
-        """End a round: prune by the weights as they are now, then rewind what is left.
+        """End a round: prune by the weights as they are now, then rewind the remaining ones.
 
         Returns:
             What was added to :attr:`history`, or ``None`` if the round pruned nothing; weights are
-            rewound all the same.
+            rewound in any case.
 
         Raises:
             ArgumentError: If nothing was remembered. If anything fails, nothing is changed.
@@ -145,11 +145,11 @@ class IterativeMagnitudePruning:
         return {"pruner": self._pruner.state_dict(), "remembered": self._remembered}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Resume from :meth:`state_dict`.
 
         Raises:
-            AlignmentError: If the state is that of another model.
-            ArgumentError: If ``state`` is no state of such a pruner.
+            AlignmentError: If the state belongs to another model.
+            ArgumentError: If ``state`` is not a state of such a pruner.
         """
         if set(state) != {"pruner", "remembered"}:
             raise ArgumentError(f"Expected the keys pruner and remembered, got {sorted(state)}.")
@@ -174,8 +174,8 @@ class IterativeMagnitudePruning:
         masks = self.masks
         for tensor in self._space:
             moments = [] if self._optimizer is None else moments_of(self._optimizer, tensor.leaf)
-            for held in (tensor.leaf, *moments):
-                set_zero(held, ~masks[tensor.name])
+            for value in (tensor.leaf, *moments):
+                set_zero(value, ~masks[tensor.name])
 
 
 def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

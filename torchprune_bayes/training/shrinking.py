@@ -23,22 +23,22 @@ _STATE = {"step", "left"}
 
 
 class GradualShrinking:
-    """Cut units out of a model along a schedule while it trains; call :meth:`step` to count.
+    """Remove units of a model along a schedule while it trains; call :meth:`step` in the loop.
 
     SNAP-it during training (`Verdenius, Stol and Forré, 2020 <https://arxiv.org/abs/2006.00896>`_)
-    and whatever else shrinks in stages: at each event what is left is scored anew, as much as is
-    due is cut out, and the optimizer goes on with the momentum of what stays. A step is an update
-    or an epoch, as the schedule counts; they are counted from 1, and what is due at 0 is done at
-    the first call.
+    and other ways to shrink in stages: at each event the remaining units are scored again, as many
+    as are due are removed, and the optimizer keeps the momentum of the remaining ones. A step is an
+    update or an epoch, whichever the schedule counts; steps are counted from 1, and what is due at
+    0 is done at the first call.
 
     Args:
-        model: The model; changed in place. Parameters that are cut are new objects.
+        model: The model; changed in place. Parameters of removed units are replaced by new objects.
         importance: A function ``model -> importance``, called before every cut. It returns a
             calibration, which is the recommended way, see
             :func:`~torchprune_bayes.structured.shrink`; or an importance.
         schedule: Sparsity of the whole model after each step.
         example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
-        optimizer: Follows each cut; wrapped by accelerate or not.
+        optimizer: Its state is cut with the model; wrapped by accelerate or not.
         ema: Averaged copies of the model, cut in the same way.
         options: Further arguments of :func:`~torchprune_bayes.structured.shrink`, such as
             ``target`` and ``ignored``.
@@ -47,8 +47,9 @@ class GradualShrinking:
         reports: What was cut, one report for each cut.
 
     Raises:
-        ArgumentError: If ``options`` have a sparsity, or there are too few units for the schedule.
-        ArgumentTypeError: If ``schedule`` is none or ``importance`` cannot be called.
+        ArgumentError: If ``options`` contain a sparsity, or there are too few units for the
+            schedule.
+        ArgumentTypeError: If ``schedule`` is not one or ``importance`` cannot be called.
         ParameterError: If the model cannot be shrunk.
 
     Cost: at a due step that of :func:`~torchprune_bayes.structured.shrink`, at others nothing.
@@ -94,19 +95,19 @@ class GradualShrinking:
                 "`lambda model: ...` around it."
             )
         if "sparsity" in options:
-            raise ArgumentError("Expected the sparsity in the schedule, got `sparsity` as well.")
+            raise ArgumentError("Expected the sparsity in the schedule, got the option `sparsity`.")
         self.reports: list[ShrinkReport] = []
         self._model, self._importance, self._schedule = model, importance, schedule
         self._inputs, self._options = example_inputs, options
         self._optimizer = None if optimizer is None else bare_optimizer(optimizer)
         self._averages = [ema] if isinstance(ema, nn.Module) else list(ema)
         self._stages, self._step = Stages(), 0
-        known = {key: options[key] for key in OF_THE_MODEL if key in options}
-        check_shrinkable(model, example_inputs, sparsity=schedule.final, **known)
+        fixed = {key: options[key] for key in OF_THE_MODEL if key in options}
+        check_shrinkable(model, example_inputs, sparsity=schedule.final, **fixed)
 
     @property
     def left(self) -> float:
-        """Fraction of the target that is left of the whole model."""
+        """Fraction of the target that remains of the whole model."""
         return self._stages.left
 
     @property
@@ -118,8 +119,8 @@ class GradualShrinking:
         """Count a step; cut if that is due.
 
         Returns:
-            What was cut, or ``None``. If anything fails nothing is changed, and the step is not
-            counted.
+            The report of the cut, or ``None``. If anything fails nothing is changed, and the step
+            is not counted.
         """
         now = self._step + 1
         due = due_step(self._schedule, now)
@@ -129,18 +130,18 @@ class GradualShrinking:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps and what is left; the model is saved by :func:`~.structured.save_shrunk`."""
+        """Steps and remaining fraction; :func:`~.structured.save_shrunk` saves the model."""
         return {"step": self._step, "left": self.left}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken, with the model that was shrunk by then.
+        """Resume from :meth:`state_dict`, with the model as it was shrunk by then.
 
         Raises:
-            ArgumentError: If ``state`` is no state of this class.
+            ArgumentError: If ``state`` is not a state of this class.
         """
         if not isinstance(state, Mapping) or set(state) != _STATE:
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {found}.")
+            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {keys}.")
         check_count("step", state["step"], minimum=0)
         left = state["left"]
         if not isinstance(left, float) or not 0 < left <= 1:

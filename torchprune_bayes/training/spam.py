@@ -1,4 +1,4 @@
-"""Training by the marginal likelihood, so that weights can be pruned afterwards."""
+"""Training with the marginal likelihood, so that weights can be pruned afterwards."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class SpaM:
     Sparsifiability via the marginal likelihood (`Dhahri et al., 2024
     <https://arxiv.org/abs/2402.15978>`_). The weights are trained on the log joint, with a Gaussian
     prior that acts as weight decay through a hook of the optimizer. Every few epochs a Laplace
-    approximation is fitted at the weights of the moment, and the prior precisions become those of
-    highest marginal likelihood. Weights that the data do not need are so drawn to zero, and
+    approximation is fitted at the current weights, and the prior precisions become those of
+    highest marginal likelihood. Weights that the data do not need are thereby drawn to zero, and
     :class:`~torchprune_bayes.OPD` prunes them with the same posterior::
 
         spam = SpaM(optimizer, calibration, prior="diag", burn_in=20, every=5)
@@ -55,11 +55,11 @@ class SpaM:
 
     Of the prior structures ``"diag"`` and ``"unitwise"`` make networks sparse; ``"scalar"`` and
     ``"layerwise"`` regularise more than they sparsify. The evidence is meant for a maximum of the
-    joint, which weights in the midst of training are not, nor those of decoupled decay: it is a
-    guide then.
+    joint, which weights during training are not, nor those of decoupled decay: then it is a
+    guide only.
 
     *In several processes* all make the same calls. Each fits the curvature of its own share of the
-    data, they add these up, and so come to the same prior and masks::
+    data, they add these up, and so get the same prior and masks::
 
         shares = calibrate(accelerator, model, loader, loss_fn)
         spam = SpaM(optimizer, shares.local, all_reduce=True, num_data=len(dataset))
@@ -68,29 +68,29 @@ class SpaM:
         optimizer: Any ``torch.optim`` optimizer without weight decay on these tensors; accelerate's
             wrapper is looked through.
         calibration: Data, model and loss, for the curvature; its tensors have the prior. For all of
-            a model's, biases and norms included, give it ``params=trainable_parameters(model)``.
-            With ``num_samples`` each fit takes another random subset.
+            a model's, biases and norms included, pass ``params=trainable_parameters(model)``.
+            With ``num_samples`` each fit uses another random subset.
         prior: Structure: ``"scalar"``, ``"layerwise"``, ``"unitwise"`` or ``"diag"``.
-        burn_in: Calls of :meth:`step` that pass before the prior may change.
+        burn_in: Calls of :meth:`step` before the prior may change.
         every: Calls from one update to the next.
         initial: Prior precision until the first update.
-        labels_per_sample: Labels of a sample that the training loss is a mean of too, such as the
-            tokens of a sequence: their number on average. The prior pulls that much less.
+        labels_per_sample: Labels per sample over which the training loss is also averaged, such as
+            the tokens of a sequence: their mean number. The prior is weakened by this factor.
         noise: ``σ`` of the observations, for regression; ``"fit"`` learns it, from 1.
         solver: ``"fixed_point"`` or the paper's ``"adam"``.
         solver_options: Further options of
             :func:`~torchprune_bayes.laplace.maximise_evidence`.
-        decoupled: Whether weights decay apart from the gradients, as in AdamW.
+        decoupled: Whether weights decay separately from the gradients, as in AdamW.
         schedule: Sparsity of the weights to reach while training, by the number of the call;
             ``None`` prunes nothing.
-        regrow: Whether what the schedule prunes is set to zero once and may come back, as in the
-            paper; else it stays zero.
+        regrow: Whether weights that the schedule prunes are set to zero once and may regrow, as in
+            the paper; otherwise they remain zero.
         mode: What the schedule ranks weights by: ``"opd"``, the posterior damage, or
             ``"posterior"``, their posterior precision alone; the paper's code calls these
-            ``posterior_and_weights`` and ``posterior``. ``"obd"`` leaves the prior out.
+            ``posterior_and_weights`` and ``posterior``. ``"obd"`` ignores the prior.
         patience: Updates without higher evidence after which :attr:`finished` is true; ``None`` for
             never.
-        enabled: ``False`` gives the MAP baseline: the prior stays as it is at first.
+        enabled: ``False`` gives the MAP baseline: the prior keeps its initial value.
         options: ``curvature``, ``kind``, ``num_data``, ``temperature``, ``loss_scale``, ``outputs``
             and ``all_reduce``, see :class:`~torchprune_bayes.laplace.LaplaceOptions`.
 
@@ -186,7 +186,7 @@ class SpaM:
 
     @property
     def masks(self) -> Masks:
-        """Boolean masks by qualified name, of the tensors that have been pruned for good."""
+        """Boolean masks by qualified name, of the tensors that are permanently pruned."""
         return dict(self._pruning.masks)
 
     def step(self) -> dict[str, Any] | None:
@@ -204,7 +204,7 @@ class SpaM:
 
     @contextmanager
     def stepped(self) -> Iterator[dict[str, Any] | None]:
-        """Do what :meth:`step` does; if the body fails as well, all is as it was before."""
+        """Do what :meth:`step` does; if the body fails as well, everything is restored."""
         now = self._step + 1
         updates = self._enabled and now > self._burn_in and (now - self._burn_in) % self._every == 0
         prunes = self._pruning.is_due(now)
@@ -235,15 +235,15 @@ class SpaM:
             yield event
 
     def posterior(self) -> Posterior:
-        """The posterior at the weights and under the prior of the moment, fitted anew."""
+        """Fit the posterior at the current weights and under the current prior."""
         return self._fitted()
 
     def restore_best(self) -> None:
         """Go back to the weights, prior and noise of the update with the highest evidence.
 
         Raises:
-            ArgumentError: If there has been no update, or ``patience`` is ``None``, with which none
-                is kept.
+            ArgumentError: If there has been no update, or ``patience`` is ``None``, for which none
+                is stored.
         """
         if self._best is None:
             raise ArgumentError("Expected an update with `patience` before this, got none.")
@@ -259,7 +259,7 @@ class SpaM:
     def state_dict(self) -> dict[str, Any]:
         """Step, history, prior and masks, as tensors and plain values; ``torch.load`` reads it.
 
-        What the model and the optimizer save is not in it, nor are the arguments.
+        The states of model and optimizer are not included, nor are the arguments.
         """
         return {
             "step": self._step,
@@ -271,15 +271,15 @@ class SpaM:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; pruned entries are set to zero at once.
+        """Resume from :meth:`state_dict`; pruned entries are set to zero at once.
 
         Raises:
-            AlignmentError: If it is the state of another prior or of other tensors.
-            ArgumentError: If ``state`` is no state of this.
+            AlignmentError: If the state belongs to another prior or to other tensors.
+            ArgumentError: If ``state`` is not a state of this class.
         """
         if not isinstance(state, Mapping) or set(state) != _STATE:
-            found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {found}.")
+            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {keys}.")
         check_count("step", state["step"], minimum=0)
         if not is_list_of_events(state["history"]):
             raise ArgumentError(f"Expected a list as history, got {state['history']!r:.80}.")
@@ -293,7 +293,7 @@ class SpaM:
             self._best = None if state["best"] is None else dict(state["best"])
 
     def remove(self) -> None:
-        """End weight decay and held zeros."""
+        """End the weight decay and stop keeping zeros."""
         self._decay.remove()
         self._pruning.remove()
 
@@ -301,10 +301,10 @@ class SpaM:
         calibration = self._calibration.redrawn(len(self.history))
         calibration = calibration.with_space(self._pruning.space)
         posterior = fit_posterior(calibration, self.prior, noise=self.noise, **self._options)
-        found = posterior.labels_per_sample
-        if found and not 1 / _LABEL_ROOM <= self._labels / found <= _LABEL_ROOM:
+        labels = posterior.labels_per_sample
+        if labels and not 1 / _LABEL_ROOM <= self._labels / labels <= _LABEL_ROOM:
             raise ArgumentError(
-                f"Expected labels_per_sample={found:.3g}, of which the mean loss is one, got "
+                f"Expected labels_per_sample={labels:.3g}, over which the mean loss averages, got "
                 f"{self._labels:.3g}."
             )
         return posterior
@@ -314,8 +314,8 @@ class SpaM:
         if self._fits_noise:
             effective = posterior.effective_parameters()
             error, count = 2.0 * posterior.loss, posterior.observations
-            found = fixed_point_noise(error, count, effective, posterior.temperature)
-            posterior = posterior.with_noise(found)
+            noise = fixed_point_noise(error, count, effective, posterior.temperature)
+            posterior = posterior.with_noise(noise)
         return posterior
 
     def _take_over(self, posterior: Posterior, evidence: float, now: int, updated: bool) -> None:
@@ -334,7 +334,7 @@ class SpaM:
 
     @contextmanager
     def _kept_on_error(self, masks: Masks) -> Iterator[None]:
-        """Put everything back if the body, which holds ``masks``, fails."""
+        """Restore everything if the body, which holds ``masks``, fails."""
         ours = {key: vars(self)[key] for key in ("prior", "noise", "_best", "_step", "history")}
         decay = (self._decay.precisions, self._decay.factor)
         with self._pruning.kept_on_error(masks):
@@ -351,11 +351,11 @@ class SpaM:
         self._decay.factor = self._factor()
 
     def _precisions(self) -> dict[Tensor, Tensor]:
-        """Precisions where the weights are, in float32 where there is no other."""
-        held = {tensor.leaf: self.prior.broadcastable(tensor.name) for tensor in self._space}
+        """Precisions on the weights' devices, in float32 where there is no float64."""
+        by_leaf = {tensor.leaf: self.prior.broadcastable(tensor.name) for tensor in self._space}
         return {
             leaf: (value if has_float64(leaf.device) else value.float()).to(leaf.device)
-            for leaf, value in held.items()
+            for leaf, value in by_leaf.items()
         }
 
     def _factor(self) -> float:

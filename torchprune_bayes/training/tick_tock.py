@@ -1,4 +1,4 @@
-"""Gate decorators to their end: tick and tock, and what is closed cut out."""
+"""Gate decorators end to end: tick, tock, and removal of the closed channels."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _FIRST = 0.01  # of the gates, closed after the first epoch, as in the SNIP-it p
 
 
 class TickTock:
-    """Train a network with gates behind its batch norms, and close them, in turns.
+    """Train a network with gates behind its batch norms, and close them, alternately.
 
     `Gate Decorator (You et al., 2019) <https://arxiv.org/abs/1909.08174>`_. In a *tick* only the
     gates learn, and after each epoch those whose closing would change the loss least are closed; in
-    a *tock* all weights learn, with ``penalty`` on the gates. Ticks and tocks follow one another
-    until as many gates are closed as asked for. Then :meth:`cut` takes the gates out and the closed
-    channels with them, and the network is fine-tuned as any other::
+    a *tock* all weights learn, with ``penalty`` on the gates. Ticks and tocks alternate
+    until as many gates are closed as requested. Then :meth:`cut` removes the gates and the closed
+    channels, and the network is fine-tuned like any other::
 
         tick_tock = TickTock(model, 0.9)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
@@ -42,16 +42,16 @@ class TickTock:
                 for inputs, targets in loader:
                     loss = loss_fn(model(inputs), targets) + tick_tock.penalty()
                     ...                      # zero_grad, backward, optimizer.step(), as ever
-        tick_tock.cut(inputs)                # the optimizer is to be made anew
+        tick_tock.cut(inputs)                # afterwards make a new optimizer
 
     Args:
         model: A trained model with batch norms; gates are put behind all of them, in place.
-        sparsity: Fraction of the gates to close at last.
+        sparsity: Fraction of the gates to close in the end.
         increment: Fraction of the gates that each epoch of a tick closes; the first closes 1 %.
         tick: Epochs of a tick.
         tock: Epochs of a tock.
         strength: Factor of the penalty.
-        min_open: Gates that stay open in each norm as far as the count allows.
+        min_open: Gates to keep open in each norm as far as the count allows.
 
     Attributes:
         gates: The gates.
@@ -60,7 +60,7 @@ class TickTock:
     Raises:
         ArgumentError: If an argument is out of range or the model has no batch norm.
 
-    Cost: one more product for each activation behind a norm.
+    Cost: one product more per activation of a norm.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
@@ -123,7 +123,7 @@ class TickTock:
         If the body fails, no gate is closed and the epoch is not counted.
 
         Raises:
-            ArgumentError: If all is done.
+            ArgumentError: If the last phase is over.
         """
         if self.phase == "done":
             raise ArgumentError("Expected an epoch of a tick or a tock, got one after the last.")
@@ -138,11 +138,11 @@ class TickTock:
         self._turn()
 
     def cut(self, example_inputs: Any, **options: Any) -> ShrinkReport:
-        """Fold the gates into the norms and cut what is closed out of the model.
+        """Fold the gates into the norms and remove the closed channels from the model.
 
         Args:
             example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
-            options: Further arguments of it, such as ``ignored``.
+            options: Further arguments of that function, such as ``ignored``.
         """
         from torchprune_bayes.structured import LargestWeightImportance  # loads torch-pruning
 
@@ -153,14 +153,14 @@ class TickTock:
 
     def _close(self) -> None:
         epochs = sum(event["phase"] == "tick" for event in self.history)
-        wanted = min(_FIRST + epochs * self._increment, self._sparsity)
+        target = min(_FIRST + epochs * self._increment, self._sparsity)
         sizes = [gate.open.numel() for gate in self.gates]
-        missing = round(wanted * sum(sizes)) - round(self.closed * sum(sizes))
+        missing = round(target * sum(sizes)) - round(self.closed * sum(sizes))
         room = sum(max(int(gate.open.sum()) - self._min_open, 0) for gate in self.gates)
         close_gates(self.gates, min(max(missing, 0), room), min_open=self._min_open)
 
     def _turn(self) -> None:
-        """Go on to the next phase if it is time."""
+        """Enter the next phase if it is due."""
         ticks = sum(event["phase"] == "tick" for event in self.history)
         if _FIRST + (ticks - 1) * self._increment >= self._sparsity:
             self.phase = "done"
@@ -170,7 +170,7 @@ class TickTock:
 
 @contextmanager
 def _gates_alone(model: nn.Module, gates: Sequence[GateDecorator]) -> Iterator[None]:
-    """Let nothing but the gates take gradients."""
+    """Compute gradients of the gates only."""
     learning = {id(gate.gate) for gate in gates}
     frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in learning]
     try:

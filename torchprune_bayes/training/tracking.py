@@ -1,4 +1,4 @@
-"""Numbers of pruning for any experiment tracker, from a training loop of one's own."""
+"""Pruning metrics for any experiment tracker, from a custom training loop."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torchprune_bayes.training.gradual import GradualPruner
 
 
 class PruningLog:
-    """Logs the sparsity of a pruner, of the whole and of each layer, beside numbers of your own.
+    """Logs the sparsity of a pruner, in total and of each layer, beside your own metrics.
 
-    ``transformers.Trainer`` needs none: its callbacks log to the trackers of ``report_to``.
+    ``transformers.Trainer`` does not need this: its callbacks log to the trackers of ``report_to``.
 
     Args:
-        tracker: A ``torch.utils.tensorboard.SummaryWriter``; or what is called as
+        tracker: A ``torch.utils.tensorboard.SummaryWriter``; or a function called as
             ``tracker(numbers, step=step)``: ``wandb.log``, ``mlflow.log_metrics``,
             ``trackio.log``, ``accelerator.log``, or a function of your own.
         pruner: The pruner at work.
         layers: Whether the sparsity of each tensor is logged when something was pruned.
-        prefix: Begins the names of the pruner's numbers.
+        prefix: Prefix of the names of the pruner's metrics.
 
     Raises:
         ArgumentTypeError: If the tracker is neither.
 
-    Cost: none to speak of; a count of the masks when something was pruned.
+    Cost: negligible; a count of the masks when something was pruned.
 
     Example:
         >>> import torch
@@ -48,20 +48,20 @@ class PruningLog:
         self._layers, self._prefix, self._seen = layers, prefix, 0
 
     def __call__(self, step: int, **numbers: float) -> None:
-        """Log numbers of a step together with those of the pruner.
+        """Log metrics of a step and those of the pruner.
 
         Args:
             step: The step of your loop.
-            numbers: Further numbers by name, such as the loss.
+            numbers: Further metrics by name, such as the loss.
         """
-        found = dict(numbers) | {f"{self._prefix}sparsity": self._pruner.sparsity}
+        metrics = dict(numbers) | {f"{self._prefix}sparsity": self._pruner.sparsity}
         if self._layers and len(self._pruner.history) != self._seen:
-            found |= self._by_layer()
+            metrics |= self._by_layer()
         self._seen = len(self._pruner.history)
         if not hasattr(self._tracker, "add_scalar"):
-            self._tracker(found, step=step)
+            self._tracker(metrics, step=step)
             return
-        for name, value in found.items():
+        for name, value in metrics.items():
             self._tracker.add_scalar(name, value, step)
 
     def _by_layer(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Going back when something fails half-way."""
+"""Restoring state when something fails half-way."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchprune_bayes.training._optimizers import local_part, moments_of
 
 @contextmanager
 def tensors_kept_on_error(places: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[None]:
-    """Put the values of tensors back if the body fails.
+    """Restore the values of tensors if the body fails.
 
     Args:
         places: Tensors, each with a boolean mask of the entries that the body may change, or
             ``None`` for all. Costs a copy of these entries.
     """
-    held = [
+    saved = [
         (tensor, where, tensor.detach().clone() if where is None else tensor.detach()[where])
         for tensor, where in places
     ]
@@ -29,7 +29,7 @@ def tensors_kept_on_error(places: Iterable[tuple[Tensor, Tensor | None]]) -> Ite
         yield
     except BaseException:
         with torch.no_grad():
-            for tensor, where, values in held:
+            for tensor, where, values in saved:
                 if where is None:
                     tensor.copy_(values)
                 else:
@@ -41,12 +41,12 @@ def tensors_kept_on_error(places: Iterable[tuple[Tensor, Tensor | None]]) -> Ite
 def zeroing_undone(
     zeros: Mapping[Tensor, Tensor], optimizer: Optimizer | None, moved: Iterable[Tensor] = ()
 ) -> Iterator[None]:
-    """Put weights, their gradients and the optimizer back if the body, which zeroes them, fails.
+    """Restore weights, their gradients and the optimizer if the body, which zeroes them, fails.
 
     Args:
-        zeros: Which entries become zero, by parameter, of the local part of a sharded one.
+        zeros: Entries that become zero, by parameter; of the local part of a sharded one.
         optimizer: Holds the moments.
-        moved: Parameters of which the body may write other entries too.
+        moved: Parameters of which the body may change other entries too.
     """
     places: list[tuple[Tensor, Tensor | None]] = [(parameter, None) for parameter in moved]
     for parameter, where in zeros.items():
@@ -61,28 +61,28 @@ def zeroing_undone(
 
 @contextmanager
 def state_kept_on_error(optimizer: Optimizer | None) -> Iterator[None]:
-    """Put back the state that an optimizer had if the body, which may load another one, fails."""
-    held = None if optimizer is None else (optimizer.state, optimizer.param_groups)
+    """Restore an optimizer's state if the body, which may load another one, fails."""
+    before = None if optimizer is None else (optimizer.state, optimizer.param_groups)
     try:
         yield
     except BaseException:
-        if optimizer is not None and held is not None:
-            optimizer.state, optimizer.param_groups = held
+        if optimizer is not None and before is not None:
+            optimizer.state, optimizer.param_groups = before
         raise
 
 
 @contextmanager
 def _rest_kept_on_error(optimizer: Optimizer | None) -> Iterator[None]:
-    # Of the groups their settings; of L-BFGS what it remembers, which is forgotten whole.
-    held: dict[Any, Any] = {}
+    # The settings of the groups, and all that L-BFGS stores, as it is reset as a whole.
+    lbfgs_state: dict[Any, Any] = {}
     if isinstance(optimizer, LBFGS):
-        held = {parameter: dict(state) for parameter, state in optimizer.state.items()}
+        lbfgs_state = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     groups = [] if optimizer is None else [(g, dict(g)) for g in optimizer.param_groups]
     try:
         yield
     except BaseException:
         if optimizer is not None:
-            optimizer.state.update(held)
+            optimizer.state.update(lbfgs_state)
         for group, settings in groups:
             group.update(settings)
         raise
