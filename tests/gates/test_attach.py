@@ -116,7 +116,7 @@ def test_a_gate_on_both_sides_of_a_layer():
         ("gpt2", ArgumentError, "got none in Sequential"),
         ("gpt3", ArgumentError, "Expected one of auto"),
         ([], ArgumentError, "at least one site"),
-        (["fc*"], ArgumentError, r"match 'fc\*', found none"),
+        (["fc*"], ArgumentError, r"match 'fc\*', got none"),
         ([3], ArgumentTypeError, "sites or patterns"),
         ([Site("9", "in", 5)], ArgumentError, "site in the model, got '9'"),
         ([Site("2", "in", 4)], ArgumentError, "gate of 5 entries at `2:in`"),
