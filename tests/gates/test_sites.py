@@ -100,7 +100,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize(
     ("build", "why"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 8), Residual(), nn.Linear(8, 2)), "to several oper"),
+        (lambda: nn.Sequential(nn.Linear(4, 8), Residual(), nn.Linear(8, 2)), "several oper"),
         (Backwards, "in the order in which they were registered"),
         (Twice, "do not run once each"),
         (lambda: Attention("apart"), "several operations read|cannot be followed"),
@@ -158,7 +158,7 @@ def test_norms_over_units_end_a_chain():
 
 def test_batch_norms_without_weights_get_no_gate():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, affine=False), nn.Conv2d(2, 2, 3))
-    with pytest.raises(ArgumentError, match="found none"):
+    with pytest.raises(ArgumentError, match="got none"):
         find_sites(model)
 
 
@@ -170,7 +170,7 @@ def test_one_layer_has_no_sites():
 def test_units_that_several_layers_read_get_no_gate():
     for name in ("chunks", "both directions"):
         model, inputs = wired(name)
-        with pytest.raises(ArgumentError, match="found none"):
+        with pytest.raises(ArgumentError, match="got none"):
             find_sites(model, example_inputs=inputs)
 
 

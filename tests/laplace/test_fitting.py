@@ -118,7 +118,7 @@ def test_refuses_impossible_options() -> None:
         ({"structure": "full"}, "structure"),
         ({"num_data": 0}, "num_data"),
         ({"temperature": -1.0}, "temperature"),
-        ({"noise": 1.0, "kind": "empirical"}, "no Hessian"),
+        ({"noise": 1.0, "kind": "empirical"}, "not the Hessian"),
         ({"noise": 0.0}, "noise"),
         ({"all_reduce": True}, "num_data"),
         ({"all_reduce": True, "num_data": 24}, "process group"),

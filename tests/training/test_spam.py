@@ -352,7 +352,7 @@ def test_refuses_impossible_options() -> None:
         ({"solver": "lbfgs"}, "solver"),
         ({"kind": "exact"}, "kind"),
         ({"noise": "guess"}, "noise"),
-        ({"noise": 1.0, "kind": "empirical"}, "no Hessian"),
+        ({"noise": 1.0, "kind": "empirical"}, "not the Hessian"),
         ({"temperature": 0.0}, "temperature"),
         ({"initial": 0.0}, "value"),
         ({"all_reduce": True}, "num_data"),
