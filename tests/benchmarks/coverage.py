@@ -35,11 +35,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.benchmarks.architectures import Architecture, architectures
 from tests.benchmarks.coverage_depth import (
     WrongError,
+    distance,
     examine_gates,
     examine_importances,
     in_double,
@@ -172,7 +173,7 @@ def _checked(
     twin: nn.Module,
     report: ShrinkReport,
     fresh: FreshProcess | None,
-) -> float | None:
+) -> float:
     zero_units(twin, report.plan)
     difference = _difference(case, model, twin)
     if _trains(case, twin):
@@ -187,29 +188,18 @@ def _checked(
     state = model.state_dict()
     if not all(torch.equal(loaded[name], value) for name, value in state.items()):
         raise WrongError("it comes back from a folder with other weights")
-    if _distance(expected, elsewhere) > TOLERANCES["partly single"]:
+    if (distance(expected, elsewhere) or 0.0) > TOLERANCES["partly single"]:
         raise WrongError("it computes something else in a fresh process")
     return difference
 
 
 def _difference(case: Architecture, model: nn.Module, twin: nn.Module) -> float:
     """Compare in double precision where the model runs in it."""
-    found = _distance(*(outputs(*in_double(each, case.inputs(2))) for each in (model, twin)))
+    found = distance(*(outputs(*in_double(each, case.inputs(2))) for each in (model, twin)))
+    if found is None:
+        raise WrongError("there are no outputs to compare")
     if found > TOLERANCES["partly single"]:
         raise WrongError(f"outputs differ by {found:.1g} of the largest")
-    return found
-
-
-def _distance(some: list[Tensor], others: list[Tensor]) -> float:
-    found = 0.0
-    for one, other in zip(some, others, strict=True):
-        if one.shape != other.shape:
-            raise WrongError(
-                f"outputs of shape {tuple(one.shape)} in place of {tuple(other.shape)}"
-            )
-        if one.numel():
-            scale = float(other.abs().max()) or 1.0
-            found = max(found, float((one - other).abs().max()) / scale)
     return found
 
 

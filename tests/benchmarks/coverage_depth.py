@@ -179,12 +179,30 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
         return [each.clone() for each in tensors_in(run(model.eval(), inputs))]
 
 
+def distance(some: list[Tensor], others: list[Tensor]) -> float | None:
+    """The largest difference, relative to the largest entry; ``None`` if there are no entries.
+
+    Raises:
+        WrongError: If shapes differ.
+    """
+    found: list[float] = []
+    for one, other in zip(some, others, strict=True):
+        if one.shape != other.shape:
+            raise WrongError(
+                f"outputs of shape {tuple(one.shape)} in place of {tuple(other.shape)}"
+            )
+        if one.numel():
+            scale = float(other.abs().max()) or 1.0
+            found.append(float((one - other).abs().max()) / scale)
+    return max(found, default=None)
+
+
 def _same(before: list[Tensor], after: list[Tensor], what: str) -> None:
-    for one, other in zip(before, after, strict=True):
-        scale = float(one.abs().max()) or 1.0
-        difference = float((one - other).abs().max()) / scale if one.numel() else 0.0
-        if one.shape != other.shape or difference > 1e-5:
-            raise WrongError(f"{what} by {difference:.1g}")
+    difference = distance(after, before)
+    if difference is None:
+        raise WrongError("there are no outputs to compare")
+    if difference > 1e-5:
+        raise WrongError(f"{what} by {difference:.1g}")
 
 
 def _train(model: nn.Module, inputs: Any) -> None:

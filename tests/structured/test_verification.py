@@ -77,6 +77,31 @@ def test_a_model_that_returns_nothing_is_compared_inside() -> None:
         check_equal(model, plan_of(model, [shifted(1)], kept), inputs, None)
 
 
+class Best(nn.Module):
+    """Returns the best of many scores that are nearly the same, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.b(torch.relu(self.a(x)))
+        scores = 1 + 1e-7 * values.sum(1)
+        return values[scores.topk(len(scores) // 2).indices]
+
+
+def test_choices_that_rounding_decides_are_compared_inside() -> None:
+    model = Best()
+    inputs = torch.randn(2000, 4, generator=torch.Generator().manual_seed(0))
+    kept = {"a": torch.tensor([0, 2, 5])}
+    with unchanged(model):
+        assert check_equal(model, plan_of(model, [shifted(0)], kept), inputs, None) < 1e-5
+        with pytest.raises(NumericalError):
+            check_equal(model, plan_of(model, [shifted(1)], kept), inputs, None)
+        assert failing_groups(model, [shifted(0)], inputs, None) == {}
+        assert list(failing_groups(model, [shifted(1)], inputs, None)) == ["a"]
+
+
 class Mixed(nn.Module):
     """One layer whose code names its width, one that can be cut."""
 

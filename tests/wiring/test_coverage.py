@@ -10,11 +10,14 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.benchmarks.coverage import Row, chosen, examine, known_rows
+from tests.benchmarks.coverage_depth import WrongError, distance
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "coverage.md"
-CELLS = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith("| t")]
+TABLE = PAGE.read_text().partition("\n## ")[0]
+CELLS = [line.split("|") for line in TABLE.splitlines() if line.startswith("| t")]
 VERDICTS = {cells[1].strip(): cells[2].strip() for cells in CELLS}
 TODAY = datetime.date.today().toordinal()
 DRAWN = [
@@ -52,3 +55,12 @@ def test_a_run_goes_on_from_its_rows(tmp_path):
     ]
     file.write_text("".join(f"{row}\n" for row in rows))
     assert known_rows(file) == {rows[0].name: rows[0], "timm x": rows[2]}
+
+
+def test_where_there_is_nothing_to_compare_there_is_no_distance():
+    nothing, one, two = torch.zeros(0, 4), torch.ones(3), torch.full((3,), 2.0)
+    assert distance([nothing], [nothing]) is None
+    assert distance([], []) is None
+    assert distance([nothing, one], [nothing, two]) == 0.5
+    with pytest.raises(WrongError, match="outputs of shape"):
+        distance([nothing], [one])

@@ -31,8 +31,10 @@ def compare(masked: Sequence[Tensor], shrunk: Sequence[Tensor]) -> tuple[float, 
             )
         compared = int(finite.sum())
         if compared:
-            scale = float(one[finite].abs().max()) or 1.0
-            largest = max(largest, float((one[finite] - other[finite]).abs().max()) / scale)
+            if compared < one.numel():
+                one, other = one[finite], other[finite]
+            scale = float(one.abs().max()) or 1.0
+            largest = max(largest, float((one - other).abs().max()) / scale)
         count += compared
     return largest, count
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from torchprune_bayes._numerics.precision import has_float64
-from torchprune_bayes.errors import ParameterError
+from torchprune_bayes.errors import NumericalError, ParameterError
 from torchprune_bayes.structured._comparison import compare, compare_inner, first_other
 from torchprune_bayes.structured._replacement import replacement
-from torchprune_bayes.structured.slicing import ShrinkPlan, apply_plan, first_names
+from torchprune_bayes.structured.slicing import (
+    ShrinkPlan,
+    apply_plan,
+    first_names,
+    zero_units,
+)
 from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run, tensors_in
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-6}
@@ -24,6 +30,9 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-6}
 Right plans differ by 1e-8 to 1e-6 in single precision. Models that compute a part in single
 precision whatever their type keep double precision from telling more.
 """
+
+_Inside: TypeAlias = dict[str, list[Tensor]]
+_Look = TypeVar("_Look")
 
 
 class Twin:
@@ -35,6 +44,10 @@ class Twin:
         forward_fn: How to call it otherwise.
         dtype: Floating point type of the copy.
         seed: Decides how its weights are moved; from seed 1 on its inputs are other ones too.
+
+    Attributes:
+        model: The copy.
+        dtype: Its type.
 
     Raises:
         ParameterError: If the model cannot be copied.
@@ -48,62 +61,143 @@ class Twin:
         dtype: torch.dtype,
         seed: int = 0,
     ) -> None:
-        place = _place(model, dtype)
-        self.model = _copied(model).to(place, dtype)
+        self._device = _place(model, dtype)
+        self.model = _copied(model).to(self._device, dtype)
         self.dtype = dtype
+        self._example_inputs, self._forward_fn = example_inputs, forward_fn
+        self.move(seed)
+
+    def move(self, seed: int) -> None:
+        """Move the weights, on from where they are, and take the inputs of a seed."""
+        self._response: float | None = None
         generator = torch.Generator().manual_seed(seed)
         _move(self.model, generator)
         self._inputs = tree_map(
-            lambda leaf: _input(leaf, dtype, place, seed, generator), example_inputs
+            lambda leaf: _input(leaf, self.dtype, self._device, seed, generator),
+            self._example_inputs,
         )
-        self._forward_fn = forward_fn
-        self.place = ""
 
-    def difference(self, plan: ShrinkPlan) -> tuple[float, int]:
+    def difference(self, plan: ShrinkPlan, *, put_back: bool = True) -> tuple[float, int]:
         """Compare the copy after a cut with itself before it, with zeros in place of what goes.
+
+        Outputs that rounding alone would change as much, such as the best boxes of a detector whose
+        scores are close to each other, are no evidence: there what the modules inside return
+        decides.
+
+        Args:
+            plan: The cut.
+            put_back: Whether other plans can be tried afterwards; without it what goes stays zero,
+                which is cheaper.
 
         Returns:
             The largest difference, relative to the largest output, and how many entries were
-            compared. Where something is wrong, ``place`` names the innermost module that did not
-            run, or the first whose output differs.
+            compared.
 
         Raises:
             ParameterError: If the cut copy does not run.
             NumericalError: If outputs have other shapes or are not finite at other places.
         """
-        change = apply_plan(self.model, plan)
         try:
-            shrunk, inner_shrunk = self._outputs()
+            shrunk = self._cut(plan, self._outputs)
         except Exception as error:
             raise ParameterError(
                 "Expected the shrunk model to run on the example inputs, got "
                 f"{first_line(error)}: its wiring is not understood, and the model is left as it "
                 "was."
             ) from error
+        failure: NumericalError | None = None
+        with self._masked(plan, put_back):
+            masked = self._outputs()
+            try:
+                found = compare(masked, shrunk)
+            except NumericalError as error:
+                failure, found = error, (float("inf"), 1)
+            if found[1] and not self._jumps(masked, found[0]):
+                if failure is not None:
+                    raise failure
+                return found
+            inside = self._inside()
+        within = compare_inner(inside, self._cut(plan, self._inside))
+        if not found[1] or (within[1] and within[0] <= TOLERANCES[self.dtype]):
+            return within
+        if failure is not None:
+            raise failure
+        return found
+
+    def place(self, plan: ShrinkPlan) -> str:
+        """Where a cut goes wrong.
+
+        Returns:
+            The innermost module that does not run, or the first whose output differs; empty if only
+            what the model makes of these does.
+        """
+        running = [""]
+        try:
+            cut = self._cut(plan, partial(self._inside, running))
+        except Exception:
+            return running[-1]
+        with self._masked(plan, True):
+            return first_other(self._inside(), cut, TOLERANCES[self.dtype])
+
+    def _jumps(self, outputs: list[Tensor], difference: float) -> bool:
+        """Whether a difference is no rounding, but noise of its size makes about the same."""
+        tolerance = TOLERANCES[self.dtype]
+        if difference <= tolerance:
+            return False
+        if self._response is None:
+            self._response = self._moved_by(0.1 * tolerance, outputs)
+        return self._response >= max(tolerance, difference / 10)
+
+    def _moved_by(self, scale: float, outputs: list[Tensor]) -> float:
+        """How far noise on all weights moves the outputs."""
+        generator = torch.Generator().manual_seed(0)
+        noisy = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            noisy[name] = parameter.detach() * (1 + scale * noise.to(parameter))
+        change = replacement(self.model, noisy, lambda name, gradient: gradient, {})
+        try:
+            return compare(outputs, self._outputs())[0]
+        except NumericalError:
+            return float("inf")
         finally:
             change.undo()
+
+    def _cut(self, plan: ShrinkPlan, look: Callable[[], _Look]) -> _Look:
+        change = apply_plan(self.model, plan)
+        try:
+            return look()
+        finally:
+            change.undo()
+
+    @contextmanager
+    def _masked(self, plan: ShrinkPlan, put_back: bool) -> Iterator[None]:
+        """Zeros in place of what goes."""
+        if not put_back:
+            zero_units(self.model, plan)
+            yield
+            return
         _, tensors = first_names(self.model)
         padded = {name: plan.masked(name, tensors[name].detach()) for name in plan.kept}
         change = replacement(self.model, padded, lambda name, gradient: gradient, {})
         try:
-            masked, inner = self._outputs()
+            yield
         finally:
             change.undo()
-        found = compare(masked, shrunk)
-        if not found[1]:
-            found = compare_inner(inner, inner_shrunk)
-        if found[0] > TOLERANCES[self.dtype]:
-            self.place = first_other(inner, inner_shrunk, TOLERANCES[self.dtype])
-        return found
 
-    def _outputs(self) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-        inner: dict[str, list[Tensor]] = {}
-        running = [""]
-        try:
-            with at_rest(self.model), _watched(self.model, inner, running):
-                return tensors_in(run(self.model, self._inputs, self._forward_fn)), inner
-        finally:
-            self.place = running[-1]
+    def _outputs(self) -> list[Tensor]:
+        with at_rest(self.model):
+            return tensors_in(run(self.model, self._inputs, self._forward_fn))
+
+    def _inside(self, running: list[str] | None = None) -> _Inside:
+        """What the innermost modules return, and in ``running`` which modules have not ended."""
+        inside: _Inside = {}
+        running = [""] if running is None else running
+        with at_rest(self.model), _watched(self.model, inside, running):
+            run(self.model, self._inputs, self._forward_fn)
+        return inside
 
 
 def first_line(error: BaseException) -> str:

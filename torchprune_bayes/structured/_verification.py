@@ -8,7 +8,8 @@ at zero hide a wrong wiring. It is put twice, with other inputs and weights the 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,33 +45,9 @@ def check_equal(
 
     Cost: a copy of the model and four forward passes.
     """
-    largest = 0.0
-    for seed in (0, 1):
-        found = _relative(model, plan, example_inputs, forward_fn, seed)
-        if found is not None:
-            largest = max(largest, found)
-        elif seed == 0:
-            raise ArgumentError(
-                "Expected outputs to compare, got none that are finite: give example inputs on "
-                "which the model computes something, or pass `verify=False`."
-            )
-    return largest
-
-
-def _relative(
-    model: nn.Module,
-    plan: ShrinkPlan,
-    example_inputs: Any,
-    forward_fn: ForwardFunction | None,
-    seed: int,
-) -> float | None:
-    """The difference in the coarsest type that decides; ``None`` if nothing can be compared."""
     found = 0.0
     for dtype in dtypes_for(model):
-        twin = Twin(model, example_inputs, forward_fn, dtype, seed)
-        found, compared = twin.difference(plan)
-        if not compared:
-            return None
+        found = _largest(Twin(model, example_inputs, forward_fn, dtype), plan)
         if found <= TOLERANCES[dtype]:
             return found
     raise NumericalError(
@@ -79,6 +56,24 @@ def _relative(
         f"{TOLERANCES[dtype]:.3g} can be rounding: its wiring is not understood, and the model is "
         "left as it was."
     )
+
+
+def _largest(twin: Twin, plan: ShrinkPlan) -> float:
+    """The largest difference over two inputs, with weights that are moved on for the second.
+
+    Raises:
+        ArgumentError: If there is nothing to compare on the first.
+    """
+    first, compared = twin.difference(plan, put_back=False)
+    if not compared:
+        raise ArgumentError(
+            "Expected outputs to compare, got none that are finite: give example inputs on "
+            "which the model computes something, or pass `verify=False`."
+        )
+    if first > TOLERANCES[twin.dtype]:
+        return first
+    twin.move(1)
+    return max(first, twin.difference(plan, put_back=False)[0])
 
 
 def dtypes_for(model: nn.Module) -> list[torch.dtype]:
@@ -117,8 +112,7 @@ def failing_groups(
     if not suspects:
         return {}
     for dtype in dtypes_for(model):
-        twin = Twin(model, example_inputs, forward_fn, dtype, seed=1)
-        found = _failing(twin, suspects)
+        found = _failing(partial(Twin, model, example_inputs, forward_fn, dtype, 1), suspects)
         # Rounding is no reason for a model not to run.
         reasons |= {name: why for name, why in found.items() if not why.startswith(_CHANGED)}
         changed = {name: why for name, why in found.items() if why.startswith(_CHANGED)}
@@ -128,12 +122,14 @@ def failing_groups(
     return reasons | changed
 
 
-def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
+def _failing(twins: Callable[[], Twin], groups: Sequence[UnitGroup]) -> dict[str, str]:
     """Take out the groups at the place where a cut fails, until none fails any more."""
+    if _failure(twins(), groups, put_back=False) is None:
+        return {}
     reasons: dict[str, str] = {}
-    rest = list(groups)
+    rest, twin = list(groups), twins()
     while rest and (failure := _failure(twin, rest)) is not None:
-        near = _near(twin.place, rest)
+        near = _near(twin.place(_part(twin, rest)), rest)
         found = _halved(twin, near) or {group.name: failure for group in near}
         for kind in {_make(group) for group in near if group.name in found}:
             alike = [g for g in rest if g.name not in found and _make(g) == kind]
@@ -189,16 +185,20 @@ def _halved(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
     return _halved(twin, groups[:middle]) | _halved(twin, groups[middle:])
 
 
-def _failure(twin: Twin, groups: Sequence[UnitGroup]) -> str | None:
+def _failure(twin: Twin, groups: Sequence[UnitGroup], *, put_back: bool = True) -> str | None:
     """Why a cut through groups fails, ``None`` if it does not or nothing can be compared."""
     try:
-        plan = plan_of(twin.model, groups, {group.name: _some(group) for group in groups})
-        found, _ = twin.difference(plan)
+        found, _ = twin.difference(_part(twin, groups), put_back=put_back)
     except Exception as error:
         return first_line(error)
     if found > TOLERANCES[twin.dtype]:
         return f"{_CHANGED} by {found:.2g} of the largest output"
     return None
+
+
+def _part(twin: Twin, groups: Sequence[UnitGroup]) -> ShrinkPlan:
+    """A cut through each of the groups."""
+    return plan_of(twin.model, groups, {group.name: _some(group) for group in groups})
 
 
 def _some(group: UnitGroup) -> Tensor:

@@ -86,7 +86,10 @@ class ShrinkPlan:
 
     def masked(self, name: str, tensor: Tensor) -> Tensor:
         """Return a copy in which what would be cut off is zero: what it is cut to, expanded."""
-        tensor = tensor.clone()
+        return self.mask_(name, tensor.clone())
+
+    def mask_(self, name: str, tensor: Tensor) -> Tensor:
+        """Zero what would be cut off, in place."""
         for dim, indices in self.kept.get(name, {}).items():
             gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
             gone[indices] = False
@@ -237,7 +240,7 @@ def zero_units(model: nn.Module, plan: ShrinkPlan) -> None:
     _check_shapes(plan, tensors)
     with torch.no_grad():
         for name in plan.kept:
-            tensors[name].copy_(plan.masked(name, tensors[name]))
+            plan.mask_(name, tensors[name])
 
 
 def first_names(model: nn.Module) -> tuple[dict[str, str], dict[str, Tensor]]:

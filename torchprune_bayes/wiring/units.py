@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -107,22 +108,27 @@ def _places(wiring: Wiring) -> Iterator[tuple[list[Side], Tensor, list[Tensor]]]
     hashes = _hashed(side, counts)
     makes, inverse = torch.unique(owner, return_inverse=True)
     signature = torch.zeros(len(makes), dtype=torch.int64).index_add_(0, inverse, hashes)
-    of_class = torch.zeros(len(wiring.classes), dtype=torch.int64)
-    of_class[makes] = signature
-    for each in torch.unique(signature):
-        members = makes[signature == each]
-        if len(members) < 2:
-            continue
-        inside = of_class[classes] == each
-        own_classes, own_number, own_atoms = classes[inside], number[inside], atoms[inside]
-        sides, positions = [], []
-        for index in torch.unique(own_number):
-            here = own_number == index
-            order = own_classes[here].argsort(stable=True)
-            at = own_atoms[here][order] - start[index]
-            sides.append(wiring.sides[int(index)])
-            positions.append(at.reshape(len(members), -1))
-        yield sides, members, positions
+    make_of = torch.zeros(len(wiring.classes), dtype=torch.int64)
+    make_of[makes] = torch.unique(signature, return_inverse=True)[1]
+    # Entries by make, side and class: what all units of a make have of a side is one stretch.
+    stretch = make_of[classes] * len(size) + number
+    order = (stretch * len(wiring.classes) + classes).argsort(stable=True)
+    classes, atoms = classes[order], atoms[order]
+    found, lengths = torch.unique_consecutive(stretch[order], return_counts=True)
+    parts = zip(
+        found.tolist(),
+        classes.split(lengths.tolist()),
+        atoms.split(lengths.tolist()),
+        strict=True,
+    )
+    for _, own in groupby(parts, key=lambda part: part[0] // len(size)):
+        pieces = list(own)
+        units = pieces[0][1].unique()
+        if len(units) > 1:
+            at = [index % len(size) for index, _, _ in pieces]
+            places = [each - start[k] for k, (_, _, each) in zip(at, pieces, strict=True)]
+            positions = [each.reshape(len(units), -1) for each in places]
+            yield [wiring.sides[k] for k in at], units, positions
 
 
 def _hashed(side: Tensor, counts: Tensor) -> Tensor:
