@@ -247,7 +247,7 @@ def _cuts() -> None:
                 shrink_distributed, acc, model, example, importance, optimizer=optimizer, **options
             )
             if case == "differently":
-                with pytest.raises(AlignmentError, match="same cut"):
+                with pytest.raises(AlignmentError, match="same units to be removed"):
                     cut()
             else:
                 with failing(*place, source):

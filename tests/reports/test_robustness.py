@@ -115,7 +115,7 @@ def test_outputs_with_logits_and_a_share_of_the_samples():
         (images(), {"options": {"stps": 3}}, ArgumentError, "Expected `options` of Linf"),
         (images(), {"bounds": (0, 0.5)}, ArgumentError, r"pixels in `bounds` \[0, 0.5\]"),
         (images(), {"mean": [0.1, 0.2]}, ArgumentError, "`mean` of one or 3 channels, got 2"),
-        ({"input_ids": torch.ones(2)}, {}, ArgumentTypeError, "texts and tables have none"),
+        ({"input_ids": torch.ones(2)}, {}, ArgumentTypeError, "not texts or tables"),
         ((images()[0], torch.ones(24)), {}, ArgumentTypeError, "one integer label"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Published experiments: what each paper has done, and one engine that does it again."""
+"""Published experiments: their descriptions, and one engine that repeats them."""
 
 from __future__ import annotations
 

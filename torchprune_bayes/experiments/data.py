@@ -1,4 +1,4 @@
-"""Data sets by name, in the folders that their libraries lay out; nothing is downloaded."""
+"""Data sets by name, in the folder layouts of their libraries; nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an experiment of a paper is: its network, data, training, rows and published numbers."""
+"""Description of a paper's experiment: network, data, training, rows and published numbers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Network: TypeAlias = Callable[[tuple[int, ...], int, float], nn.Module]
 
 @dataclass(frozen=True)
 class Decay:
-    """A learning rate that is multiplied by ``factor`` at the ends of some epochs.
+    """A learning rate that is multiplied by ``factor`` after some epochs.
 
     Attributes:
-        begin: Epoch of the first time.
-        end: Epoch of the last time.
-        every: Epochs in between.
-        factor: What the rate is multiplied by.
+        begin: Epoch of the first reduction.
+        end: Epoch of the last reduction.
+        every: Epochs between reductions.
+        factor: Factor of the rate.
     """
 
     begin: float
@@ -46,15 +46,15 @@ class Recipe:
 
     Attributes:
         epochs: Epochs of the whole training at full scale.
-        optimizer: Which optimizer.
+        optimizer: Name of the optimizer.
         rate: Its learning rate.
         batch_size: Samples of an update.
-        schedule: Of the learning rate.
-        momentum: Of SGD.
+        schedule: Schedule of the learning rate.
+        momentum: Momentum of SGD.
         weight_decay: Coupled for SGD and Adam, decoupled for AdamW.
-        clip: Largest norm of the gradient; ``None`` for any.
-        flip: Share of the images that are mirrored.
-        crop: Pixels by which images are shifted at most.
+        clip: Largest norm of the gradient; ``None`` for no limit.
+        flip: Fraction of the images that are mirrored.
+        crop: Largest shift of images, in pixels.
     """
 
     epochs: int
@@ -76,7 +76,7 @@ class Published:
     Attributes:
         accuracy: Test accuracy in percent.
         drop: Points of accuracy lost against the dense network.
-        compression: Percentage of the parameters that are gone.
+        compression: Percentage of the parameters that are removed.
         training_flops: FLOPs of the training in percent of those of the dense one.
     """
 
@@ -90,14 +90,14 @@ UNKNOWN = Published()
 """Nothing was published, or what was could not be looked up."""
 
 
-def accuracies(found: Mapping[float, float]) -> dict[Target, Published]:
+def accuracies(by_sparsity: Mapping[float, float]) -> dict[Target, Published]:
     """Published accuracies by sparsity.
 
     Example:
         >>> accuracies({0.9: 90.3})[0.9].accuracy
         90.3
     """
-    return {sparsity: Published(accuracy) for sparsity, accuracy in found.items()}
+    return {sparsity: Published(accuracy) for sparsity, accuracy in by_sparsity.items()}
 
 
 def without_numbers(*targets: Target) -> dict[Target, Published]:
@@ -107,13 +107,13 @@ def without_numbers(*targets: Target) -> dict[Target, Published]:
 
 @dataclass
 class Started:
-    """A network to prune, and what its training left.
+    """A network to prune, and the results of its training.
 
     Attributes:
         model: The network.
         flops: FLOPs of its training so far.
-        posterior: Of a training by the marginal likelihood.
-        facts: Further columns of the row, put here while it is pruned.
+        posterior: Posterior of a training with the marginal likelihood.
+        facts: Further columns of the row, set while it is pruned.
     """
 
     model: nn.Module
@@ -123,21 +123,21 @@ class Started:
 
 
 class Start(Protocol):
-    """What happens before pruning; equal ones share what they have made."""
+    """Preparation before pruning; equal ones share their result."""
 
     def make(self, trial: Trial) -> Started:
         """Make the network."""
 
 
 class Pruning(Protocol):
-    """One way to prune, from the network that its start has made to the one that is measured."""
+    """One way to prune, from the network of its start to the one that is measured."""
 
     @property
     def is_random(self) -> bool:
         """Whether draws of calibration samples matter."""
 
     def run(self, started: Started, trial: Trial, target: Target) -> nn.Module:
-        """Prune, and train as much as belongs to it; returns the network to measure."""
+        """Prune, train as it prescribes; returns the network to measure."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ class Row:
     """A row of a table.
 
     Attributes:
-        label: What the table calls it.
-        start: What happens before.
-        pruning: What is done.
-        published: The paper's numbers for each target; the targets are those that are run.
+        label: Name in the table.
+        start: Preparation before pruning.
+        pruning: How the network is pruned.
+        published: The paper's numbers for each target; these targets are run.
     """
 
     label: str
@@ -158,18 +158,18 @@ class Row:
 
 
 class Figure(Protocol):
-    """A drawing that belongs to an experiment."""
+    """A figure of an experiment."""
 
     @property
     def name(self) -> str:
-        """The name of its files."""
+        """Name of its files."""
 
     @property
     def start(self) -> Start:
-        """What is drawn is made of this network."""
+        """The preparation of the network that is drawn."""
 
     def rows(self, trial: Trial, started: Started) -> list[dict[str, Any]]:
-        """What is drawn of one seed."""
+        """Data of one seed."""
 
     def draw(self, rows: ResultsTable, folder: Path) -> Path:
         """Draw the rows of all seeds into a folder."""
@@ -180,20 +180,20 @@ class Experiment:
     """A table of a paper.
 
     Attributes:
-        title: What it is about.
-        paper: Where it was published.
+        title: Subject of the table.
+        paper: The publication.
         data: Name of the data, see :data:`~torchprune_bayes.experiments.data.SOURCES`.
         recipe: How the network is trained.
         rows: What is compared.
-        network: Makes the network.
-        hub: Name of a published transformer, in the place of the network.
-        dense: The paper's numbers for the network as it is.
-        differs: Where the original, or what is done here, differs from the description.
-        size: Height and width that images are brought to; ``None`` leaves them as they are.
+        network: Builds the network.
+        hub: Name of a published transformer, instead of the network.
+        dense: The paper's numbers for the dense network.
+        differs: Differences of the original code, or of this one, from the paper.
+        size: Height and width that images are resized to; ``None`` does not resize.
         exclude: Names of modules whose weights are not pruned.
-        one_network: Whether seeds draw calibration samples for one network; else each seed is a
-            training of its own.
-        figures: Drawings.
+        one_network: Whether seeds draw calibration samples for one network; otherwise each seed is
+            a separate training.
+        figures: Its figures.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""One engine for all experiments: load, start, prune, measure, and note the paper's numbers."""
+"""One engine for all experiments: load, start, prune, measure, and add the paper's numbers."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ DENSE = "dense"
 
 
 def load_split(experiment: Experiment, root: Path, setting: Setting) -> Split:
-    """The data of an experiment, as the setting wants them.
+    """The data of an experiment, at a setting.
 
     Raises:
-        ArgumentError: If the folder is laid out otherwise.
+        ArgumentError: If the folder has another layout.
         MissingExtraError: If a package that reads them is not installed.
     """
     model = setting.model or experiment.hub
@@ -47,9 +47,9 @@ class Run:
     """An experiment on data, at a setting.
 
     Args:
-        experiment: What is run.
+        experiment: The experiment.
         data: Training and test examples.
-        setting: How much of it.
+        setting: Its scale.
     """
 
     def __init__(self, experiment: Experiment, data: Split, setting: Setting) -> None:
@@ -58,12 +58,12 @@ class Run:
         self._made: list[tuple[Start, int, Started]] = []
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """Run all rows of all seeds; yields each as it is done.
+        """Run all rows of all seeds; yields each when it is done.
 
         Yields:
             ``label``, ``sparsity`` (the target), ``seed``, ``paper`` (accuracy in percent),
             ``ours``; ``paper_drop``, ``paper_compression`` and ``paper_training_flops`` where they
-            are published, each with ``drop``, ``compression`` and ``training_flops`` beside it, in
+            are published, each with our ``drop``, ``compression`` and ``training_flops``, in
             percent.
         """
         for trial in self._trials if self.experiment.rows else []:
@@ -76,12 +76,12 @@ class Run:
                     twin = Started(copy.deepcopy(begin.model), begin.flops, begin.posterior)
                     with seeded(derived_seed(trial.seed, row.label, str(target))):
                         pruned = row.pruning.run(twin, trial, target)
-                    found = dense.compared(row.label, target, published, pruned, twin)
-                    trial.facts[row.label] = found
-                    yield found
+                    cells = dense.compared(row.label, target, published, pruned, twin)
+                    trial.facts[row.label] = cells
+                    yield cells
 
     def figures(self, folder: Path) -> list[Path]:
-        """Draw all figures; what is drawn is written beside each, as JSON.
+        """Draw all figures; their data are written beside each, as JSON.
 
         Raises:
             MissingExtraError: If matplotlib is not installed.
@@ -99,12 +99,12 @@ class Run:
         return files
 
     def _started(self, start: Start, trial: Trial) -> Started:
-        for known, seed, found in self._made:
-            if (known, seed) == (start, trial.training_seed):
-                return found
-        found = start.make(trial)
-        self._made.append((start, trial.training_seed, found))
-        return found
+        for made_from, seed, started in self._made:
+            if (made_from, seed) == (start, trial.training_seed):
+                return started
+        started = start.make(trial)
+        self._made.append((start, trial.training_seed, started))
+        return started
 
     def _wanted(self, seed: int) -> Iterator[Row]:
         for row in self.experiment.rows:
@@ -124,7 +124,7 @@ class _Dense:
         self._flops = self._forward(started.model)
 
     def row(self) -> dict[str, Any]:
-        """The row of the network as it is."""
+        """The row of the dense network."""
         published = self._trial.experiment.dense
         return self._row(DENSE, 0.0) | {"paper": published.accuracy, "ours": self._accuracy}
 
@@ -136,9 +136,9 @@ class _Dense:
         model: nn.Module,
         started: Started,
     ) -> dict[str, Any]:
-        """The row of a pruned network, and what it was pruned from."""
+        """The row of a pruned network, and the state it was pruned from."""
         accuracy = self._trial.measured(model)
-        found = self._row(label, target) | {
+        cells = self._row(label, target) | {
             "paper": published.accuracy,
             "ours": accuracy,
             "paper_drop": published.drop,
@@ -148,9 +148,9 @@ class _Dense:
             "flops": 100.0 * self._forward(model) / self._flops,
         }
         if self._started.flops and started.flops:
-            found["paper_training_flops"] = published.training_flops
-            found["training_flops"] = 100.0 * started.flops / self._started.flops
-        return found | started.facts
+            cells["paper_training_flops"] = published.training_flops
+            cells["training_flops"] = 100.0 * started.flops / self._started.flops
+        return cells | started.facts
 
     def _row(self, label: str, target: Target) -> dict[str, Any]:
         return {"label": label, "sparsity": target, "seed": self._trial.seed}
@@ -165,7 +165,7 @@ def _remaining(model: nn.Module) -> int:
 
 
 def as_table(rows: Iterable[Mapping[str, Any]]) -> ResultsTable:
-    """Rows as a table, each without what it does not have."""
+    """Rows as a table, each without its empty cells."""
     return ResultsTable(
         {name: value for name, value in row.items() if value is not None} for row in rows
     )

@@ -1,4 +1,4 @@
-"""Labelled examples in memory, and what is trained and measured on."""
+"""Labelled examples in memory, and their split for training and measuring."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Examples:
         return len(self.labels)
 
     def loader(self, batch_size: int, *, shuffle: bool) -> DataLoader[Any]:
-        """Batches of ``(inputs, labels)``, in a new random order each time or in their own."""
+        """Batches of ``(inputs, labels)``, in a new random order each time or in stored order."""
         data = TensorDataset(self.inputs, self.labels)
         order = RandomSampler(data) if shuffle else SequentialSampler(data)
         return DataLoader(data, sampler=BatchSampler(order, batch_size, False), batch_size=None)
@@ -44,11 +44,11 @@ class Examples:
         return self.inputs[:samples]
 
     def subset(self, index: Tensor) -> Examples:
-        """Those at the positions of ``index``."""
+        """The examples at positions ``index``."""
         return Examples(self.inputs[index], self.labels[index])
 
     def first(self, count: int) -> Examples:
-        """``count`` of them, spread over all, or all."""
+        """``count`` examples spread over all of them, or all."""
         if count >= len(self):
             return self
         return self.subset(torch.arange(count) * len(self) // count)
@@ -60,12 +60,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on and what is measured on.
+    """Examples for training and for measuring.
 
     Attributes:
         train: Examples to train and to calibrate on.
         test: Examples to measure on.
-        classes: How many classes there are.
+        classes: Number of classes.
     """
 
     train: Any
@@ -78,7 +78,7 @@ class Split:
         return tuple(self.train.example(1).shape[1:])
 
     def held_out(self, seed: int = 0) -> Split:
-        """A fifth of the training examples in the place of the test set."""
+        """A fifth of the training examples instead of the test set."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(self.train), generator=generator)
         count = max(1, round(_HELD_OUT * len(order)))

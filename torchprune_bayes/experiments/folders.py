@@ -1,4 +1,4 @@
-"""Images in a folder per class, read when they are needed: ImageNet, Imagenette, TinyImageNet."""
+"""Images in a folder per class, read on demand: ImageNet, Imagenette, TinyImageNet."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TEST_FOLDERS = ("val", "validation", "test")
 
 
 class _Pictures(Dataset[tuple[Tensor, int]]):
-    """Files with their classes, brought to one size."""
+    """Files with their classes, resized to one size."""
 
     def __init__(self, files: list[str], labels: list[int], transform: Any) -> None:
         self.files, self.labels, self.transform = files, labels, transform
@@ -41,7 +41,7 @@ class FolderExamples:
     Attributes:
         files: Their paths.
         labels: ``[n]``, int64.
-        size: Height and width that they are brought to.
+        size: Height and width that they are resized to.
     """
 
     files: tuple[str, ...]
@@ -61,12 +61,12 @@ class FolderExamples:
         return torch.stack([pictures[index][0] for index in range(min(samples, len(self)))])
 
     def subset(self, index: Tensor) -> FolderExamples:
-        """Those at the positions of ``index``."""
+        """The examples at positions ``index``."""
         files = tuple(self.files[i] for i in index.tolist())
         return FolderExamples(files, self.labels[index], self.size)
 
     def first(self, count: int) -> FolderExamples:
-        """``count`` of them, spread over the classes, or all."""
+        """``count`` examples spread over the classes, or all."""
         if count >= len(self):
             return self
         return self.subset(torch.arange(count) * len(self) // count)
@@ -93,7 +93,7 @@ def load_folders(root: Path, size: int | None, tokenizer: str | None) -> Split:
     """Images below ``train/CLASS/`` and ``val/CLASS/``.
 
     Raises:
-        ArgumentError: If the folder is laid out otherwise.
+        ArgumentError: If the folder has another layout.
         MissingExtraError: If torchvision is not installed.
     """
     with optional("torchvision", "timm"):
@@ -113,10 +113,10 @@ def load_folders(root: Path, size: int | None, tokenizer: str | None) -> Split:
             f"Expected the same classes in `{root / 'train'}` and `{below}`, got "
             f"{len(train.classes)} and {len(test.classes)}."
         )
-    found = [
+    parts = [
         FolderExamples(
             tuple(file for file, _ in part.samples), torch.tensor(part.targets), size or _SIZE
         )
         for part in (train, test)
     ]
-    return Split(found[0], found[1], len(train.classes))
+    return Split(parts[0], parts[1], len(train.classes))

@@ -1,4 +1,4 @@
-"""Training with noise gates (BMRS): closing them on the way or afterwards, and cutting."""
+"""Training with noise gates (BMRS): closing gates during or after training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TUNING = 10
 
 @dataclass(frozen=True)
 class Gates:
-    """Where gates stand and how they learn.
+    """Where gates are placed and how they learn.
 
     Attributes:
         multiplier: Their learning rate, in units of that of the weights.
@@ -44,14 +44,14 @@ class Gates:
     residual: bool = True
 
     def attach(self, model: nn.Module, trial: Trial, **options: Any) -> GateTraining:
-        """Put gates into a model; ``trial`` is that of the training part of the data."""
+        """Put gates into a model; ``trial`` is the one of the training part of the data."""
         attach_gates(model, "auto", trial.example(), residual=self.residual)
         return GateTraining(model, data_size=len(trial.data.train), kl=self.kl, **options)
 
     def train(
         self, gating: GateTraining, trial: Trial, model: nn.Module, epochs: float | None = None
     ) -> int:
-        """Train a model with gates; returns what it has cost in FLOPs."""
+        """Train a model with gates; returns its cost in FLOPs."""
         groups = gate_parameter_groups(
             model, trial.experiment.recipe.rate, multiplier=self.multiplier
         )
@@ -64,13 +64,13 @@ class Gates:
 
 @dataclass(frozen=True)
 class Gated:
-    """Train with gates, close what a criterion says, fine-tune, and cut the closed units out.
+    """Train with gates, close those that a criterion selects, fine-tune, and shrink.
 
     Attributes:
         criterion: Name of a criterion.
-        continuous: Whether gates close after each epoch; else once, after the training.
-        matched: Label of a row as many of whose gates close, in the place of a threshold.
-        gates: Where gates stand and how they learn.
+        continuous: Whether gates close after each epoch; otherwise once, after the training.
+        matched: Label of a row whose number of closed gates replaces a threshold.
+        gates: Where gates are placed and how they learn.
     """
 
     criterion: str
@@ -81,12 +81,12 @@ class Gated:
     is_random = True
 
     def run(self, started: Started, trial: Trial, target: Target) -> nn.Module:
-        """Train, close and cut; ``started.facts`` has the share of gates that are closed."""
+        """Train, close and remove gates; ``started.facts`` gets the percentage closed."""
         model, inner = started.model, _with_validation(trial)
         options: dict[str, Any] = {"prune_every": 1 if self.continuous else None}
         if self.matched is not None:
-            known = trial.setting.matched
-            rows = trial.facts.values() if known is None else known
+            matched = trial.setting.matched
+            rows = trial.facts.values() if matched is None else matched
             closed = closed_in(rows, self.matched, trial.seed)
             options = {"prune_every": None, "amount": closed / 100.0, "beyond": True}
         gating = self.gates.attach(model, inner, criterion=self.criterion, **options)
@@ -103,24 +103,24 @@ class Gated:
 
 
 def closed_in(rows: Iterable[Mapping[str, Any]], label: str, seed: int | None = None) -> float:
-    """Percentage of the gates that the row of a label has closed, of this seed if it is there.
+    """Percentage of the gates closed in the row of a label, of this seed if present.
 
     Raises:
         ArgumentError: If there is no such row.
     """
-    found = [row for row in rows if row.get("label") == label and "closed" in row]
-    same = [row for row in found if row.get("seed") == seed]
-    if not found:
+    matching = [row for row in rows if row.get("label") == label and "closed" in row]
+    same = [row for row in matching if row.get("seed") == seed]
+    if not matching:
         raise ArgumentError(
-            f"Expected a row `{label}` with the column `closed` to match, got none: give a "
+            f"Expected a row `{label}` with the column `closed` to match, got none: pass a "
             "reproduce.json of this experiment with --matched."
         )
-    return float((same or found)[0]["closed"])
+    return float((same or matching)[0]["closed"])
 
 
 @dataclass(frozen=True)
 class GateTrained:
-    """A training with gates that stay open."""
+    """A training whose gates are not closed."""
 
     gates: Gates = dataclasses.field(default_factory=Gates)
 
@@ -141,7 +141,7 @@ class PostTraining:
     Attributes:
         criteria: Names of criteria.
         levels: Levels of compression at full scale.
-        name: Of the files.
+        name: Name of the files.
     """
 
     criteria: tuple[str, ...] = ("bmrs-n", "bmrs-u8", "bmrs-u4", "snr", "l2")
@@ -156,7 +156,7 @@ class PostTraining:
         def tune(model: nn.Module) -> None:
             inner.training(model, 1).run()
 
-        found = []
+        points = []
         for criterion in self.criteria:
             curve = compression_curve(
                 *(started.model, trial.measured, criterion),
@@ -165,8 +165,8 @@ class PostTraining:
                 example_inputs=trial.example(),
             )
             kept = (row for row in curve if not row["stop"] or criterion.startswith("bmrs"))
-            found += [{"criterion": criterion, "seed": trial.seed, **row} for row in kept]
-        return found
+            points += [{"criterion": criterion, "seed": trial.seed, **row} for row in kept]
+        return points
 
     def draw(self, rows: ResultsTable, folder: Path) -> Path:
         """Draw the curves of all seeds."""
@@ -175,11 +175,11 @@ class PostTraining:
 
 @dataclass(frozen=True)
 class GateHistogram:
-    """Histogram of the posterior means of the gates, and of those that a criterion leaves.
+    """Histogram of the posterior means of the gates, and of those that a criterion keeps.
 
     Attributes:
         criterion: Name of the criterion.
-        name: Of the files.
+        name: Name of the files.
     """
 
     criterion: str = "bmrs-n"
@@ -187,20 +187,20 @@ class GateHistogram:
     start: GateTrained = dataclasses.field(default_factory=GateTrained)
 
     def rows(self, trial: Trial, started: Started) -> list[dict[str, Any]]:
-        """A row for each gate: its mean, and whether it stays."""
+        """A row for each gate: its mean, and whether it is kept."""
         gates = gates_of(started.model)
         chosen = choose_closed(gates.margins(self.criterion), gates.masks)
         with torch.no_grad():
             return [
-                {"site": name, "seed": trial.seed, "mean": mean, "kept": int(not gone)}
+                {"site": name, "seed": trial.seed, "mean": mean, "kept": int(not closes)}
                 for name, gate in gates.items()
-                for mean, gone in zip(
+                for mean, closes in zip(
                     gate.posterior.mean().tolist(), chosen[name].tolist(), strict=True
                 )
             ]
 
     def draw(self, rows: ResultsTable, folder: Path) -> Path:
-        """Draw the gates of all seeds together."""
+        """Draw the gates of all seeds."""
         return plot_gate_means(rows, folder / f"{self.name}.png")
 
 

@@ -1,4 +1,4 @@
-"""Training by the marginal likelihood (SpaM), and pruning on its way."""
+"""Training with the marginal likelihood (SpaM), and pruning during it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class Prior:
     """How the prior is learnt.
 
     Attributes:
-        structure: Of the prior: ``"scalar"``, ``"layerwise"``, ``"unitwise"`` or ``"diag"``.
+        structure: Structure of the prior: ``"scalar"``, ``"layerwise"``, ``"unitwise"`` or
+            ``"diag"``.
         curvature: ``"diagonal"`` or ``"kronecker"``.
         burn_in: Epochs without updates of the prior, at full scale.
         every: Epochs from one update to the next.
         samples: Calibration samples of an update, at full scale.
-        learnt: ``False`` leaves the prior as it is at first, the MAP baseline.
+        learnt: ``False`` keeps the initial prior, the MAP baseline.
     """
 
     structure: str = "diag"
@@ -38,7 +39,7 @@ class Prior:
 
 @dataclass(frozen=True)
 class SpaMTrained:
-    """A training by the marginal likelihood.
+    """A training with the marginal likelihood.
 
     Attributes:
         prior: How the prior is learnt.
@@ -47,7 +48,7 @@ class SpaMTrained:
     prior: Prior
 
     def make(self, trial: Trial) -> Started:
-        """Train the network; the posterior is that of its end."""
+        """Train the network; the posterior is the one at its end."""
         model = trial.network()
         if trial.setting.load is not None:
             trial.setting.load(model)
@@ -59,14 +60,14 @@ class SpaMTrained:
 
 @dataclass(frozen=True)
 class Online:
-    """Prune by the posterior while it is learnt; what is pruned may come back, as in the paper.
+    """Prune by the posterior during training; pruned weights may regrow, as in the paper.
 
     Attributes:
         prior: How the prior is learnt.
         mode: ``"opd"`` (the original's ``posterior_and_weights``) or ``"posterior"``.
         every: Epochs from one pruning to the next, at full scale.
         initial: First sparsity.
-        regrow: Whether zeros may come back between two prunings.
+        regrow: Whether zeros may regrow between two prunings.
     """
 
     prior: Prior
@@ -82,7 +83,7 @@ class Online:
         assert target is not None
         training = trial.training(started.model)
         step = _epochs(training, self.every)
-        # The last epoch trains what is left.
+        # The last epoch trains the remaining weights.
         last = max(step, training.epochs - 1)
         schedule = linear(target, step, last, step, min(self.initial, target))
         train_by_evidence(training, trial, self.prior, schedule, self.mode, regrow=self.regrow)
@@ -99,7 +100,7 @@ def train_by_evidence(
     *,
     regrow: bool = False,
 ) -> Posterior:
-    """Train to the end, the prior on weights and biases; returns the posterior."""
+    """Complete a training with the prior on weights and biases; returns the posterior."""
     model = training.model
     spam = SpaM(
         training.optimizer,
@@ -124,5 +125,5 @@ def train_by_evidence(
 
 
 def _epochs(training: Training, full: float) -> int:
-    """Epochs of the full scale at that of a training; at least one."""
+    """Epochs of the full scale converted to that of a training; at least one."""
     return max(1, round(training.epochs * full / training.recipe.epochs))

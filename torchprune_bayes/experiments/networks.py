@@ -1,4 +1,4 @@
-"""The small networks of the papers, as functions of input shape, classes and a share of widths."""
+"""The small networks of the papers, as functions of input shape, classes and a width multiplier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 
 def scaled(widths: Sequence[int], share: float) -> list[int]:
-    """A share of each width, at least one.
+    """Scale widths, each at least one.
 
     Example:
         >>> scaled([64, 3], 0.25)
@@ -23,7 +23,7 @@ def scaled(widths: Sequence[int], share: float) -> list[int]:
 
 
 def mlpnet(shape: Shape, classes: int, width: float = 1.0) -> nn.Sequential:
-    """MLPNet: 784-40-20-10 with ReLU and no biases, as WoodFisher's and CBS's tables have it."""
+    """MLPNet: 784-40-20-10 with ReLU and no biases, as in WoodFisher's and CBS's tables."""
     sizes = [prod(shape), *scaled([40, 20], width), classes]
     model = nn.Sequential(nn.Flatten())
     for number, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
@@ -34,7 +34,7 @@ def mlpnet(shape: Shape, classes: int, width: float = 1.0) -> nn.Sequential:
 
 
 def perceptron(shape: Shape, classes: int, width: float, *, hidden: Sequence[int]) -> nn.Sequential:
-    """Hidden layers with tanh, as BMRS has them."""
+    """Hidden layers with tanh, as in BMRS."""
     layers: list[nn.Module] = [nn.Flatten()]
     sizes = [prod(shape), *scaled(hidden, width)]
     for inputs, outputs in pairwise(sizes):

@@ -1,4 +1,4 @@
-"""The networks of the papers that timm has, with random weights."""
+"""The networks of the papers from timm, with random weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEAD = 64
 
 
 def resnet18(shape: Shape, classes: int, width: float) -> nn.Module:
-    """ResNet-18 with its 7x7 stem, whatever the size of the images, as SNIP-it and BMRS take it."""
+    """ResNet-18 with its 7x7 stem, whatever the size of the images, as in SNIP-it and BMRS."""
     return _timm("resnet18", shape, classes, channels=_widths(width))
 
 
@@ -23,14 +23,14 @@ def resnet50(shape: Shape, classes: int, width: float) -> nn.Module:
 
 
 def mobilenet_v1(shape: Shape, classes: int, width: float) -> nn.Module:
-    """MobileNetV1; less wide, timm has none, and it is built here."""
+    """MobileNetV1; narrower ones are built here, as timm has none."""
     if width < 1:
         return depthwise_separable(shape, classes, width)
     return _timm("mobilenetv1_100", shape, classes)
 
 
 def vit_base(shape: Shape, classes: int, width: float) -> nn.Module:
-    """ViT-B/16; fewer heads where less wide."""
+    """ViT-B/16; narrower ones have fewer heads."""
     [heads] = scaled([12], width)
     options = {"img_size": shape[-1], "num_heads": heads, "embed_dim": heads * _HEAD}
     return _timm("vit_base_patch16_224", shape, classes, **options)

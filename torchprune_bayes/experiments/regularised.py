@@ -1,4 +1,4 @@
-"""Baselines of SNIP-it that train units away, or rank weights and units together."""
+"""Baselines of SNIP-it that prune by a penalty, or rank weights and units jointly."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ class Decorated:
 
 @dataclass(frozen=True)
 class Penalised:
-    """A training with a Hoyer penalty; what has become small goes, whatever share that is.
+    """A training with a Hoyer penalty; whatever has become small is pruned.
 
     Attributes:
         strength: Factor of the penalty.
-        units: Whether whole rows are penalised, and units cut out; else single weights.
-        before: Epochs before, at full scale.
-        threshold: What is small.
-        tune: Epochs of training after it, at full scale.
+        units: Whether whole rows are penalised, and units removed; otherwise single weights.
+        before: Epochs before pruning, at full scale.
+        threshold: Largest absolute value that counts as small.
+        tune: Epochs of training after pruning, at full scale.
     """
 
     strength: float
@@ -107,10 +107,10 @@ class Penalised:
 
 @dataclass(frozen=True)
 class L0Gates:
-    """Hard-concrete gates on units, the closed ones cut out at last.
+    """Hard-concrete gates on units, the closed ones removed in the end.
 
     Attributes:
-        strength: Factor of the expected number of weights, divided by that of the examples.
+        strength: Factor of the expected number of weights, divided by the number of examples.
     """
 
     strength: float = 1.0
@@ -146,7 +146,7 @@ class WeightsAndUnits:
 
     Attributes:
         samples: Calibration samples at full scale.
-        stepwise: Whether the path of SNIP-it is taken.
+        stepwise: Whether to follow the path of SNIP-it.
     """
 
     samples: int = 2560
@@ -158,14 +158,14 @@ class WeightsAndUnits:
         """Prune, cut and train."""
         assert target is not None
         model = started.model
-        found = structured.prune_weights_and_units(
+        weights_report = structured.prune_weights_and_units(
             *(model, trial.example(), lambda model: trial.calibration(model, self.samples)),
             target,
             steps=5 if self.stepwise else 0,
         )
         training = trial.training(model)
-        held = {model.get_parameter(name): mask for name, mask in found.masks.items()}
-        keep_sparse(training.optimizer, held)
+        masks = {model.get_parameter(name): mask for name, mask in weights_report.masks.items()}
+        keep_sparse(training.optimizer, masks)
         training.run()
         started.flops += training.flops.total
         return model

@@ -22,7 +22,8 @@ def read_rows(source: str, *, has_header: bool) -> Rows:
 
     Args:
         source: A file ending in one of :data:`FORMATS`, or a data set of the Hub.
-        has_header: Whether the first line of a table names the columns; else they are numbers.
+        has_header: Whether the first line of a table names the columns; otherwise they are
+            numbered.
 
     Raises:
         ArgumentError: If it cannot be read.

@@ -1,4 +1,4 @@
-"""What happens to a network before it is pruned."""
+"""Preparation of a network before it is pruned."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchprune_bayes.experiments.trial import Trial, seeded
 
 @dataclass(frozen=True)
 class Untrained:
-    """Random weights, or those that were given."""
+    """Random weights, or given ones."""
 
     def make(self, trial: Trial) -> Started:
         """Make the network."""
@@ -19,7 +19,7 @@ class Untrained:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training by the recipe, or weights that were given.
+    """A training by the recipe, or given weights.
 
     Attributes:
         epochs: Epochs at full scale; those of the recipe by default.

@@ -17,11 +17,11 @@ _TEXT, _LABEL = ("text", "sentence", "0"), ("label", "1")
 
 
 class TextClassifier(nn.Module):
-    """A classifier of transformers, called with token numbers ``[n, tokens]``; gives logits.
+    """A transformers classifier, called with token ids ``[n, tokens]``; returns logits.
 
     Args:
         model: The classifier.
-        padding: The token that is no part of a text.
+        padding: The padding token.
     """
 
     def __init__(self, model: nn.Module, padding: int) -> None:
@@ -36,11 +36,11 @@ class TextClassifier(nn.Module):
 
 
 def load_classifier(name: str, classes: int) -> TextClassifier:
-    """A published classifier or language model with a head for so many classes.
+    """A published classifier or language model with a head for a number of classes.
 
     Args:
-        name: Of the Hub, or a folder.
-        classes: How many classes.
+        name: Name on the Hub, or a folder.
+        classes: Number of classes.
 
     Raises:
         ArgumentError: If there is no such model.
@@ -88,18 +88,18 @@ def load_texts(root: Path, length: int | None, tokenizer: str | None) -> Split:
 
     Args:
         root: Folder with the two files, or with ``train/pos/*.txt``, ``train/neg/*.txt`` and so on.
-        length: Tokens of a text at most.
-        tokenizer: The model whose tokenizer is taken.
+        length: Largest number of tokens of a text.
+        tokenizer: The model whose tokenizer is used.
 
     Raises:
-        ArgumentError: If the folder is laid out otherwise, or columns are missing.
+        ArgumentError: If the folder has another layout, or columns are missing.
     """
     parts = [_pairs(root, split) for split in ("train", "test")]
     names = sorted({label for _, labels in parts for label in labels})
     numbers = {name: number for number, name in enumerate(names)}
     assert tokenizer is not None
     made = load_tokenizer(tokenizer)
-    found = []
+    examples = []
     for texts, labels in parts:
         tokens = made(
             texts,
@@ -108,8 +108,8 @@ def load_texts(root: Path, length: int | None, tokenizer: str | None) -> Split:
             padding="max_length",
             return_tensors="pt",
         )["input_ids"]
-        found.append(Examples(tokens, torch.tensor([numbers[label] for label in labels])))
-    return Split(found[0], found[1], len(names))
+        examples.append(Examples(tokens, torch.tensor([numbers[label] for label in labels])))
+    return Split(examples[0], examples[1], len(names))
 
 
 def _pairs(root: Path, split: str) -> tuple[list[str], list[str]]:
@@ -141,12 +141,12 @@ def _rows(path: Path) -> Rows:
 
 
 def _columns(rows: Rows, path: Path) -> tuple[list[str], list[str]]:
-    known = rows[0] if rows else {}
-    text = next((name for name in _TEXT if name in known), None)
-    label = next((name for name in _LABEL if name in known), None)
+    columns = rows[0] if rows else {}
+    text = next((name for name in _TEXT if name in columns), None)
+    label = next((name for name in _LABEL if name in columns), None)
     if text is None or label is None:
         raise ArgumentError(
-            f"Expected the columns text and label in `{path}`, got {', '.join(known) or 'none'}."
+            f"Expected the columns text and label in `{path}`, got {', '.join(columns) or 'none'}."
         )
     return [str(row[text]) for row in rows], [str(row[label]) for row in rows]
 

@@ -24,7 +24,7 @@ class Training:
         model: Trained in place; its parameters may be replaced between epochs.
         data: Labelled examples.
         recipe: Optimizer, rates and augmentation.
-        epochs: How many epochs the learning rate is planned for.
+        epochs: Number of epochs of the learning-rate schedule.
         groups: Parameter groups for the optimizer; by default all parameters.
         rate: Factor on the learning rate.
     """
@@ -109,7 +109,7 @@ def _optimizer(recipe: Recipe, parameters: Iterable[Any], rate: float) -> torch.
 
 
 def _augmented(x: Tensor, recipe: Recipe) -> Tensor:
-    """Images that are mirrored and shifted, each on its own; other inputs as they are."""
+    """Images that are mirrored and shifted, independently; other inputs are unchanged."""
     if x.ndim != 4:
         return x
     if recipe.flip:

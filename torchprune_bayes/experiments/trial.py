@@ -1,4 +1,4 @@
-"""One seed of an experiment: data, scale, and how networks are made and trained in it."""
+"""One seed of an experiment: data, scale, and how its networks are built and trained."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FEWEST_SAMPLES, _FEWEST_IMAGES = 32, 64  # at any scale
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Let PyTorch draw from a seed; afterwards its generators are as before."""
+    """Seed PyTorch in the body; afterwards its generators are restored."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -37,22 +37,22 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setting:
-    """How much of an experiment is run, and on what.
+    """Scale of an experiment, and what it runs on.
 
     Attributes:
         scale: Share of the epochs and of the calibration samples, up to 1; below one epoch that
             share of the training examples.
         width: Share of the channels of each layer, up to 1.
-        size: Height and width of images in the place of the experiment's.
+        size: Height and width of images instead of the experiment's.
         seeds: How many seeds.
-        device: Where the networks are.
-        load: Puts trained weights into a new network, in the place of a training.
-        model: Name or folder of a published model, in the place of the experiment's.
+        device: Device of the networks.
+        load: Puts trained weights into a new network, instead of a training.
+        model: Name or folder of a published model, instead of the experiment's.
         masks: File of masks for rows that take them, see
             :class:`~torchprune_bayes.experiments.weights.SavedMasks`.
         matched: Rows of an earlier run, whose compression is matched.
-        tuning: Whether a fifth of the training examples is held out and measured on, in the place
-            of the test set, which stays untouched.
+        tuning: Whether a fifth of the training examples is held out and measured on, instead
+            of the test set, which is not used.
         random_labels: Whether the labels of the training examples are drawn at random.
 
     Raises:
@@ -87,11 +87,11 @@ class Trial:
     """One seed of an experiment.
 
     Attributes:
-        experiment: What is run.
-        setting: How much of it.
+        experiment: The experiment.
+        setting: Its scale.
         data: Training and test examples.
         seed: The seed.
-        facts: Rows of this seed that are there already, by label, for those that are matched.
+        facts: Completed rows of this seed by label, for rows that match them.
     """
 
     experiment: Experiment
@@ -121,8 +121,8 @@ class Trial:
 
     def samples(self, full: int) -> int:
         """Calibration samples at this scale."""
-        wanted = max(_FEWEST_SAMPLES, round(full * self.setting.scale))
-        return min(wanted, full, len(self.data.train))
+        scaled = max(_FEWEST_SAMPLES, round(full * self.setting.scale))
+        return min(scaled, full, len(self.data.train))
 
     def training(
         self,
@@ -134,7 +134,7 @@ class Trial:
     ) -> Training:
         """A training of so many epochs at full scale, by default those of the recipe.
 
-        Where less than one epoch is left at this scale, it sees a part of the examples.
+        Where this is less than one epoch at this scale, a part of the examples is used.
         """
         recipe = self.experiment.recipe
         full = (recipe.epochs if epochs is None else epochs) * self.setting.scale
@@ -155,7 +155,7 @@ class Trial:
         )
 
     def measured(self, model: nn.Module) -> float:
-        """Accuracy in percent, on what is measured on."""
+        """Accuracy in percent on the test examples."""
         return 100.0 * evaluate(model, self.data.test.loader(500, shuffle=False)).accuracy
 
     def example(self, samples: int = 2) -> Any:

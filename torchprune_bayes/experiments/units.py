@@ -21,15 +21,15 @@ class Importance:
     """An importance by name.
 
     Attributes:
-        name: Which one; ``"opd"`` takes the posterior of the start.
-        samples: Calibration samples at full scale, for those that take data.
+        name: Its name; ``"opd"`` uses the posterior of the start.
+        samples: Calibration samples at full scale, for importances that use data.
     """
 
     name: Literal["snap-it", "l1", "random", "opd"]
     samples: int = 2560
 
     def of(self, trial: Trial, started: Started, model: nn.Module) -> Any:
-        """Make it for a model as it is."""
+        """Make the importance for a model."""
         if self.name == "snap-it":
             return structured.SNAPitImportance(trial.calibration(model, self.samples))
         if self.name == "random":
@@ -43,11 +43,11 @@ class Importance:
 
 @dataclass(frozen=True)
 class Cut:
-    """Cut units out at once, or along SNIP-it's path, then train.
+    """Remove units at once, or along SNIP-it's path, then train.
 
     Attributes:
         importance: What ranks units.
-        stepwise: Whether the path of SNIP-it is taken, with new scores at each of its steps.
+        stepwise: Whether to follow the path of SNIP-it, with new scores at each of its steps.
         by_layer: Whether all layers lose the same share.
         tune: Epochs of training after it, at full scale; ``None`` for those of the recipe.
         rate: Factor on the learning rate of that training.
@@ -83,10 +83,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class CutDuring:
-    """Cut units out along SNIP-it's course while the network trains.
+    """Remove units along SNIP-it's course while the network trains.
 
     Attributes:
-        importance: What ranks units, anew at each event.
+        importance: What ranks units, recomputed at each event.
         course: When and how far.
     """
 

@@ -22,7 +22,7 @@ class Vision:
 
     Attributes:
         name: The class in torchvision.
-        layout: What a folder has to hold, for the message.
+        layout: Expected content of a folder, for the error message.
         mean: Of the pixels, by channel.
         std: Likewise.
         classes: How many classes there are.
@@ -38,15 +38,15 @@ class Vision:
         """Read both parts of a folder, normalised.
 
         Raises:
-            ArgumentError: If the folder is laid out otherwise.
+            ArgumentError: If the folder has another layout.
             MissingExtraError: If torchvision is not installed.
         """
         train, test = (self._examples(root, training, size) for training in (True, False))
         return Split(train, test, self.classes)
 
     def _examples(self, root: Path, training: bool, size: int | None) -> Examples:
-        found = self._from_parquet(root, training)
-        pixels, labels = self._from_torchvision(root, training) if found is None else found
+        arrays = self._from_parquet(root, training)
+        pixels, labels = self._from_torchvision(root, training) if arrays is None else arrays
         x = pixels.float().div_(255.0)
         x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
         shape = (1, -1, 1, 1)
@@ -59,12 +59,12 @@ class Vision:
         with optional("torchvision", "timm"):
             from torchvision import datasets
         try:
-            found = getattr(datasets, self.name)(root, train=training)
+            dataset = getattr(datasets, self.name)(root, train=training)
         except RuntimeError as error:
             raise ArgumentError(
                 f"Expected {self.name} in `{root}` as torchvision lays it out, with {self.layout}."
             ) from error
-        return torch.as_tensor(found.data), torch.as_tensor(found.targets)
+        return torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
 
     def _from_parquet(self, root: Path, training: bool) -> tuple[Tensor, Tensor] | None:
         """Images of a folder of the Hub, ``train-*.parquet``; ``None`` if there are none."""

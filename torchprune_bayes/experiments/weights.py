@@ -39,31 +39,31 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def prunable(self, trial: Trial, model: nn.Module) -> ParameterPairs:
-        """The weights that it prunes: those of the experiment, as far as a pattern fits them."""
+        """The weights that it prunes: the experiment's, restricted to those that fit a pattern."""
         pairs, pattern = trial.prunable(model), self.options.get("pattern")
         if pattern is None:
             return pairs
-        together = int(pattern.partition(":")[2])
-        found = [
+        group_size = int(pattern.partition(":")[2])
+        fitting = [
             (module, name)
             for module, name in pairs
-            if getattr(module, name).shape[kind_of(module).input_dim] % together == 0
+            if getattr(module, name).shape[kind_of(module).input_dim] % group_size == 0
         ]
-        if not found:
+        if not fitting:
             raise ArgumentError(
-                f"Expected a layer whose inputs are a multiple of {together} for {pattern}, got "
-                "none: give another `--width`."
+                f"Expected a layer whose inputs are a multiple of {group_size} for {pattern}, got "
+                "none: use another `--width`."
             )
-        return found
+        return fitting
 
     def arguments(self, trial: Trial, model: nn.Module) -> dict[str, Any]:
-        """Options, with calibration data where the method takes some."""
+        """Options, with calibration data if the method uses it."""
         if not self.samples:
             return dict(self.options)
         batch = max(1, min(self.mini_batch, trial.samples(self.samples) // 8))
         params = self.prunable(trial, model)
-        found = trial.calibration(model, self.samples, mini_batch=batch, params=params)
-        return {**self.options, "calibration": found}
+        calibration = trial.calibration(model, self.samples, mini_batch=batch, params=params)
+        return {**self.options, "calibration": calibration}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class OneShot:
 
     Attributes:
         method: The method.
-        tune: Epochs of training after it, at full scale.
+        tune: Epochs of training after pruning, at full scale.
         rate: Factor on the learning rate of that training.
     """
 
@@ -82,7 +82,7 @@ class OneShot:
 
     @property
     def is_random(self) -> bool:
-        """Whether it takes data, or trains."""
+        """Whether it uses data, or trains."""
         return bool(self.method.samples or self.tune)
 
     def run(self, started: Started, trial: Trial, target: Target) -> nn.Module:
@@ -98,7 +98,7 @@ class OneShot:
 
 @dataclass(frozen=True)
 class SavedMasks:
-    """Take masks that were saved and move the other weights by CBS's update alone."""
+    """Load saved masks and only apply CBS's update to the remaining weights."""
 
     method: Method
 
@@ -118,8 +118,8 @@ class SavedMasks:
                 f"Expected masks of the network in `{trial.setting.masks}`, got "
                 f"{', '.join(masks) or 'none'}."
             )
-        given = {"initial": masks, "max_iterations": 0, "amount": pruned_in(masks)}
-        options = self.method.arguments(trial, started.model) | given
+        fixed = {"initial": masks, "max_iterations": 0, "amount": pruned_in(masks)}
+        options = self.method.arguments(trial, started.model) | fixed
         prune_global(trial.prunable(started.model), self.method.name, **options)
         return bake(started.model)
 
@@ -128,7 +128,7 @@ def read_masks(path: Path) -> Masks:
     """Boolean masks by name from a safetensors file.
 
     Raises:
-        ArgumentError: If it is none.
+        ArgumentError: If it is not such a file.
     """
     try:
         return {name: mask.bool() for name, mask in load_file(path).items()}
@@ -150,9 +150,9 @@ class Polynomial:
     Attributes:
         begin: First epoch.
         end: Last epoch.
-        every: Epochs in between.
+        every: Epochs between prunings.
         initial: First sparsity.
-        degree: Of the polynomial.
+        degree: Degree of the polynomial.
     """
 
     begin: float
@@ -175,7 +175,7 @@ class Halving:
 
     Attributes:
         delay: Epochs without pruning.
-        every: Epochs from one event to the next; the first is so long after the delay.
+        every: Epochs from one event to the next; the first comes this long after the delay.
     """
 
     delay: float
@@ -194,7 +194,7 @@ class During:
     Attributes:
         method: The method.
         course: When and how far.
-        decay_after: Whether weight decay goes on when all is pruned.
+        decay_after: Whether weight decay continues after the last pruning.
     """
 
     method: Method
@@ -278,24 +278,24 @@ class Rewinding:
 
 
 def trained_on(started: Started, trial: Trial, epochs: float | None, rate: float) -> nn.Module:
-    """Train what is left; pruned weights stay zero."""
+    """Train the remaining weights; pruned ones are kept at zero."""
     model = started.model
     masks = masks_of(model)
     bake(model)
     training = trial.training(model, epochs, rate=rate)
     if masks:
-        held = {model.get_parameter(name): mask for name, mask in masks.items()}
-        keep_sparse(training.optimizer, held)
+        by_parameter = {model.get_parameter(name): mask for name, mask in masks.items()}
+        keep_sparse(training.optimizer, by_parameter)
     training.run()
     started.flops += training.flops.total
     return model
 
 
 def steps_of(training: Training, epochs: float) -> int:
-    """Epochs of the full scale in updates of a training at its own."""
+    """Updates of a training for a number of epochs at full scale."""
     return round(training.steps * epochs / training.recipe.epochs)
 
 
 def pruned_in(masks: Masks) -> int:
-    """How many entries masks prune."""
+    """Number of entries that masks prune."""
     return sum(int((~mask).sum()) for mask in masks.values())

@@ -1,8 +1,8 @@
-"""The state of a pruner beside a checkpoint: one safetensors file, and a record that proves it.
+"""The state of a pruner beside a checkpoint: one safetensors file, and a record to verify it.
 
-In plain words: weights and masks are saved by different hands, so they can come apart. The record
-holds a fingerprint of the masks; whoever restores compares it with the masks found, and the masks
-with the zeros in the weights, before training goes on.
+In plain words: weights and masks are saved by different code, so they may not match. The record
+holds a fingerprint of the masks; on restoring it is compared with the masks found, and the masks
+with the zeros in the weights, before training continues.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def fingerprint(masks: Mapping[str, Tensor]) -> str:
 
 
 def record_of(pruner: GradualPruner) -> dict[str, Any]:
-    """What JSON can hold of a pruner: step, history, sparsity, fingerprint of its masks."""
+    """JSON record of a pruner: step, history, sparsity, fingerprint of its masks."""
     state = pruner.state_dict()
     return {
         "step": state["step"],
@@ -54,31 +54,31 @@ def record_of(pruner: GradualPruner) -> dict[str, Any]:
 def frozen_fingerprint(space: ParameterSpace, masks: Mapping[str, Tensor]) -> str | None:
     """SHA-256 of the frozen weights under ``masks``, which checkpoints of adapters do not hold.
 
-    ``None`` where no weight is frozen.
+    ``None`` if no weight is frozen.
     """
-    held = {
+    values = {
         tensor.name: (tensor.value + 0.0).to("cpu").contiguous()  # no negative zeros
         for tensor in space.with_masks(masks)
         if not tensor.leaf.requires_grad
     }
-    return hashlib.sha256(save(held)).hexdigest() if held else None
+    return hashlib.sha256(save(values)).hexdigest() if values else None
 
 
 def check_frozen(space: ParameterSpace, masks: Masks, record: Mapping[str, Any]) -> None:
-    """Refuse frozen weights that do not become those of the record under its masks.
+    """Refuse frozen weights that differ from those of the record under its masks.
 
     Raises:
         AlignmentError: In this case.
     """
     if record.get("frozen") not in (None, frozen_fingerprint(space, masks)):
         raise AlignmentError(
-            "Expected the frozen weights that the checkpoint was made with, got others: a "
+            "Expected the frozen weights of the checkpoint, got different ones: a "
             "checkpoint of adapters does not hold them, so load the same ones first."
         )
 
 
 def save_pruner(pruner: GradualPruner, path: str | Path) -> None:
-    """Write masks, step and history as one safetensors file; the file is whole or not there."""
+    """Write masks, step and history as one safetensors file; the file is complete or absent."""
     masks = pruner.state_dict()["masks"]
     save_tensors(path, masks, {"pruner": json.dumps(record_of(pruner))})
 
@@ -87,8 +87,8 @@ def read_pruner(path: str | Path) -> tuple[dict[str, Any], Masks]:
     """Read the record and the masks that :func:`save_pruner` wrote.
 
     Raises:
-        ArgumentError: If the file cannot be read or is of another kind, or its masks are not those
-            of its record.
+        ArgumentError: If the file cannot be read or is of another kind, or its masks differ from
+            its record.
     """
     stored = read_tensors(path, "masks of a pruner")
     if "pruner" not in stored.metadata:
@@ -96,17 +96,17 @@ def read_pruner(path: str | Path) -> tuple[dict[str, Any], Masks]:
     record: dict[str, Any] = stored.json("pruner", dict)
     masks = dict(stored.tensors)
     if record.get("sha256") != fingerprint(masks):
-        raise ArgumentError(f"Expected the masks that {path} has on record, got others.")
+        raise ArgumentError(f"Expected the masks of the record in {path}, got different ones.")
     return record, masks
 
 
 def state_from(record: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
-    """Put together what ``GradualPruner.load_state_dict`` takes."""
+    """The state for ``GradualPruner.load_state_dict``."""
     return {"step": record["step"], "history": record["history"], "masks": masks}
 
 
 def zeros_as_masks(space: ParameterSpace, names: list[str]) -> Masks:
-    """Masks of the tensors ``names`` that take every exact zero as pruned."""
+    """Masks of the tensors ``names`` that count every exact zero as pruned."""
     return {tensor.name: tensor.leaf.detach() != 0 for tensor in space.subset(names)}
 
 

@@ -1,7 +1,7 @@
-"""Pruning and cutting that is done in all processes or in none.
+"""Pruning and shrinking that happens in all processes or in none.
 
-In plain words: first all decide, then all hold the decision of the first process, then all do it.
-Whatever fails in one process, at any of these points, fails in all, and each goes back.
+In plain words: first all decide, then all receive the decision of the first process, then all apply
+it. A failure in one process, at any of these points, fails in all, and each restores its state.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ logger = logging.getLogger("torchprune_bayes")
 
 
 def step_on_all_ranks(pruner: GradualPruner) -> dict[str, Any] | None:
-    """Call ``pruner.step()`` in every process; where something is pruned, all prune the same.
+    """Call ``pruner.step()`` in every process; if something is pruned, all prune the same.
 
-    Masks, new weights and the weights that are left are those of the first process. If anything
+    Masks, new weights and the remaining weights are those of the first process. If anything
     fails in any process, nothing is changed in any. Steps at which nothing is due cost no
     communication.
 
@@ -65,7 +65,7 @@ def step_on_all_ranks(pruner: GradualPruner) -> dict[str, Any] | None:
 
 
 def agreed(decision: Decision, space: ParameterSpace) -> Decision:
-    """Masks and new weights of the first process, in every process, where the tensors are."""
+    """Masks and new weights of the first process, in every process, on the tensors' devices."""
     if not same_everywhere((fingerprint(decision.masks), decision.updates is None)):
         logger.warning("Masks differed between processes; those of the first one are taken.")
         masks, updates = from_first((decision.masks, decision.updates))
@@ -80,7 +80,7 @@ def agreed(decision: Decision, space: ParameterSpace) -> Decision:
 def decision_applied(
     space: ParameterSpace, decision: Decision, pairs: ParameterPairs
 ) -> Iterator[None]:
-    """Apply a decision; if the body fails as well, all is as it was before."""
+    """Apply a decision; if the body fails as well, everything is restored."""
     places = list(pairs)
     with all_or_nothing(dict.fromkeys([*space.pairs(), *places]), values=True):
         apply_decision(space, decision, places)
@@ -89,9 +89,9 @@ def decision_applied(
 
 @contextmanager
 def uncut_on_error(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Put a model's tensors and numbers, and the optimizer's parameters, back if the body fails.
+    """Restore a model's tensors and numbers, and the optimizer's parameters, if the body fails.
 
-    For what replaces tensors, as shrinking does, and writes into none.
+    For code that replaces tensors, as shrinking does, and does not write into them.
     """
     with tables_kept_on_error(unwrap(model)), optimizer_kept_on_error(optimizer):
         yield

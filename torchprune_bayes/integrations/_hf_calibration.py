@@ -1,4 +1,4 @@
-"""Calibration from the data sets that a Trainer takes."""
+"""Calibration from the data sets of a Trainer."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def calibrate_on(
     batch_size: int = 8,
     **options: Any,
 ) -> Callable[[nn.Module, ParameterPairs], Calibration]:
-    """Say what to calibrate on before there is a model; a callback makes the calibration from it.
+    """Choose calibration data before there is a model; a callback makes the calibration from them.
 
     Args:
-        dataset: What a Trainer takes as ``train_dataset``, streams too; columns that the model's
-            ``forward`` does not name are left out.
+        dataset: As a Trainer's ``train_dataset``, streams included; columns that the model's
+            ``forward`` does not name are dropped.
         num_samples: Samples drawn at random from it, or the first of a stream, which is not
-            shuffled: shuffle it before.
-        collator: Makes a batch of samples; default that of the Trainer without a tokenizer.
-        batch_size: Samples that are collated, and padded, together.
+            shuffled: shuffle it beforehand.
+        collator: Makes a batch of samples; default as in a Trainer without a tokenizer.
+        batch_size: Samples that are collated, and padded, as one batch.
         options: Further arguments of :class:`~torchprune_bayes.Calibration`.
 
     Returns:
@@ -54,10 +54,10 @@ def calibrate_on(
     join = collator
 
     def make(model: nn.Module, params: ParameterPairs) -> Calibration:
-        known = {*inspect.signature(model.forward).parameters, *_LABELS}
+        accepted = {*inspect.signature(model.forward).parameters, *_LABELS}
 
         def collate(samples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-            kept = [{key: s[key] for key in s if key in known} for s in samples]
+            kept = [{key: s[key] for key in s if key in accepted} for s in samples]
             return join(kept)
 
         shuffle = not isinstance(dataset, IterableDataset)

@@ -1,4 +1,4 @@
-"""Training a pruned model towards the dense one's predictions."""
+"""Distillation of the dense model's predictions into a pruned model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DistillationTrainer(Trainer):
     ``(1 - weight) * loss + weight * temperature**2 * KL(teacher || student)``, both softened by
     the temperature (`Hinton et al., 2015 <https://arxiv.org/abs/1503.02531>`_, section 2). Takes
     gradient accumulation and labels of -100 into account as the Trainer's own loss does;
-    evaluation stays as it is. Combine it with a Trainer of your own as a first base class.
+    evaluation is not changed. Combine it with your own Trainer as the first base class.
 
     Args:
         args: Arguments of the Trainer.
@@ -65,11 +65,11 @@ class DistillationTrainer(Trainer):
         """The Trainer's loss, in training mixed with the distance to the teacher."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = dict(inputs)  # the Trainer may take the labels out
+        teacher_inputs = dict(inputs)  # the Trainer may remove the labels
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        labels = given.pop("labels", None)
+        labels = teacher_inputs.pop("labels", None)
         with torch.no_grad():
-            target = self.teacher(**given).logits
+            target = self.teacher(**teacher_inputs).logits
         summed = self._items_of(num_items_in_batch)
         distance = distillation_loss(outputs["logits"], target, labels, self.temperature, summed)
         weight = self.distillation_weight
@@ -96,9 +96,9 @@ def distillation_loss(
     Args:
         logits: The student's ``[..., K]``.
         target: The teacher's ``[..., K]``.
-        labels: ``[...]``; positions with -100 do not count. Other shapes are not looked at.
+        labels: ``[...]``; positions with -100 are ignored. Other shapes are not used.
         temperature: ``T``.
-        items: What the sum is divided by; default the number of positions that count.
+        items: Divisor of the sum; default the number of positions that are not ignored.
 
     Example:
         >>> float(distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), None, 2.0))

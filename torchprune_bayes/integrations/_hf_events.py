@@ -1,4 +1,4 @@
-"""When a Trainer's callbacks are called, as far as it matters to those here.
+"""Order and timing of a Trainer's callbacks, as needed here.
 
 In plain words: the trackers of ``report_to`` come before the callbacks of the user and would log
 before these have added their numbers; and the checkpoint of an epoch's last step is written before
@@ -19,13 +19,13 @@ with optional("transformers", "hf"):
 
 
 class FirstToLog(TrainerCallback):
-    """A callback whose numbers reach all others, trackers that ``report_to`` names included.
+    """A callback whose metrics reach all others, trackers that ``report_to`` names included.
 
     When training begins it moves to the front of the Trainer's callbacks.
     """
 
     def numbers(self) -> dict[str, float]:
-        """What to add to everything that is logged."""
+        """Metrics to add to every log."""
         return {}
 
     def on_log(
@@ -36,23 +36,23 @@ class FirstToLog(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Add the numbers to what is logged."""
+        """Add the metrics to the log."""
         if logs is not None:
-            found = self.numbers()
-            logs.update(found)
-            state.log_history[-1].update(found)
+            numbers = self.numbers()
+            logs.update(numbers)
+            state.log_history[-1].update(numbers)
 
     def _move_to_front(self) -> None:
         handler = _calling_handler(self)
         if handler is not None:
-            # A new list: the handler is in the midst of the old one.
+            # A new list: the handler is iterating over the old one.
             handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
 
 
 class AtEpochEnds(TrainerCallback):
     """A callback with something to do once per epoch, before the checkpoint of its last step.
 
-    So a run that is resumed from that checkpoint has it done, as the run that was not interrupted.
+    So a run that resumes from that checkpoint is like one that was not interrupted.
     """
 
     _ended_at: int | None = None
@@ -71,17 +71,17 @@ class AtEpochEnds(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Do it if the epoch ended early, or was of a stream, whose end nobody knows before."""
+        """Do it if the epoch ended early, or was of a stream, whose end is unknown before."""
         if self._ended_at != state.global_step:
             self.end_epoch(state, control)
 
 
 def _calling_handler(callback: TrainerCallback) -> CallbackHandler | None:
-    """The handler that is calling ``callback``; transformers tells callbacks of none."""
+    """The handler that is calling ``callback``; transformers does not pass it to callbacks."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, CallbackHandler) and any(c is callback for c in found.callbacks):
-            return found
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and any(c is callback for c in handler.callbacks):
+            return handler
         frame = frame.f_back
     return None

@@ -18,15 +18,15 @@ logger = logging.getLogger("torchprune_bayes")
 
 
 def merge_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Merge LoRA adapters into their base weights, and keep what is pruned there at zero.
+    """Merge LoRA adapters into their base weights, and keep their pruned entries at zero.
 
-    ``W + BA`` is dense whatever ``W`` is, so a plain merge gives up the sparsity. This merges
-    ``W + mask * BA``. The entries of ``BA`` that are cut off were part of the model while it was
-    trained, so its outputs change; the share that is cut is logged. A model that was pruned through
-    torch's pruning API comes out plain, as :func:`~torchprune_bayes.bake` makes it.
+    ``W + BA`` is dense whatever ``W`` is, so a plain merge loses the sparsity. This merges
+    ``W + mask * BA``. The entries of ``BA`` that are removed were part of the model while it was
+    trained, so its outputs change; the removed share is logged. A model that was pruned through
+    torch's pruning API becomes plain, as by :func:`~torchprune_bayes.bake`.
 
     Args:
-        model: A model of ``peft``, or any with its interface: ``merge_and_unload()``, and layers
+        model: A ``peft`` model, or any with its interface: ``merge_and_unload()``, and layers
             with a ``base_layer``.
         masks: Masks of the base weights by their qualified names in the merged model; default:
             every exact zero counts as pruned.
@@ -36,7 +36,7 @@ def merge_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) 
 
     Raises:
         ArgumentError: If the model has no adapters, a mask has another shape, or adapters are in
-            the weights already and no masks say what was pruned. Nothing is changed then.
+            the weights already and no masks are given. Nothing is changed then.
 
     Cost: a copy of the weights of the layers with adapters.
     """
@@ -52,11 +52,11 @@ def merge_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) 
     merged: nn.Module = merge()
     for place in places:
         dense = before[place.name]
-        given = None if masks is None else masks.get(place.name)
-        pruned = dense == 0 if given is None else given.to(dense.device) == 0
+        mask = None if masks is None else masks.get(place.name)
+        pruned = dense == 0 if mask is None else mask.to(dense.device) == 0
         moved = (place.leaf.detach() - dense).square()
         cut = float(moved[pruned].sum() / moved.sum().clamp_min(torch.finfo(moved.dtype).tiny))
-        logger.info("%s: %.1f %% of the adapter's squared norm was cut.", place.name, 100 * cut)
+        logger.info("%s: %.1f %% of the adapter's squared norm was removed.", place.name, 100 * cut)
         set_zero(place.leaf, pruned)
     return merged
 
@@ -74,22 +74,22 @@ def _merged_places(
 
 
 def _inner(model: Any) -> nn.Module:
-    found = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model
-    assert isinstance(found, nn.Module)
-    return found
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model.base_model
+    assert isinstance(base, nn.Module)
+    return base
 
 
 def _check_place(
     place: PrunableTensor, masks: Mapping[str, Tensor] | None, *, merged: bool
 ) -> None:
-    given = None if masks is None else masks.get(place.name)
-    if given is None and merged:
+    mask = None if masks is None else masks.get(place.name)
+    if mask is None and merged:
         raise ArgumentError(
             f"Expected a mask of `{place.name}`, whose adapter is in the weights already, so that "
             "zeros no longer show what was pruned, got none: pass masks, or unmerge first."
         )
-    if given is not None and given.shape != place.leaf.shape:
+    if mask is not None and mask.shape != place.leaf.shape:
         raise ArgumentError(
             f"Expected a mask of shape {tuple(place.leaf.shape)} for `{place.name}`, "
-            f"got {tuple(given.shape)}."
+            f"got {tuple(mask.shape)}."
         )

@@ -17,11 +17,11 @@ class TrainerMetrics:
 
     Pass it to ``Trainer(compute_metrics=...)``; the Trainer logs each with its prefix, as
     ``eval_nll``. With ``TrainingArguments(batch_eval_metrics=True)`` it adds up sums batch by batch
-    and no logits are kept. Labels of -100 do not count.
+    and no logits are stored. Labels of -100 are ignored.
 
     Args:
-        causal: Whether logits ``[B, T, K]`` predict the label one place later.
-        extra: Called for further numbers to report.
+        causal: Whether logits ``[B, T, K]`` predict the next label.
+        extra: Function that returns further metrics to report.
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
@@ -50,11 +50,11 @@ class TrainerMetrics:
         self._sums.update(logits, labels)
         if not compute_result:
             return {}
-        found = {
+        metrics = {
             key: value for key, value in asdict(self._sums.compute()).items() if key != "samples"
         }
         self._sums = MetricSums()
-        return found | (self._extra() if self._extra is not None else {})
+        return metrics | (self._extra() if self._extra is not None else {})
 
 
 def _as_tensor(part: Any) -> Tensor:

@@ -53,23 +53,24 @@ CalibrationFactory: TypeAlias = Callable[[nn.Module, ParameterPairs], Calibratio
 class PruningCallback(FirstToLog, AtEpochEnds):
     """Prune a model while ``transformers.Trainer`` trains it, with any method and schedule.
 
-    Zeros are the mask: weights stay plain, so checkpoints, ``from_pretrained`` and other callbacks
-    see an ordinary model, and the zeros are held through momentum, moment estimates and weight
-    decay (:func:`~torchprune_bayes.keep_sparse`). Every checkpoint gets the masks as
-    ``pruning_masks.safetensors`` and a fingerprint of them in ``trainer_state.json``. On resume
-    the masks must be those of the checkpoint, or training does not go on. Where the file is
-    missing the zeros in the weights are taken, and what differs from the record is reported.
+    Zeros are the mask: weights remain plain, so checkpoints, ``from_pretrained`` and other
+    callbacks see an ordinary model, and the zeros are kept through momentum, moment estimates and
+    weight decay (:func:`~torchprune_bayes.keep_sparse`). Every checkpoint gets the masks as
+    ``pruning_masks.safetensors`` and a fingerprint of them in ``trainer_state.json``. On resume the
+    masks must be those of the checkpoint, or training stops with an error. If the file is missing,
+    the zeros in the weights are used, and a difference from the record is reported.
 
-    A model that comes with zeros, pruned by another callback or loaded from where it was saved,
+    A model that already has zeros, pruned by another callback or loaded from a checkpoint,
     keeps them: they count as pruned from the start. Of a model with adapters (``peft``) the base is
-    pruned, which its checkpoints do not hold: load the same one before resuming.
+    pruned, which its checkpoints do not contain: load the same one before resuming.
 
-    What is due at the end of an epoch is done at the end of its last step, so that the checkpoint
-    of that step has it. The sparsity is logged, to the trackers of ``report_to`` too.
+    Pruning that is due at the end of an epoch happens at the end of its last step, so that the
+    checkpoint of that step includes it. The sparsity is logged, to the trackers of ``report_to``
+    too.
 
     When something is pruned, the best metric so far is forgotten, so that
-    ``load_best_model_at_end`` and early stopping compare models of one sparsity, and never bring
-    the dense one back.
+    ``load_best_model_at_end`` and early stopping compare models of one sparsity, and never restore
+    the dense one.
 
     Args:
         method: A pruning method, ours or PyTorch's, or a registered name.
@@ -79,9 +80,9 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         unit: What a schedule counts, ``"step"`` (updates) or ``"epoch"``.
         params: ``(module, name)`` pairs, or a function from the model to them; default
             :func:`~torchprune_bayes.prunable_parameters`.
-        exclude: Names of modules to leave dense, such as ``["classifier"]``.
+        exclude: Names of modules to keep dense, such as ``["classifier"]``.
         calibration: A :class:`~torchprune_bayes.Calibration` of the model in training, or a
-            function ``(model, params) -> Calibration`` such as :func:`calibrate_on` makes.
+            function ``(model, params) -> Calibration`` such as the result of :func:`calibrate_on`.
         forget_best: Whether the best metric is forgotten when something is pruned.
         keep_zeros: Whether exact zeros that the weights have at the start count as pruned.
         options: Further arguments of :class:`~torchprune_bayes.GradualPruner`, such as
@@ -92,7 +93,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
 
     Raises:
         ArgumentError: If ``unit`` is unknown or an option has an impossible value.
-        ArgumentTypeError: If a method needs calibration and there is none.
+        ArgumentTypeError: If a method needs calibration and none is given.
         ParameterError: When training begins: if weights are sharded (ZeRO-3, FSDP).
         AlignmentError: On resume: if masks and weights are of different checkpoints.
 
@@ -160,10 +161,10 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         optimizer: Any,
         **_: Any,
     ) -> None:
-        """Make the pruner; take its masks from the checkpoint; do what is due before training."""
-        held = on_all_ranks(lambda: self._begin(args, state, unwrap(model), optimizer))
+        """Make the pruner, load its masks from a checkpoint, and prune if that is due."""
+        pruner_state = on_all_ranks(lambda: self._begin(args, state, unwrap(model), optimizer))
         assert self.pruner is not None
-        on_all_ranks(lambda: cast(GradualPruner, self.pruner).load_state_dict(held))
+        on_all_ranks(lambda: cast(GradualPruner, self.pruner).load_state_dict(pruner_state))
         self._record = record_of(self.pruner)
         if not state.global_step:
             self._advance(state)
@@ -196,10 +197,10 @@ class PruningCallback(FirstToLog, AtEpochEnds):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Make sure that masks and weights are of one checkpoint, also if the best was loaded.
+        """Check that masks and weights are of one checkpoint, also if the best was loaded.
 
-        Zeros are held no longer than that; :func:`~torchprune_bayes.keep_sparse` holds them in
-        training of another kind.
+        Zeros are kept only until then; :func:`~torchprune_bayes.keep_sparse` keeps them in
+        other training.
         """
         if self.pruner is None:
             return
@@ -212,19 +213,21 @@ class PruningCallback(FirstToLog, AtEpochEnds):
     def _begin(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any
     ) -> dict[str, Any]:
-        """Make the pruner; returns what it goes on from."""
+        """Make the pruner; returns the state to start from."""
         if getattr(args, "deepspeed", None):
-            raise ParameterError("Expected no DeepSpeed, whose optimizer keeps weights of its own.")
+            raise ParameterError(
+                "Expected no DeepSpeed, whose optimizer keeps its own copy of the weights."
+            )
         refuse_sharded(model)
         self._optimizer = bare_optimizer(optimizer)
         earlier, self.pruner = self.pruner, self._new_pruner(model, args, state)
         if state.global_step:
-            held = self._resumed(args, state)
+            pruner_state = self._resumed(args, state)
         else:
-            held = {"step": 0, "history": [], "masks": self._masks_at_start(earlier)}
+            pruner_state = {"step": 0, "history": [], "masks": self._masks_at_start(earlier)}
         if earlier is not None:
             earlier.remove()
-        return held
+        return pruner_state
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = checkpoint_folder(args, state)
@@ -244,11 +247,11 @@ class PruningCallback(FirstToLog, AtEpochEnds):
     ) -> GradualPruner:
         params = self._params(model) if callable(self._params) else self._params
         pairs = prunable_parameters(model, exclude=self._exclude) if params is None else params
-        given = self._calibration
-        if callable(given):
-            given = given(model, pairs)
-        if given is None:  # without data it still knows the tensors by their names in the model
-            given = Calibration(model, [], params=pairs)
+        calibration = self._calibration
+        if callable(calibration):
+            calibration = calibration(model, pairs)
+        if calibration is None:  # without data; it provides the tensors' names
+            calibration = Calibration(model, [], params=pairs)
         total = state.max_steps if self.unit == "step" else state.num_train_epochs
         schedule: Any = self._schedule
         if callable(schedule) and not isinstance(schedule, Schedule):
@@ -257,7 +260,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
             pairs,
             self._method,
             _one_later(schedule),
-            calibration=given,
+            calibration=calibration,
             optimizer=self._optimizer,
             **self._options,
         )
@@ -286,7 +289,7 @@ class PruningCallback(FirstToLog, AtEpochEnds):
         return state_from(record, masks)
 
     def _masks_at_start(self, earlier: GradualPruner | None) -> Masks:
-        """Those of this callback's last training of the same model, or what its zeros say."""
+        """Masks of this callback's last training of the same model, or of its zeros."""
         assert self.pruner is not None
         if earlier is not None and earlier.space.model is self.pruner.space.model:
             return dict(earlier.state_dict()["masks"])

@@ -1,4 +1,4 @@
-"""Masks and weights of one checkpoint, when a Trainer resumes or loads its best model."""
+"""Matching masks and weights when a Trainer resumes or loads its best model."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def checkpoint_folder(args: Any, state: Any) -> Path:
 
 
 def forget_best(state: Any) -> None:
-    """Let no checkpoint from before the weights were cut count as the best one."""
+    """Forget a best checkpoint that was made before the weights were pruned."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def resume_folders(args: Any, state: Any) -> list[Path]:
-    """Where the checkpoint that is resumed may be; a callback is not told."""
+    """Where the resumed checkpoint may be, which callbacks are not told."""
     folders = [checkpoint_folder(args, state)]
     if isinstance(args.resume_from_checkpoint, str):
         folders.insert(0, Path(args.resume_from_checkpoint))
@@ -49,32 +49,32 @@ def masks_on_record(
     """The masks whose fingerprint is in the record, from a file or from the zeros in the weights.
 
     Raises:
-        ArgumentError: If the weights have fewer zeros than the record says.
+        ArgumentError: If the weights have fewer zeros than the record.
     """
     for path in (folder / MASK_FILE for folder in folders):
         if path.is_file():
-            found, masks = read_pruner(path)
-            if found["sha256"] == record["sha256"]:
+            stored, masks = read_pruner(path)
+            if stored["sha256"] == record["sha256"]:
                 return masks
     masks = zeros_as_masks(space, record["masks"])
     if fingerprint(masks) != record["sha256"]:
         warn_of(
             f"No {MASK_FILE} of this checkpoint was found, so every zero in its weights "
-            "counts as pruned, which is not quite what was pruned."
+            "counts as pruned, which may differ from the original masks."
         )
         _check_not_dense(record, masks)
     return masks
 
 
 def follow_best(pruner: GradualPruner, folder: Path) -> None:
-    """Let the masks of the best checkpoint hold, whose weights were just loaded.
+    """Use the masks of the best checkpoint, whose weights were just loaded.
 
     Raises:
         AlignmentError: If the weights are not those of its masks.
     """
     path = folder / MASK_FILE
     if not path.is_file():
-        return  # whether the weights are those of the masks that are held is checked in any case
+        return  # that the weights fit the masks is checked in any case
     record, masks = read_pruner(path)
     if record["sha256"] == fingerprint(pruner.state_dict()["masks"]):
         return
@@ -89,10 +89,10 @@ def follow_best(pruner: GradualPruner, folder: Path) -> None:
 
 
 def zeros_at_start(space: ParameterSpace) -> Masks:
-    """Masks of a model that was pruned before, which take its exact zeros as pruned.
+    """Masks of a previously pruned model, in which exact zeros count as pruned.
 
-    A tensor that is zero throughout is taken as new, such as a head that starts at zero, and that
-    is said.
+    A tensor of zeros only counts as new, such as a zero-initialised head, with
+    a warning.
     """
     masks = {tensor.name: tensor.leaf.detach() != 0 for tensor in space}
     blank = [name for name, mask in masks.items() if not bool(mask.any())]
@@ -105,19 +105,19 @@ def zeros_at_start(space: ParameterSpace) -> Masks:
 
 
 def last_whole_checkpoint(folder: str | Path) -> str | None:
-    """Find the newest checkpoint that was written to its end, to resume a run that was killed.
+    """Find the newest complete checkpoint, to resume a run that was killed.
 
-    The masks are the last file of a checkpoint and written in one piece. The Trainer's own search
-    for a checkpoint also finds one whose weights or optimizer are half there.
+    The masks are the last file of a checkpoint and written atomically. The Trainer's own search
+    for a checkpoint also finds one whose weights or optimizer are incomplete.
 
     Args:
         folder: ``output_dir`` of the training.
 
     Returns:
-        What ``Trainer.train(resume_from_checkpoint=...)`` takes; ``None`` if there is none.
+        The folder for ``Trainer.train(resume_from_checkpoint=...)``; ``None`` if there is none.
     """
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{MASK_FILE}")]
-    newest = max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    complete = [path.parent for path in Path(folder).glob(f"checkpoint-*/{MASK_FILE}")]
+    newest = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
 
 
@@ -131,6 +131,6 @@ def _check_not_dense(record: Mapping[str, Any], masks: Masks) -> None:
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     if masks and pruned < round(record["sparsity"] * entries):
         raise ArgumentError(
-            f"Expected weights with a sparsity of {record['sparsity']:.4f}, which the "
-            f"checkpoint has on record, got {pruned} zeros among {entries}."
+            f"Expected weights with a sparsity of {record['sparsity']:.4f}, in the record of the "
+            f"checkpoint, got {pruned} zeros among {entries}."
         )

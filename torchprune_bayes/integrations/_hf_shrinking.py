@@ -38,14 +38,14 @@ RECORD = "torchprune_bayes.shrinking"
 
 
 class ShrinkingCallback(TrainerCallback):
-    """Cut channels, hidden units and heads out of a model while a Trainer trains it.
+    """Remove channels, hidden units and heads of a model while a Trainer trains it.
 
     At once, or along a schedule with training between the cuts, as SNAP-it does: each cut scores
-    what is left anew. The optimizer's state follows, so training goes on with the momentum of what
-    is left. Whether the model can be shrunk so far is found out when training begins.
+    the remaining units again. The optimizer's state is cut too, so training continues with their
+    momentum. Whether the model can be shrunk that far is checked when training begins.
 
     Every checkpoint after the first cut also holds ``shrunk.safetensors`` and ``shrunk.json``. To
-    resume, or to use the model, build the whole one and hand it to
+    resume, or to use the model, build the whole one and pass it to
     :func:`~torchprune_bayes.structured.load_shrunk` with the checkpoint's folder first; the
     Trainer itself would refuse the sizes. The best metric so far is forgotten at a cut, so that
     ``load_best_model_at_end`` compares models of one size.
@@ -64,14 +64,14 @@ class ShrinkingCallback(TrainerCallback):
             ``sparsity`` (without a schedule), ``target`` and ``ignored``.
 
     Attributes:
-        reports: What was cut, one report for each cut.
-        left: Fraction of the target that is left of the whole model.
+        reports: One report for each cut.
+        left: Fraction of the target that remains of the whole model.
 
     Raises:
         ArgumentError: If there is a schedule and a sparsity or ``at``. When training begins: if
             there are no units to remove, or too few for the sparsity.
         ParameterError: When training begins: if the model cannot be shrunk, or there are several
-            processes, in which the model is wrapped already. Shrink it before the Trainer is made,
+            processes, where the model is wrapped already. Shrink it before the Trainer is made,
             or use :func:`~torchprune_bayes.integrations.accelerate.shrink_distributed`.
 
     Example:
@@ -108,12 +108,12 @@ class ShrinkingCallback(TrainerCallback):
 
     @property
     def report(self) -> ShrinkReport | None:
-        """What was cut last; ``None`` before."""
+        """Report of the last cut; ``None`` before it."""
         return self.reports[-1] if self.reports else None
 
     @property
     def left(self) -> float:
-        """Fraction of the target that is left of the whole model."""
+        """Fraction of the target that remains of the whole model."""
         return self._stages.left
 
     def on_train_begin(
@@ -126,10 +126,10 @@ class ShrinkingCallback(TrainerCallback):
         optimizer: Any,
         **_: Any,
     ) -> None:
-        """Find out whether the model can be shrunk; cut if it is due before training."""
+        """Check that the model can be shrunk; cut if it is due before training."""
         if is_distributed():
             raise ParameterError(
-                "Expected one process, got several, in which the model is wrapped already: shrink "
+                "Expected one process, got several, where the model is wrapped already: shrink "
                 "it before the Trainer is made."
             )
         refuse_sharded(model)
@@ -162,7 +162,7 @@ class ShrinkingCallback(TrainerCallback):
         model: nn.Module,
         **_: Any,
     ) -> None:
-        """Write what rebuilds the shrunk model into the folder of the checkpoint."""
+        """Write the files to rebuild the shrunk model into the folder of the checkpoint."""
         folder = checkpoint_folder(args, state)
         if RECORD in state.stateful_callbacks and args.should_save and folder.is_dir():
             save_shrunk(model, folder)

@@ -26,7 +26,7 @@ with optional("transformers", "hf"):
 
 
 class _Kept(FirstToLog, AtEpochEnds):
-    """Keeps the state of what it drives in each checkpoint, and takes it from there on resume."""
+    """Saves the state of its training object in each checkpoint, and loads it on resume."""
 
     file_name: str
     training: Any = None
@@ -34,36 +34,36 @@ class _Kept(FirstToLog, AtEpochEnds):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Write the state into the folder of the checkpoint, whole or not at all."""
+        """Write the state into the folder of the checkpoint, completely or not at all."""
         if self.training is not None:
             on_all_ranks(lambda: self._save(args, state))
 
     def _save(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = checkpoint_folder(args, state)
         if args.should_save and folder.is_dir():
-            held = self.training.state_dict()
-            write_whole(folder / self.file_name, lambda draft: torch.save(held, draft))
+            saved = self.training.state_dict()
+            write_whole(folder / self.file_name, lambda draft: torch.save(saved, draft))
 
     def _take_up(self, args: TrainingArguments, state: TrainerState) -> None:
         if not state.global_step:
             return
         folders = resume_folders(args, state)
-        found = next((f for f in folders if (f / self.file_name).is_file()), None)
-        if found is None:
+        folder = next((f for f in folders if (f / self.file_name).is_file()), None)
+        if folder is None:
             raise ArgumentError(
-                f"Expected `{self.file_name}` in {folders[0]} to go on from, got none: put it "
+                f"Expected `{self.file_name}` in {folders[0]} to resume from, got none: put it "
                 "there, beside the checkpoint that is resumed."
             )
-        with reading(found / self.file_name, "the state of a callback"):
-            held = torch.load(found / self.file_name, map_location="cpu", weights_only=True)
-        self.training.load_state_dict(held)
+        with reading(folder / self.file_name, "the state of a callback"):
+            saved = torch.load(folder / self.file_name, map_location="cpu", weights_only=True)
+        self.training.load_state_dict(saved)
 
 
 class SpaMCallback(_Kept):
-    """Learn prior precisions by the marginal likelihood, once per epoch, while a Trainer trains.
+    """Learn prior precisions with the marginal likelihood, once per epoch, while a Trainer trains.
 
-    An epoch's update is done at the end of its last step, so that the checkpoint of that step has
-    it. The last log marginal likelihood is logged.
+    An epoch's update is done at the end of its last step, so that the checkpoint of that step
+    includes it. The last log marginal likelihood is logged.
 
     The prior is the weight decay, so ``TrainingArguments(weight_decay=0.0)``. Afterwards prune with
     :class:`~torchprune_bayes.OPD` and ``posterior=callback.training.posterior()``.
@@ -104,13 +104,13 @@ class SpaMCallback(_Kept):
         optimizer: Any,
         **_: Any,
     ) -> None:
-        """Put the prior into the optimizer."""
+        """Add the prior to the optimizer."""
 
         def begin() -> SpaM:
             refuse_sharded(model)
             inner = unwrap(model)
             calibration = self._calibration(inner, self._params(inner))
-            if self.training is not None:  # of a training before this one
+            if self.training is not None:  # from an earlier training
                 self.training.remove()
             self.training = SpaM(optimizer, calibration, **self._options)
             self._take_up(args, state)
@@ -121,7 +121,7 @@ class SpaMCallback(_Kept):
         control.should_training_stop |= self.training.finished
 
     def end_epoch(self, state: TrainerState, control: TrainerControl) -> None:
-        """Update the prior if it is due; stop when the evidence no longer rises."""
+        """Update the prior if it is due; stop when the evidence no longer increases."""
         assert self.training is not None
         with entered_on_all_ranks(self.training.stepped):
             pass
@@ -138,13 +138,13 @@ class GateCallback(_Kept):
     """Learn and close noise gates while a Trainer trains; the algorithm of BMRS.
 
     Gates close at the end of an epoch's last step, so that the checkpoint of that step has them
-    closed. Attach the gates to the model before the Trainer is made. Their penalty depends on them
-    alone, so its gradient is added right before the update, after clipping and averaging over
-    processes. To let gates learn faster, hand the Trainer an optimizer over
+    closed. Attach the gates to the model before the Trainer is made. Their penalty depends only on
+    them, so its gradient is added right before the update, after clipping and averaging over
+    processes. To let gates learn faster, pass the Trainer an optimizer over
     :func:`~torchprune_bayes.training.gate_parameter_groups`.
 
     Args:
-        finetune_epochs: Epochs at the end in which no gate closes any more.
+        finetune_epochs: Epochs at the end in which no more gates close.
         options: Arguments of :class:`~torchprune_bayes.training.GateTraining`.
 
     Attributes:
@@ -191,17 +191,17 @@ class GateCallback(_Kept):
         """Add the gradient of the penalty."""
         assert self.training is not None
         gates = self.training.gates.parameters()
-        # Not `backward`: it would set off the hooks of DistributedDataParallel.
-        found = torch.autograd.grad(self.training.penalty(), gates, allow_unused=True)
-        for parameter, gradient in zip(gates, found, strict=True):
+        # Not `backward`: it would trigger the hooks of DistributedDataParallel.
+        gradients = torch.autograd.grad(self.training.penalty(), gates, allow_unused=True)
+        for parameter, gradient in zip(gates, gradients, strict=True):
             if gradient is not None:
-                held = parameter.grad
-                parameter.grad = gradient if held is None else held + gradient
+                existing = parameter.grad
+                parameter.grad = gradient if existing is None else existing + gradient
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Move the gates' parameters back into their box."""
+        """Move the gates' parameters back into their bounds."""
         assert self.training is not None
         self.training.step()
 

@@ -1,7 +1,7 @@
-"""What several processes have to do together so that all of them hold the same pruned model.
+"""Exchanges between processes that keep all of them on the same pruned model.
 
-In plain words: ``DistributedDataParallel`` averages gradients and never looks at weights or masks
-again, so one entry that is pruned in one process alone makes the replicas drift apart unnoticed.
+In plain words: ``DistributedDataParallel`` averages gradients and never compares weights or masks
+again, so one entry that is pruned in only one process makes the replicas diverge unnoticed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ def refuse_sharded(model: nn.Module) -> None:
         ParameterError: If a parameter is sharded.
     """
     for name, parameter in model.named_parameters():
-        # In turn: DTensors (FSDP2, tensor parallel), FSDP1's flat parameters, DeepSpeed's ZeRO-3.
+        # In this order: DTensors (FSDP2, tensor parallel), FSDP1's flat parameters, DeepSpeed's
+        # ZeRO-3.
         marks = ("placements", "_sharded_size", "ds_id")
         if any(hasattr(parameter, mark) for mark in marks):
             raise ParameterError(
                 f"Expected whole tensors in every process, got the sharded `{name}`: decide on "
-                "masks before sharding, then hold the zeros with `keep_sparse(optimizer, masks)`."
+                "masks before sharding, then keep the zeros with `keep_sparse(optimizer, masks)`."
             )
 
 
@@ -42,7 +43,7 @@ def from_first(value: Value) -> Value:
     """Give every process the picklable value of the first one.
 
     Raises:
-        CalibrationError: If another process failed before it came here.
+        CalibrationError: If another process failed before this call.
     """
     return all_gathered(value if rank() == 0 else None)[0]  # type: ignore[return-value]
 
@@ -57,7 +58,7 @@ def summed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises:
         AlignmentError: If names or shapes differ between processes.
-        CalibrationError: If another process failed before it came here.
+        CalibrationError: If another process failed before this call.
     """
     _check_alike(tensors.items())
     if not is_distributed():
@@ -73,13 +74,13 @@ def take_from_first(tensors: Iterable[Tensor]) -> None:
 
     Raises:
         AlignmentError: If shapes differ between processes; nothing is changed then.
-        CalibrationError: If another process failed before it came here.
+        CalibrationError: If another process failed before this call.
     """
     if not is_distributed():
         return
-    held = list(tensors)
-    _check_alike(enumerate(held))
-    for tensor in held:
+    own = list(tensors)
+    _check_alike(enumerate(own))
+    for tensor in own:
         dist.broadcast(tensor.detach(), src=0)
 
 
@@ -88,7 +89,7 @@ def shared_buffers(model: nn.Module) -> Iterator[None]:
     """Give every process the buffers of the first one, as DDP does before each forward pass.
 
     Running statistics differ between processes after a step, and with them the gradients that each
-    would take. If the body fails, every process has its own ones again.
+    would compute. If the body fails, every process restores its own.
     """
     buffers = list(unwrap(model).buffers()) if is_distributed() else []
     with tensors_kept_on_error([(buffer, None) for buffer in buffers]):
@@ -100,24 +101,25 @@ def exchanged_rows(parts: Iterator[Tensor], device: torch.device) -> Iterator[Te
     """Yield the rows of all processes to each of them, round by round in the order of the ranks.
 
     Each process computes its next part while the others compute theirs. Processes may have
-    different numbers of parts and rows. If one fails, all do, whoever takes the rows included.
+    different numbers of parts and rows. If one fails, all do, also if the consumer of the rows
+    fails.
 
     Args:
         parts: Tensors ``[rows, D]`` of this process, with the same ``D`` and dtype in all.
-        device: Where the parts are in this process.
+        device: Device of the parts in this process.
 
     Raises:
         CalibrationError: If another process failed.
     """
     for part, shapes in _rounds(parts, lambda rows: (tuple(rows.shape), rows.dtype)):
-        for source, found in enumerate(shapes):
-            if found is None:
+        for source, layout in enumerate(shapes):
+            if layout is None:
                 continue
-            shape, dtype = found
+            shape, dtype = layout
             rows = torch.empty(shape, dtype=dtype, device=device)
             if source == rank() and part is not None:
                 rows = part.contiguous()
-            all_gathered(None)  # whoever took the last rows may have failed with them
+            all_gathered(None)  # the consumer of the last rows may have failed
             if is_distributed():
                 dist.broadcast(rows, src=source)
             yield rows
@@ -125,8 +127,8 @@ def exchanged_rows(parts: Iterator[Tensor], device: torch.device) -> Iterator[Te
 
 def exchanged(parts: Iterator[Value]) -> Iterator[Value]:
     """Yield the picklable parts of all processes to each of them, as :func:`exchanged_rows`."""
-    for _, found in _rounds(parts, lambda part: part):
-        yield from (part for part in found if part is not None)
+    for _, values in _rounds(parts, lambda part: part):
+        yield from (part for part in values if part is not None)
 
 
 def _check_alike(tensors: Iterable[tuple[object, Tensor]]) -> None:
@@ -139,7 +141,7 @@ def _rounds(
 ) -> Iterator[tuple[Value | None, list[Any]]]:
     while True:
         part = on_all_ranks(lambda: next(parts, None))
-        found = all_gathered(None if part is None else describe(part))
-        if all(description is None for description in found):
+        descriptions = all_gathered(None if part is None else describe(part))
+        if all(description is None for description in descriptions):
             return
-        yield part, found
+        yield part, descriptions

@@ -1,4 +1,4 @@
-"""Going back to what models, optimizers and other parts of a training were, if loading fails."""
+"""Restoring models, optimizers and other parts of a training if loading fails."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torchprune_bayes.training.undo import tensors_kept_on_error
 
 @contextmanager
 def parts_kept_on_error(parts: Iterable[Any]) -> Iterator[None]:
-    """Put parts of a training, and random states, back if the body, which loads into them, fails.
+    """Restore parts of a training, and random states, if the body, which loads into them, fails.
 
     Args:
-        parts: Models and optimizers, which go back tensor by tensor, and anything else with
-            ``state_dict`` and ``load_state_dict``, which is given its old state. Costs a copy of
+        parts: Models and optimizers, which are restored tensor by tensor, and anything else with
+            ``state_dict`` and ``load_state_dict``, which loads its old state. Costs a copy of
             all of it.
     """
-    held = list({id(part): part for part in parts}.values())
-    models = [part for part in held if isinstance(part, nn.Module)]
-    optimizers = [part for part in held if isinstance(part, Optimizer)]
-    others = [part for part in held if not isinstance(part, (nn.Module, Optimizer))]
+    distinct = list({id(part): part for part in parts}.values())
+    models = [part for part in distinct if isinstance(part, nn.Module)]
+    optimizers = [part for part in distinct if isinstance(part, Optimizer)]
+    others = [part for part in distinct if not isinstance(part, (nn.Module, Optimizer))]
     states = [copy.deepcopy(part.state_dict()) for part in others]
     tensors = [t for model in models for t in (*model.parameters(), *model.buffers())]
     with ExitStack() as stack:
@@ -42,16 +42,16 @@ def parts_kept_on_error(parts: Iterable[Any]) -> Iterator[None]:
                 yield
         except BaseException:
             for part, state in zip(others, states, strict=True):
-                with suppress(Exception):  # one that takes nothing must not keep the rest from it
+                with suppress(Exception):  # one that fails must not prevent the others
                     part.load_state_dict(state)
             raise
 
 
 @contextmanager
 def tables_kept_on_error(model: nn.Module) -> Iterator[None]:
-    """Put a model's parameters, buffers, hooks and plain attributes back if the body fails.
+    """Restore a model's parameters, buffers, hooks and plain attributes if the body fails.
 
-    The same objects, whatever was written into them.
+    The same objects are put back, with whatever was written into them.
     """
     holders: list[dict[Any, Any]] = []
     for module in model.modules():
@@ -71,16 +71,16 @@ def tables_kept_on_error(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def optimizer_kept_on_error(optimizer: Optimizer) -> Iterator[None]:
-    """Put an optimizer's groups and state back if the body fails; costs a copy of the state."""
+    """Restore an optimizer's groups and state if the body fails; costs a copy of the state."""
     groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
     states = {parameter: dict(state) for parameter, state in optimizer.state.items()}
     tensors = [v for state in states.values() for v in state.values() if torch.is_tensor(v)]
-    held = (optimizer.param_groups, optimizer.state)
+    originals = (optimizer.param_groups, optimizer.state)
     with tensors_kept_on_error([(tensor, None) for tensor in tensors if _is_plain(tensor)]):
         try:
             yield
         except BaseException:
-            optimizer.param_groups, optimizer.state = held
+            optimizer.param_groups, optimizer.state = originals
             for group, content, parameters in groups:
                 group.clear()
                 group.update(content, params=parameters)

@@ -1,4 +1,4 @@
-"""A calibration whose samples are shared out over processes."""
+"""A calibration whose samples are divided among processes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _EVALUATION_BATCH = 256
 
 
 class ShardedCalibration(Calibration):
-    """One calibration in several processes: each takes the gradients of its share of the data.
+    """One calibration in several processes: each computes the gradients of its share of the data.
 
     In every process it is used as a :class:`~torchprune_bayes.Calibration` is, by all at the same
-    time, and gives all of them the same: what one process gives on the union of the shares, in the
-    order of rounds, first process first. So every method decides the same everywhere. Gradients
-    are taken through the bare module and are local; averages are made of sums and counts, so
-    shares may have different sizes. An error in one process is raised in all.
+    time, and gives all of them the result of one process on the union of the shares, in the
+    order of rounds, first process first. So every method makes the same decision everywhere.
+    Gradients are computed through the bare module and are local; averages are computed from sums
+    and counts, so shares may have different sizes. An error in one process is raised in all.
 
-    Gradients travel, ``N D`` numbers in all, because a Fisher needs single ones; a mean gradient is
+    For a Fisher single gradients are sent, ``N D`` numbers in all; a mean gradient is
     summed, ``D`` numbers. Curvature that is a sum over samples is cheaper fitted on a share's own
     calibration and joined with :func:`~torchprune_bayes.integrations.accelerate.merged`.
 
@@ -43,17 +43,17 @@ class ShardedCalibration(Calibration):
         loss_fn: See :class:`~torchprune_bayes.Calibration`.
         params: See :class:`~torchprune_bayes.Calibration`.
         num_samples: Samples over all processes; by default those of 1024 gradients at most,
-            ``"all"`` takes all.
+            ``"all"`` uses all.
         mini_batch: See :class:`~torchprune_bayes.Calibration`.
         seed: See :class:`~torchprune_bayes.Calibration`.
         split: Whether process ``r`` of ``R`` takes batches ``r, r + R, ...`` of ``data``;
-            otherwise ``data`` is its own share already.
+            otherwise ``data`` is the process's share already.
         options: Further arguments of :class:`~torchprune_bayes.Calibration`.
 
     Raises:
         ArgumentError: If there are fewer mini-batches than processes.
         ParameterError: If weights are sharded.
-        CalibrationError: If it fails in another process, now or in a pass.
+        CalibrationError: If it fails in another process, now or in a later pass.
 
     Example:
         >>> import torch
@@ -90,8 +90,8 @@ class ShardedCalibration(Calibration):
 
     @property
     def local(self) -> Calibration:
-        """The calibration on the share of this process alone."""
-        # Copies with other tensors, another loss or another draw still hold that of the original.
+        """The calibration on the share of this process only."""
+        # Copies with other tensors, another loss or another draw still refer to the original's.
         if self._own is None or not self._own.is_of(self):
             self._own = _Share.of(self)
         return self._own
@@ -103,14 +103,14 @@ class ShardedCalibration(Calibration):
 
     @property
     def num_samples(self) -> int:
-        """Samples over all processes; asks them once if the number was not given."""
+        """Samples over all processes; queried once if the number was not given."""
         if self._total is None:
             self._total = sum(all_gathered(on_all_ranks(lambda: self.local.num_samples)))
         return self._total
 
     @property
     def num_data(self) -> int:
-        """Samples that the model is taken to be trained on, over all processes."""
+        """Samples of the training data, over all processes."""
         return sum(all_gathered(on_all_ranks(lambda: self.local.num_data)))
 
     def _flat_rows(
@@ -130,9 +130,9 @@ class ShardedCalibration(Calibration):
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over the samples of all processes."""
-        found = on_all_ranks(lambda: self.local.mean_gradient(weights))
+        local = on_all_ranks(lambda: self.local.mean_gradient(weights))
         mine = self.local.num_samples
-        total = summed({name: gradient * mine for name, gradient in found.items()})
+        total = summed({name: gradient * mine for name, gradient in local.items()})
         samples = self.num_samples
         return {name: gradient / samples for name, gradient in total.items()}
 
@@ -143,14 +143,14 @@ class ShardedCalibration(Calibration):
     def fisher_batches(
         self, weights: Mapping[str, Tensor] | None = None, size: int = _EVALUATION_BATCH
     ) -> Iterator[Batch]:
-        """Yield what :meth:`batches` does, with the labels of a Fisher."""
+        """Yield batches as :meth:`batches`, with the labels of a Fisher."""
         return self._moved(exchanged(map(_on_cpu, self.local.fisher_batches(weights, size))))
 
     def held_out_loss(self, weights: Mapping[str, Tensor] | None = None) -> MeanLoss:
         """Mean loss over the held-out samples of all processes that have some."""
-        found = all_gathered(on_all_ranks(lambda: self.local.held_out_loss(weights)))
-        in_sample = all(part.in_sample for part in found)
-        used = [part for part in found if in_sample or not part.in_sample]
+        losses = all_gathered(on_all_ranks(lambda: self.local.held_out_loss(weights)))
+        in_sample = all(part.in_sample for part in losses)
+        used = [part for part in losses if in_sample or not part.in_sample]
         samples = sum(part.samples for part in used)
         total = sum(part.value * part.samples for part in used)
         return MeanLoss(total / samples, samples, in_sample)
@@ -160,7 +160,7 @@ class ShardedCalibration(Calibration):
 
 
 class _Share(Calibration):
-    """A calibration on the samples of this process, its labels drawn apart from the others'."""
+    """A calibration on this process's samples, with labels drawn independently."""
 
     @classmethod
     def of(cls, calibration: Calibration) -> _Share:
@@ -183,9 +183,9 @@ class _Share(Calibration):
 
 
 class EveryNth:
-    """The batches of ``data`` that are this process's, by turns.
+    """This process's batches of ``data``, every ``R``-th one.
 
-    Every process draws all of them, in the same order, so that a shuffling loader is shared out
+    Every process draws all of them, in the same order, so that a shuffling loader is divided
     without repeating or losing a sample.
 
     Example:
@@ -200,7 +200,7 @@ class EveryNth:
         return islice(self._data, rank(), None, world_size())
 
     def __getattr__(self, name: str) -> Any:
-        # A loader's generators are found through its sampler and data set.
+        # A loader's generators are reached through its sampler and data set.
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._data, name)

@@ -171,7 +171,7 @@ def shrink_distributed(
     optimizer: Optimizer,
     **options: Any,
 ) -> tuple[nn.Module, Optimizer, ShrinkReport]:
-    """Cut channels and heads out of a prepared model: unwrap, shrink, prepare again.
+    """Remove channels and heads of a prepared model: unwrap, shrink, prepare again.
 
     Args:
         accelerator: The accelerator; all processes make this call.
@@ -179,15 +179,16 @@ def shrink_distributed(
         example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
         importance: See :func:`~torchprune_bayes.structured.shrink`; it must score the same in all
             processes, as it does with a calibration of :func:`calibrate`.
-        optimizer: The prepared optimizer; its state is cut along.
+        optimizer: The prepared optimizer; its state is cut too.
         options: Further arguments of :func:`~torchprune_bayes.structured.shrink`.
 
     Returns:
         The prepared model and optimizer to use from now on, and the report. Learning rate
-        schedulers and loaders stay as they are.
+        schedulers and loaders are not changed.
 
     Raises:
-        AlignmentError: If processes have cut differently. Nothing is changed in any process then.
+        AlignmentError: If processes have removed different units. Nothing is changed in any process
+            then.
         CalibrationError: If it failed in another process.
         ParameterError: If weights are sharded.
     """
@@ -200,10 +201,12 @@ def shrink_distributed(
         )
         state = {name: parameter.data for name, parameter in bare.named_parameters()}
         if not same_everywhere(_digest(state)):
-            raise AlignmentError("Expected the same cut in all processes, got different ones.")
-    # It would save and load what was prepared before as well.
-    accelerator._models = [held for held in accelerator._models if unwrap(held) is not bare]
-    accelerator._optimizers = [held for held in accelerator._optimizers if held is not optimizer]
+            raise AlignmentError(
+                "Expected the same units to be removed in all processes, got different ones."
+            )
+    # Otherwise it would also save and load the objects prepared before.
+    accelerator._models = [other for other in accelerator._models if unwrap(other) is not bare]
+    accelerator._optimizers = [other for other in accelerator._optimizers if other is not optimizer]
     model, optimizer = accelerator.prepare(bare, inner)
     return model, optimizer, report
 
@@ -222,26 +225,26 @@ def check_same_masks(masks: Masks) -> str:
         >>> len(check_same_masks({"weight": tensor([True, False])}))
         64
     """
-    found = fingerprint(masks)
-    if not same_everywhere(found):
+    digest = fingerprint(masks)
+    if not same_everywhere(digest):
         raise AlignmentError("Expected the same masks in all processes, got different ones.")
-    return found
+    return digest
 
 
 def merged(statistic: Statistic) -> Statistic:
-    """Join curvature that each process has fitted on its share (``ShardedCalibration.local``).
+    """Merge curvature that each process has fitted on its share (``ShardedCalibration.local``).
 
-    Sums over samples are added up before anything is made of them (an absolute value, a square
-    root); the gradients of a Fisher are collected.
+    Sums over samples are added up before anything is computed from them (an absolute value, a
+    square root); the gradients of a Fisher are collected.
 
     Args:
         statistic: Fitted at the same weights and masks in every process.
 
     Returns:
-        The statistic over all samples. A Fisher has no calibration any more: pass one beside it.
+        The statistic over all samples. A Fisher has no calibration any more: pass one with it.
 
     Raises:
-        AlignmentError: If the processes have other remaining entries.
+        AlignmentError: If the processes have different remaining entries.
         CalibrationError: If a Fisher streams its gradients.
     """
     if isinstance(statistic, EmpiricalFisher):
@@ -304,6 +307,6 @@ def _check(accelerator: Accelerator, model: nn.Module) -> None:
     if kind not in _WHOLE:
         raise ParameterError(
             f"Expected whole weights and optimizer state in every process, got {kind}: decide on "
-            "masks before sharding, then hold the zeros with `keep_sparse(optimizer, masks)`."
+            "masks before sharding, then keep the zeros with `keep_sparse(optimizer, masks)`."
         )
     refuse_sharded(model)

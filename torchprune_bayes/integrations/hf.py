@@ -1,15 +1,15 @@
 """Pruning inside ``transformers.Trainer``.
 
 Callbacks
-    :class:`PruningCallback` prunes with any method and schedule. :class:`ShrinkingCallback` cuts
-    channels and heads. :class:`SpaMCallback` trains by the marginal likelihood and
+    :class:`PruningCallback` prunes with any method and schedule. :class:`ShrinkingCallback` removes
+    channels and heads. :class:`SpaMCallback` trains with the marginal likelihood and
     :class:`GateCallback` with noise gates, for pruning afterwards.
 
-Beside them
-    :func:`calibrate_on` says what to calibrate on. :class:`TrainerMetrics` is a
+Further tools
+    :func:`calibrate_on` chooses calibration data. :class:`TrainerMetrics` is a
     ``compute_metrics`` with likelihood and calibration error. :class:`DistillationTrainer` trains
     towards the dense model. :func:`merge_adapters` merges LoRA adapters without losing zeros.
-    :func:`last_whole_checkpoint` finds where to resume a run that was killed.
+    :func:`last_whole_checkpoint` finds the checkpoint to resume a killed run from.
 
 Example:
     >>> from torchprune_bayes import cubic

@@ -13,30 +13,30 @@ from torchprune_bayes.structured import UnitImportance, importances
 
 
 def importances_by_name() -> dict[str, type[UnitImportance]]:
-    """The importances that need no more than a calibration, by short names.
+    """The importances that need only a calibration, by short names.
 
     Example:
         >>> importances_by_name()["opd"].__name__
         'OPDImportance'
     """
-    found: dict[str, type[UnitImportance]] = {}
+    kinds: dict[str, type[UnitImportance]] = {}
     for module in iter_modules(importances.__path__, f"{importances.__name__}."):
         for name, kind in vars(import_module(module.name)).items():
             if _needs_no_more(kind) and kind.__module__ == module.name:
-                found[name.removesuffix("Importance").lower()] = kind
-    return found
+                kinds[name.removesuffix("Importance").lower()] = kind
+    return kinds
 
 
 def importance_of(name: str, calibration: Calibration) -> UnitImportance:
     """Make an importance from its name and data.
 
     Raises:
-        ArgumentError: If there is none of that name.
+        ArgumentError: If there is no such importance.
     """
-    known = importances_by_name()
-    if name not in known:
-        raise ArgumentError(f"Expected one of {', '.join(sorted(known))}, got {name!r}.")
-    kind = known[name]
+    kinds = importances_by_name()
+    if name not in kinds:
+        raise ArgumentError(f"Expected one of {', '.join(sorted(kinds))}, got {name!r}.")
+    kind = kinds[name]
     takes_it = "calibration" in inspect.signature(kind.__init__).parameters
     return kind(**({"calibration": calibration} if takes_it else {}))
 

@@ -1,4 +1,4 @@
-"""Training and long calibration that go on where they were killed, in a training loop of your own.
+"""Resuming training and long calibration after a kill, in your own training loop.
 
 >>> import tempfile
 >>> from torch import nn
@@ -53,22 +53,23 @@ class Stateful(Protocol):
     """Models, optimizers, learning rate schedulers, pruners, averaged models."""
 
     def state_dict(self) -> Any:
-        """What there is to save."""
+        """The state to save."""
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Go on from what was saved."""
+        """Load a saved state."""
 
 
 def save_training(path: str | Path, *, step: int, **parts: Stateful) -> None:
-    """Write the state of a training as one file, which is whole or not there.
+    """Write the state of a training as one file, which is complete or absent.
 
-    It goes to a file beside it first and takes its name when all of it is on the disk, so a process
-    that is killed at any moment leaves the last checkpoint or this one, never a part or a mixture.
+    It is written to a temporary file that is renamed when it is complete, so a process
+    that is killed at any moment leaves the last checkpoint or this one, never a partial or mixed
+    one.
 
     Args:
         path: The file.
-        step: Updates that are done.
-        parts: By any names, what has a ``state_dict``: model, optimizer, pruner, scheduler, ...
+        step: Number of updates so far.
+        parts: Objects with a ``state_dict``, by any names: model, optimizer, pruner, scheduler, ...
             Random states of torch and of Python are saved too.
     """
     path = Path(path)
@@ -88,20 +89,20 @@ def save_training(path: str | Path, *, step: int, **parts: Stateful) -> None:
 
 
 def load_training(path: str | Path, **parts: Stateful) -> int:
-    """Put everything back as :func:`save_training` found it; same names of the parts.
+    """Restore everything as saved by :func:`save_training`, with the same names of the parts.
 
     Args:
         path: The file; it is read with ``weights_only``, so it can run no code.
-        parts: What was saved, made anew: pruners may have changed the names in a model, and
+        parts: The saved parts, newly made: pruners may have changed the names in a model, and
             :class:`ResumableShrink` its sizes, so they are restored before the others.
 
     Returns:
-        Updates that are done; 0, with nothing changed, if there is no such file.
+        Number of updates so far; 0, with nothing changed, if there is no such file.
 
     Raises:
-        ArgumentError: If the file is damaged, or holds other parts or such as do not fit.
+        ArgumentError: If the file is damaged, or holds other parts or parts that do not fit.
 
-    If anything fails, all parts and random states are as they were; until then, which costs a copy
+    If anything fails, all parts and random states are restored, which costs a copy
     of them.
     """
     if not Path(path).is_file():
@@ -129,7 +130,7 @@ def load_training(path: str | Path, **parts: Stateful) -> int:
 
 
 def _touched_by(part: Stateful) -> list[Any]:
-    """What else a part changes when it takes up a state."""
+    """Other objects that a part changes when it loads a state."""
     if isinstance(part, GradualPruner):
         return [part.space.model]
     if isinstance(part, ResumableShrink):
@@ -138,9 +139,9 @@ def _touched_by(part: Stateful) -> list[Any]:
 
 
 class ResumableShrink:
-    """Shrinks a model in training, and cuts a new one in the same way when training is resumed.
+    """Shrinks a model in training, and shrinks a new one equally when training is resumed.
 
-    A part of :func:`save_training` and :func:`load_training`: its state says what was cut, so that
+    A part of :func:`save_training` and :func:`load_training`: its state records the cuts, so that
     model, optimizer and averages built whole get the sizes of the checkpoint before they are
     loaded.
 
@@ -182,9 +183,9 @@ class ResumableShrink:
         self._stages = Stages()
 
     def shrink(self, example_inputs: Any, importance: Any, **options: Any) -> ShrinkReport:
-        """Call :func:`~torchprune_bayes.structured.shrink`, whose arguments it takes.
+        """Call :func:`~torchprune_bayes.structured.shrink` with these arguments.
 
-        Optimizer and averages are those it was made with.
+        Optimizer and averages are those of the constructor.
         """
         report = shrink(
             self._model,
@@ -204,13 +205,13 @@ class ResumableShrink:
         """Shrink to a sparsity of the model at the start, as schedules give it.
 
         Args:
-            sparsity: Fraction of the target that is to be gone of the whole model.
+            sparsity: Fraction of the target to have removed from the whole model.
             example_inputs: See :func:`~torchprune_bayes.structured.shrink`.
             importance: Makes the importance or the calibration, if it is needed.
             options: Further arguments of ``shrink``; always the same ``target``.
 
         Returns:
-            What was cut; ``None`` if that much is gone already.
+            The report; ``None`` if that much is removed already.
         """
         due = self._stages.due(sparsity)
         return (
@@ -220,7 +221,7 @@ class ResumableShrink:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What was cut, as tensors and plain values."""
+        """The record of the cuts, as tensors and plain values."""
         return {
             "plans": [
                 {
@@ -234,17 +235,19 @@ class ResumableShrink:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cut model, optimizer and averages as it was done before :meth:`state_dict` was taken.
+        """Cut model, optimizer and averages as recorded in a :meth:`state_dict`.
 
         Raises:
             ArgumentError: If something was cut here already, or the cuts do not fit the model.
         """
         if not state["plans"]:
-            # Also where loading failed and the model is whole again.
+            # Also if loading failed and the model is whole again.
             self._plans, self._stages = [], Stages()
             return
         if self._plans:
-            raise ArgumentError("Expected a model that is still whole, got one that was shrunk.")
+            raise ArgumentError(
+                "Expected a model of its original size, got one that was shrunk: build it again."
+            )
         for saved in state["plans"]:
             shapes = {name: tuple(shape) for name, shape in saved["shapes"].items()}
             plan = ShrinkPlan(saved["kept"], shapes, saved["attributes"])

@@ -9,11 +9,11 @@ Measure
     :func:`perplexity`, work on tensors.
 
     :func:`compression_curve`, :func:`stopping_points`, :func:`sweep_p1` and
-    :func:`rank_correlations` look at a trained model with gates: how far they can be closed, by
-    which ranking, where the evidence stops, and what real shrinking leaves of parameters, FLOPs
-    and latency. :func:`compare_speed` times any model against what is left of it,
+    :func:`rank_correlations` examine a trained model with gates: how far they can be closed, by
+    which ranking, where the evidence stops, and the parameters, FLOPs and latency that remain
+    after shrinking. :func:`compare_speed` times any model against its shrunk version,
     :func:`evaluate_attacked` measures several models under adversarial attacks, and
-    :func:`measure_energy` what a piece of code uses.
+    :func:`measure_energy` the energy that a block of code uses.
 
 Collect
     :class:`ResultsTable` holds one row per run, averages over seeds and writes text, Markdown,
@@ -22,12 +22,12 @@ Collect
 Draw
     :func:`plot_accuracy_against_sparsity` compares methods in one figure, and
     :func:`plot_accuracy_against_compression` rankings of units, with their stopping points;
-    :func:`plot_loss_curves` shows what each group of units can spare, :func:`plot_reliability`
-    whether a model is as sure as it is right. All need matplotlib,
+    :func:`plot_loss_curves` shows how many units each group can lose, :func:`plot_reliability`
+    how well a model is calibrated. All need matplotlib,
     ``python -m pip install ".[plots]"`` in a checkout.
 
 Write
-    :class:`HtmlReport` puts a run into one HTML file that opens offline.
+    :class:`HtmlReport` writes a run to one HTML file that opens offline.
 
 Example:
     >>> from dataclasses import asdict

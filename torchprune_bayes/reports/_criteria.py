@@ -1,4 +1,4 @@
-"""Criteria by the names that they go by in tables."""
+"""Criteria by their names in tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchprune_bayes.gates import Criterion, find_criterion
 def named(
     criteria: Iterable[Criterion | str] | Mapping[str, Criterion | str],
 ) -> dict[str, Criterion]:
-    """Look criteria up; those without a name go by what they print.
+    """Look criteria up; criteria without a name are called by their ``repr``.
 
     Example:
         >>> list(named(["snr", find_criterion("mean")]))

@@ -1,4 +1,4 @@
-"""What each sample adds to the metrics: checked logits and labels, piece by piece."""
+"""Contribution of each sample to the metrics: checked logits and labels, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOP = 5
 
 
 def chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield checked float64 logits `[n, K]` and labels `[n]` of the positions that count."""
+    """Yield float64 logits `[n, K]` and labels `[n]` of positions that are not ignored."""
     _check_pair(logits, labels)
     classes = logits.shape[-1]
     rows = max(1, _CHUNK_ENTRIES // classes)

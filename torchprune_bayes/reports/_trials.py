@@ -1,4 +1,4 @@
-"""Closing gates of a copy of a model, cutting them out for real, and measuring what is left."""
+"""Closing gates of a copy of a model, removing them, and measuring the result."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Finetune: TypeAlias = Callable[[nn.Module], object]
 
 @dataclass(frozen=True)
 class Trial:
-    """What is done with a copy of a model with gates once some of them are closed.
+    """Processing of a copy of a model with gates after some of them are closed.
 
     Attributes:
-        model: The model, which stays as it is.
-        measure: Gives the metric of a copy; ``None`` for none.
-        finetune: Trains a copy for a little while before.
-        example_inputs: What a copy is called with to be shrunk; ``None`` leaves the gates in it.
-        pairs: Passes to time a copy with; zero for none.
+        model: The model; it is not changed.
+        measure: Returns the metric of a copy; ``None`` for none.
+        finetune: Trains a copy briefly before it is measured.
+        example_inputs: Inputs to shrink a copy with; ``None`` leaves the gates in it.
+        pairs: Timed passes of a copy; 0 does not time.
     """
 
     model: nn.Module
@@ -38,28 +38,28 @@ class Trial:
     pairs: int = 0
 
     def run(self, chosen: Mapping[str, Tensor]) -> dict[str, Cell]:
-        """Close these gates of a copy: fractions that are gone, the speed-up and the metric."""
+        """Close these gates of a copy: removed fractions, the speed-up and the metric."""
         twin = copy.deepcopy(unwrap(self.model))
         gates = gates_of(twin)
-        for name, gone in chosen.items():
-            gates[name].close(gone)
-        found: dict[str, Cell] = {"closed": gates.closed / gates.units}
+        for name, closing in chosen.items():
+            gates[name].close(closing)
+        results: dict[str, Cell] = {"closed": gates.closed / gates.units}
         if self.example_inputs is not None:
-            found |= self._shrink(twin)
+            results |= self._shrink(twin)
         if self.finetune is not None:
             self.finetune(twin)
         if self.measure is not None:
-            found["metric"] = float(self.measure(twin))
-        return found
+            results["metric"] = float(self.measure(twin))
+        return results
 
     def _shrink(self, twin: nn.Module) -> dict[str, Cell]:
         from torchprune_bayes.structured import BMRSImportance  # loads torch-pruning
 
-        importance = BMRSImportance(gates_of(twin), criterion=None)  # what is closed, no more
+        importance = BMRSImportance(gates_of(twin), criterion=None)  # exactly the closed gates
         fold_gates(twin)
         report = shrink(twin, self.example_inputs, importance, target="evidence")
         assert report.flops is not None
-        found: dict[str, Cell] = {
+        results: dict[str, Cell] = {
             "parameters": report.parameters.sparsity,
             "flops": report.flops.sparsity,
         }
@@ -67,5 +67,5 @@ class Trial:
             whole = copy.deepcopy(unwrap(self.model))
             fold_gates(whole)
             speed = compare_speed(whole, twin, self.example_inputs, pairs=self.pairs)
-            found["speedup"] = speed.speedup
-        return found
+            results["speedup"] = speed.speedup
+        return results

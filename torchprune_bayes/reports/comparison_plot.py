@@ -22,7 +22,7 @@ from torchprune_bayes.reports.tables import ResultsTable
 
 _GREY = "#C9C9C9"
 _PER_ROW = 3
-_MAIN, _SMALL = (9.0, 0.045), (7.0, 0.09)  # size of labels and their gap, as a part of the axes
+_MAIN, _SMALL = (9.0, 0.045), (7.0, 0.09)  # size of labels and their gap, as fractions of the axes
 
 
 class _Line(NamedTuple):
@@ -42,15 +42,15 @@ def plot_comparison(
     """Draw the best method of each family in colour and all others in grey, then each family.
 
     The best of a family is the one with the highest mean over all sparsities. Lines are labelled
-    where they end; below, one small panel for each family shows all of its methods on the same
-    axes. Sparsity is logarithmic in what is left, as in
+    at their ends; below, one small panel for each family shows all of its methods on the same
+    axes. Sparsity is logarithmic in the remaining fraction, as in
     :func:`~torchprune_bayes.reports.plot_accuracy_against_sparsity`.
 
     Args:
         table: One row per run with the columns ``method``, ``sparsity`` and ``y``; rows at
             sparsity 0 are the dense model.
         path: File to write, ending in ``.png``, ``.svg`` or ``.pdf``.
-        families: Family of each method; methods without one are a family of their own.
+        families: Family of each method; each method without one is its own family.
         y: Column of numbers to draw.
         title: Heading, if any.
 
@@ -58,8 +58,8 @@ def plot_comparison(
         The path written.
 
     Raises:
-        ArgumentError: If the suffix is another, a column is missing, or no row has a sparsity
-            above 0.
+        ArgumentError: If the suffix is not one of these, a column is missing, or no row has a
+            sparsity above 0.
         MissingExtraError: If matplotlib is not installed.
 
     Example:
@@ -114,7 +114,7 @@ def _draw(
     dense: float | None,
     labels: tuple[float, float] = _MAIN,
 ) -> None:
-    """Draw lines, coloured ones over grey ones, with their names where they end."""
+    """Draw lines, coloured ones over grey ones, with their names at their ends."""
     if dense is not None:
         axes.axhline(dense, color="#767676", linestyle=(0, (5, 3)), linewidth=1.0, zorder=1)
     for line in lines:
@@ -148,13 +148,13 @@ def _draw(
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Move descending heights the least so that neighbours are ``gap`` apart.
+    """Move descending heights as little as possible so that neighbours are ``gap`` apart.
 
     Example:
         >>> _apart([0.5, 0.5], 0.2)
         [0.6, 0.4]
     """
-    groups: list[list[float]] = []  # of heights that touch; each is centred where it was
+    groups: list[list[float]] = []  # of heights that touch; each group keeps its centre
     for height in heights:
         groups.append([height])
         while len(groups) > 1:

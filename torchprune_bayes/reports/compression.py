@@ -1,4 +1,4 @@
-"""How far units can be closed, by which ranking, and where the evidence says to stop."""
+"""How far units can be closed, by which ranking, and where the evidence stops."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def compression_curve(
     """Close more and more gates of copies of a trained model, the most redundant first.
 
     This is the post-training mode of arXiv:2406.01345, section 5.2: gates of all sites are ranked
-    together, and one row marks where the criterion would stop by itself: for BMRS where the change
-    of the log evidence falls below ``-tau``, which is zero with ``tau = 0``. Rankings that have no
-    zero of their own are compared at that level, by giving them its ``closed``.
+    jointly, and one row marks where the criterion would stop by itself: for BMRS where the change
+    of the log evidence falls below ``-tau``, which is zero with ``tau = 0``. Rankings without a
+    stopping point are compared at that level, by passing them its ``closed``.
 
     Args:
-        model: A trained model with gates; it stays as it is.
-        measure: Gives the metric of a model, such as its accuracy.
+        model: A trained model with gates; it is not changed.
+        measure: Returns the metric of a model, such as its accuracy.
         criterion: A criterion or its name.
         levels: Number of levels, from no gate closed to all but ``keep``.
-        beyond: Whether the levels go on behind the stopping point, or end there.
-        finetune: Trains a copy for a little while after its gates were closed.
+        beyond: Whether the levels continue beyond the stopping point, or end there.
+        finetune: Trains a copy briefly after its gates were closed.
         keep: Gates that stay open at each site.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments. With it
-            the gates of each copy are folded and what is closed is cut out for real, before the
-            fine-tuning; without, copies keep their gates, and nothing is said of sizes.
-        pairs: Passes to time each shrunk copy with, beside the whole model without gates; 0 does
+            the gates of each copy are folded and the closed units are removed, before the
+            fine-tuning; without it, copies keep their gates, and no sizes are reported.
+        pairs: Timed passes of each shrunk copy and of the whole model without gates; 0 does
             not time.
 
     Returns:
         A row for each level and one for the stopping point: ``level`` (from 0 to 1), ``closed``
         (fraction of all gates); with ``example_inputs`` also ``parameters`` and ``flops``
-        (fractions of the whole model that are gone), with ``pairs`` ``speedup`` (before/after);
-        ``metric``; ``margin`` (the smallest among the gates that were closed for it; negative
-        where the criterion says no) and ``stop`` (1 at the stopping point, else 0).
+        (removed fractions of the whole model), with ``pairs`` ``speedup`` (before/after);
+        ``metric``; ``margin`` (the smallest among the gates closed at this level; negative
+        where the criterion is against it) and ``stop`` (1 at the stopping point, else 0).
 
     Raises:
         ArgumentError: If the model has no gates or the criterion is unknown.
@@ -92,7 +92,7 @@ def compression_curve(
     table = ResultsTable()
     for count, stops in sorted([*counts, (stop, 1)]):
         chosen = choose_closed(margins, masks, amount=count, beyond=True, keep=keep)
-        closed = torch.cat([margins[name][gone] for name, gone in chosen.items()])
+        closed = torch.cat([margins[name][closing] for name, closing in chosen.items()])
         margin = {"margin": float(closed.min())} if count else {}
         table.add(level=count / (last or 1), **trial.run(chosen), **margin, stop=stops)
     return table
@@ -108,12 +108,12 @@ def stopping_points(
     example_inputs: Any = None,
     pairs: int = 0,
 ) -> ResultsTable:
-    """Close what each of several criteria says, in copies of one trained model.
+    """Close the gates that each of several criteria selects, in copies of one trained model.
 
     Args:
-        model: A trained model with gates; it stays as it is.
+        model: A trained model with gates; it is not changed.
         criteria: Criteria or their names; a mapping gives them the names of the rows.
-        measure: Gives the metric of a model, such as its accuracy.
+        measure: Returns the metric of a model, such as its accuracy.
         finetune: See :func:`compression_curve`.
         keep: See :func:`compression_curve`.
         example_inputs: See :func:`compression_curve`.
@@ -121,7 +121,7 @@ def stopping_points(
 
     Returns:
         A row for each: ``criterion``, ``closed``, and the columns of :func:`compression_curve`
-        for which there is an argument.
+        whose arguments are given.
 
     Raises:
         ArgumentError: If the model has no gates or a criterion is unknown.
@@ -149,7 +149,9 @@ def stopping_points(
         name: choose_closed(gates.margins(criterion), gates.masks, keep=keep)
         for name, criterion in named(criteria).items()
     }
-    return ResultsTable({"criterion": name, **trial.run(gone)} for name, gone in chosen.items())
+    return ResultsTable(
+        {"criterion": name, **trial.run(closing)} for name, closing in chosen.items()
+    )
 
 
 def sweep_p1(
@@ -161,12 +163,12 @@ def sweep_p1(
     tau: float = DEFAULT_TAU,
     **options: Any,
 ) -> ResultsTable:
-    """Close what BMRS_U says at several cut-offs (arXiv:2406.01345, figure 4).
+    """Close the gates that BMRS_U selects at several cut-offs (arXiv:2406.01345, figure 4).
 
     Args:
         model: A trained model with gates; it stays as it is.
         bits: Values of ``p1``; fewer bits close more.
-        measure: Gives the metric of a model, such as its accuracy.
+        measure: Returns the metric of a model, such as its accuracy.
         p2: See :class:`~torchprune_bayes.gates.BMRSUniform`.
         tau: See :class:`~torchprune_bayes.gates.BMRSUniform`.
         options: Further arguments of :func:`stopping_points`.
@@ -194,4 +196,4 @@ def sweep_p1(
 
 
 def _total(chosen: Mapping[str, Tensor]) -> int:
-    return sum(int(gone.sum()) for gone in chosen.values())
+    return sum(int(closing.sum()) for closing in chosen.values())

@@ -44,7 +44,7 @@ def plot_accuracy_against_compression(
     Args:
         table: Rows with the columns ``level``, ``stop`` and the three below.
         path: File to write, ending in ``.png``, ``.svg`` or ``.pdf``.
-        x: Column of fractions that are gone: ``"parameters"``, ``"flops"`` or ``"closed"``.
+        x: Column of removed fractions: ``"parameters"``, ``"flops"`` or ``"closed"``.
         y: Column of numbers to draw.
         series: Column that names the lines.
         title: Heading, if any.
@@ -53,7 +53,8 @@ def plot_accuracy_against_compression(
         The path written.
 
     Raises:
-        ArgumentError: If the suffix is another, a column is missing or there is no level to draw.
+        ArgumentError: If the suffix is not one of these, a column is missing or there is no level
+            to draw.
         MissingExtraError: If matplotlib is not installed.
 
     Example:
@@ -111,7 +112,7 @@ def _points(
 
 
 def _draw_stop(axes: Any, stop: _Point, colour: str) -> None:
-    # Above all lines, and a tick at the foot of the axes, where stars that coincide are told apart.
+    # Above all lines, with a tick at the bottom of the axes to separate coinciding stars.
     axes.errorbar(stop.x, stop.y, stop.y_std, stop.x_std, color=colour, linewidth=1.2, zorder=4)
     axes.axvline(stop.x, ymax=0.05, color=colour, linewidth=1.6, zorder=4)
     axes.plot(stop.x, stop.y, color=colour, zorder=5, **_STAR)

@@ -1,4 +1,4 @@
-"""Energy of what is done, read from the machine's own meters by codecarbon."""
+"""Energy of a block of code, read from the machine's own meters by codecarbon."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from torchprune_bayes._extras import optional
 
-_ANY_COUNTRY = "USA"  # the tracker wants one; without `country` what follows from it is not shown
+_ANY_COUNTRY = "USA"  # the tracker requires one; without `country` its emissions are not reported
 
 
 @dataclass(frozen=True)
 class Energy:
-    """What was used, in watt-hours of the whole machine.
+    """Energy used by the whole machine, in watt-hours.
 
     Attributes:
         cpu: By the processors; ``None`` where they have no readable meter.
         gpu: By the GPUs; ``None`` where there are none.
-        emissions: Grams of CO₂ equivalent of both; ``None`` where no country was named.
+        emissions: Grams of CO₂ equivalent of both; ``None`` if no country was given.
     """
 
     cpu: float | None
@@ -38,10 +38,11 @@ class Energy:
 
 @dataclass
 class EnergyMeter:
-    """What :func:`measure_energy` hands out.
+    """Result of :func:`measure_energy`.
 
     Attributes:
-        energy: After the ``with`` block what it used; ``None`` where no meter is readable.
+        energy: Energy used by the ``with`` block, set after it; ``None`` where no meter is
+            readable.
     """
 
     energy: Energy | None = None
@@ -55,11 +56,11 @@ def measure_energy(country: str | None = None) -> Iterator[EnergyMeter]:
     processes included. Without a readable meter nothing is estimated: ``energy`` stays ``None``.
 
     Args:
-        country: ISO code of three letters, such as ``"DNK"``, whose electricity makes emissions of
-            energy.
+        country: ISO code of three letters, such as ``"DNK"``, whose electricity mix converts energy
+            to emissions.
 
     Yields:
-        A meter, whose ``energy`` is there after the block.
+        A meter, whose ``energy`` is set after the block.
 
     Raises:
         MissingExtraError: If codecarbon is not installed.
@@ -83,7 +84,7 @@ def measure_energy(country: str | None = None) -> Iterator[EnergyMeter]:
     finally:
         tracker.stop()
     data = getattr(tracker, "final_emissions_data", None)
-    if data is None:  # the tracker keeps its own errors to itself
+    if data is None:  # the tracker swallows its own errors
         return
     cpu = 1e3 * data.cpu_energy if "cpu" in readable else None
     gpu = 1e3 * data.gpu_energy if "gpu" in readable else None
@@ -98,9 +99,9 @@ def readable_meters() -> set[str]:
     """
     with optional("codecarbon", "energy"):
         from codecarbon.core import cpu, gpu
-    found = {"cpu": cpu.is_rapl_available() or cpu.is_powergadget_available()}
-    found["gpu"] = gpu.is_gpu_details_available()
-    return {name for name, readable in found.items() if readable}
+    readable_by_kind = {"cpu": cpu.is_rapl_available() or cpu.is_powergadget_available()}
+    readable_by_kind["gpu"] = gpu.is_gpu_details_available()
+    return {name for name, readable in readable_by_kind.items() if readable}
 
 
 def _tracker(country: str | None) -> Any:
@@ -118,7 +119,7 @@ def _tracker(country: str | None) -> Any:
 
 
 def _emissions(data: Any, watt_hours: float, country: str | None) -> float | None:
-    """Grams, by the share of the meters in all that codecarbon counts, such as its guess of RAM."""
+    """Grams, scaled by the meters' share of all that codecarbon counts, such as estimated RAM."""
     if country is None or not data.energy_consumed:
         return None
     return float(1e3 * data.emissions * (watt_hours / 1e3) / data.energy_consumed)

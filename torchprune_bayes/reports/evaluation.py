@@ -1,4 +1,4 @@
-"""Running a model over data to measure it, leaving the model as it was."""
+"""Running a model over data to measure it, leaving the model unchanged."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def evaluate(
 ) -> ClassificationMetrics:
     """Measure accuracy, likelihood and calibration error of a model on labelled data.
 
-    The model runs in eval mode without gradients; the training flag of every submodule is put
-    back afterwards, also when something raises, and so are the weights that PyTorch's pruning
-    hooks recompute. Sums are kept, never logits, so memory does not grow with the data; time is
+    The model runs in eval mode without gradients; the training flag of every submodule is
+    restored afterwards, also after an exception, and so are the weights that PyTorch's pruning
+    hooks recompute. Only sums are stored, so memory does not grow with the data; time is
     that of the forward passes.
 
     Logits of tokens `[B, T, K]` count one sample per position with a label other than ``-100``.
@@ -57,7 +57,7 @@ def evaluate(
 
     Raises:
         ArgumentTypeError: If a batch or an output has none of the forms above.
-        ArgumentError: If no label counts, shapes do not match, labels are out of range or
+        ArgumentError: If all labels are ignored, shapes do not match, labels are out of range or
             logits are not finite.
 
     Example:
@@ -96,7 +96,7 @@ def collect_sums(
 
     Raises:
         ArgumentTypeError: See :func:`evaluate`.
-        ArgumentError: As :func:`evaluate`, save that there may be no data.
+        ArgumentError: As :func:`evaluate`, except that there may be no data.
 
     Example:
         >>> import torch
@@ -134,7 +134,7 @@ def _default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Take the logits out of what a model returns."""
+    """Extract the logits from a model's output."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ArgumentTypeError(

@@ -1,4 +1,4 @@
-"""Where the gates of a model stand, and which of them a criterion leaves open."""
+"""Histogram of a model's gates, and which of them a criterion leaves open."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def plot_gate_means(
 ) -> Path:
     """Draw histograms of the gates' posterior means E[θ], all of them and those that are kept.
 
-    Figure 1 of BMRS (arXiv:2406.01345): gates that the data do not need gather at zero, and the
-    evidence takes them away.
+    Figure 1 of BMRS (arXiv:2406.01345): gates that the data do not need collect at zero, and the
+    evidence closes them.
 
     Args:
         table: A row for each gate with the columns ``mean`` and ``kept`` (1 or 0).
@@ -38,7 +38,7 @@ def plot_gate_means(
         The path written.
 
     Raises:
-        ArgumentError: If the suffix is another, a column is missing or there is no gate.
+        ArgumentError: If the suffix is not one of these, a column is missing or there is no gate.
         MissingExtraError: If matplotlib is not installed.
 
     Example:

@@ -25,7 +25,7 @@ _MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What a layer, or a group of units, lost.
+    """Sparsity of a layer, or of a group of units.
 
     Attributes:
         name: The tensor or the group.
@@ -47,16 +47,16 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class HtmlReport:
-    """What the file shows, from top to bottom; parts that are empty are left out.
+    """Content of the file, from top to bottom; empty parts are left out.
 
     Attributes:
         title: Heading of the page.
         summary: Sentences below it.
         tables: Tables by their headings, such as the metrics before and after.
-        layers: What was pruned where.
-        figures: ``.svg`` or ``.png`` files by their headings; their content goes into the page.
+        layers: Sparsity of each layer.
+        figures: ``.svg`` or ``.png`` files by their headings; their content is embedded.
         settings: Settings of the run.
-        command: What was typed.
+        command: The command line.
 
     Example:
         >>> import tempfile
@@ -77,7 +77,7 @@ class HtmlReport:
     command: str = ""
 
     def render(self) -> str:
-        """Write the page as a string; whatever it holds is escaped.
+        """Write the page as a string; all content is escaped.
 
         Raises:
             ArgumentError: If a figure is neither SVG nor PNG.
@@ -107,20 +107,20 @@ class HtmlReport:
 
 
 def versions() -> dict[str, str]:
-    """What a run depends on: Python, torch, this package, the machine and its devices.
+    """Environment of a run: Python, torch, this package, the machine and its devices.
 
     Example:
         >>> sorted(versions())
         ['accelerator', 'machine', 'python', 'threads', 'torch', 'torchprune_bayes']
     """
-    found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "torchprune_bayes": version("torchprune_bayes"),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": str(torch.get_num_threads()),
-        "accelerator": found,
+        "accelerator": accelerator,
     }
 
 

@@ -1,7 +1,7 @@
-"""Laying rows out as aligned text, Markdown and LaTeX.
+"""Formatting rows as aligned text, Markdown and LaTeX.
 
-By hand, since what takes the lines is joining means with their spread and choosing decimals, which
-neither pandas nor tabulate does; drawing the columns is a few lines.
+Written by hand, because most of it joins means with their spread and chooses decimals, which
+neither pandas nor tabulate does.
 """
 
 from __future__ import annotations

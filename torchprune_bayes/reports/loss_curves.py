@@ -1,4 +1,4 @@
-"""A figure of measured loss curves: what each group can spare."""
+"""A figure of measured loss curves: the cost of removing units from each group."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plot_loss_curves(
         The path written.
 
     Raises:
-        ArgumentError: If the suffix is another or there is no curve.
+        ArgumentError: If the suffix is not one of these or there is no curve.
         MissingExtraError: If matplotlib is not installed.
 
     Example:

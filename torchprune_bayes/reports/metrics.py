@@ -1,10 +1,10 @@
-"""How right and how well calibrated class probabilities are, from logits and labels.
+"""Accuracy and calibration of class probabilities, from logits and labels.
 
 Every function takes logits `[N, K]` or `[..., K]` of any floating type on any device, and
-integer labels of the leading shape. Positions labelled ``-100`` do not count. All sums are
-taken in float64. A perfect model has accuracy 1 and the rest 0.
+integer labels of the leading shape. Positions labelled ``-100`` are ignored. All sums are
+computed in float64. A perfect model has accuracy 1 and the rest 0.
 
-By hand and not by torchmetrics, whose calibration error keeps the confidence of every sample until
+Not computed by torchmetrics, whose calibration error stores the confidence of every sample until
 the end (here: a table of the bins) and which has no Brier score of several classes.
 """
 
@@ -44,13 +44,13 @@ class ClassificationMetrics:
 
 
 class MetricSums:
-    """Sums from which all classification metrics follow, over batches, shards and ranks.
+    """Sums that determine all classification metrics, over batches, shards and ranks.
 
     A float64 table `[bins, 6]` on the CPU: per confidence bin the number of samples, of correct
     ones and of those right among the first five, and the summed confidence, negative
     log-likelihood and Brier score. Sums of disjoint
-    data add up, so :meth:`merge` over ranks gives what one process would have found. Objects
-    pickle: ``torch.distributed.all_gather_object`` carries them. A sampler that repeats samples
+    data add up, so :meth:`merge` over ranks gives the result of a single process. Objects
+    pickle: ``torch.distributed.all_gather_object`` transfers them. A sampler that repeats samples
     to make ranks equally long makes those samples count twice.
 
     Args:
@@ -75,7 +75,7 @@ class MetricSums:
         self._sums = torch.zeros(bins, STATISTICS, dtype=torch.float64)
 
     def update(self, logits: Tensor, labels: Tensor) -> MetricSums:
-        """Add a batch; a refused batch leaves the sums as they were.
+        """Add a batch; a refused batch leaves the sums unchanged.
 
         Takes O(N K) time and memory for a few million float64 logits beside the batch.
 
@@ -104,7 +104,7 @@ class MetricSums:
         """Add the sums of other data, such as another rank's.
 
         Args:
-            other: Sums with the same number of bins; left as they are.
+            other: Sums with the same number of bins; they are not changed.
 
         Returns:
             This object, so that calls chain and ``functools.reduce(MetricSums.merge, ...)`` works.
@@ -118,7 +118,7 @@ class MetricSums:
         return self
 
     def compute(self) -> ClassificationMetrics:
-        """Turn the sums into metrics; more may be added afterwards.
+        """Compute the metrics; more batches may be added afterwards.
 
         Returns:
             The metrics of all samples added so far.
@@ -144,7 +144,7 @@ class MetricSums:
         )
 
     def reliability(self) -> ResultsTable:
-        """Confidence beside accuracy, bin by bin: what a reliability diagram shows.
+        """Confidence and accuracy of each bin, as in a reliability diagram.
 
         Returns:
             A row for each bin that holds samples: ``confidence`` (mean), ``accuracy`` and
@@ -237,7 +237,7 @@ def brier_score(logits: Tensor, labels: Tensor) -> float:
     """Squared distance of the probabilities from the one-hot label (Brier, 1950).
 
     The mean over samples of the *sum* over classes Σ_k (p_k - [k = label])². Some papers divide
-    by K as well, and for two classes some count one class only, which halves the number.
+    by K as well, and for two classes some score one class only, which halves the number.
 
     Args:
         logits: Unnormalised log-probabilities `[..., K]`, floating.

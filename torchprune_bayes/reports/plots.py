@@ -1,4 +1,4 @@
-"""Figures of results; matplotlib is imported inside the functions and pyplot never."""
+"""Figures of results; matplotlib is imported inside the functions, pyplot never."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def plot_accuracy_against_sparsity(
 ) -> Path:
     """Draw one line per method, with a band of one standard deviation over seeds.
 
-    The axis is logarithmic in what is left, 1 - sparsity, and labelled with sparsities, so that
-    .9, .95, .98 and .99 stand apart. Rows at sparsity 0 are the dense model: their mean is the
-    dashed reference line, they belong to no method. Runs are averaged where their sparsities are
-    equal, so fill the column with targets, not with what each run reached. The legend lists the
+    The axis is logarithmic in the remaining fraction, 1 - sparsity, and labelled with sparsities,
+    so that .9, .95, .98 and .99 are well separated. Rows at sparsity 0 are the dense model: their
+    mean is the dashed reference line. Runs are averaged where their sparsities are equal, so fill
+    the column with targets, not with the sparsity that each run reached. The legend lists the
     methods by their values at the highest sparsity.
 
     Args:
-        table: One row per run with the three columns below; other columns are left aside.
+        table: One row per run with the three columns below; other columns are ignored.
         path: File to write, ending in ``.png``, ``.svg`` or ``.pdf``.
         x: Column of sparsities, fractions in [0, 1).
         y: Column of numbers to draw.
@@ -56,8 +56,8 @@ def plot_accuracy_against_sparsity(
         The path written.
 
     Raises:
-        ArgumentError: If the suffix is another, a column is missing, a sparsity is not in [0, 1)
-            or no row has a sparsity above 0.
+        ArgumentError: If the suffix is not one of these, a column is missing, a sparsity is not in
+            [0, 1) or no row has a sparsity above 0.
         MissingExtraError: If matplotlib is not installed.
 
     Example:
@@ -95,9 +95,9 @@ def plot_accuracy_against_sparsity(
 
 def checked_path(path: str | PathLike[str]) -> Path:
     """Refuse suffixes of formats that figures are not written in."""
-    found = Path(path)
-    check_choice("path.suffix", found.suffix.lower(), _SUFFIXES)
-    return found
+    checked = Path(path)
+    check_choice("path.suffix", checked.suffix.lower(), _SUFFIXES)
+    return checked
 
 
 class _Point(NamedTuple):
@@ -136,7 +136,7 @@ def new_figure(x: str, y: str, title: str | None) -> tuple[Any, Any]:
 
 
 def blank_figure(width: float, height: float, **options: Any) -> Any:
-    """A figure without axes, in inches; pyplot and its global state stay out of it."""
+    """A figure without axes, in inches; without pyplot and its global state."""
     with optional("matplotlib", "plots"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -146,7 +146,7 @@ def blank_figure(width: float, height: float, **options: Any) -> Any:
 
 
 def style_axes(axes: Any, x: str, y: str, title: str | None) -> None:
-    """Label axes with two columns and leave no more ink than is needed."""
+    """Label axes with two columns and remove unneeded lines."""
     axes.set_xlabel(_words(x), color=_INK, labelpad=8)
     axes.set_ylabel(_words(y), color=_INK, labelpad=8)
     if title:
@@ -171,15 +171,15 @@ def _words(column: str) -> str:
 
 
 def position(sparsity: float) -> float:
-    """Place a sparsity: each step to the right divides what is left by ten."""
+    """Place a sparsity: each step to the right divides the remaining fraction by ten."""
     return -math.log10(1.0 - sparsity)
 
 
 def set_sparsity_ticks(axes: Any, sparsities: list[float]) -> None:
-    """Label those of the sparsities, ascending, that have room."""
+    """Label those of the sparsities, ascending, that fit."""
     width = position(sparsities[-1]) - position(sparsities[0])
     labels: dict[float, str] = {}
-    # The highest, the most telling, always has its label; then 0.9 goes before 0.905.
+    # The highest always has its label; after that 0.9 is preferred to 0.905.
     for sparsity in sorted(sparsities, key=lambda s: (s != sparsities[-1], len(f"{s:.6g}"), -s)):
         label, place = f"{sparsity:.6g}", position(sparsity)
         if all(
@@ -193,7 +193,7 @@ def set_sparsity_ticks(axes: Any, sparsities: list[float]) -> None:
 def draw_series(
     axes: Any, series: Iterable[tuple[str, Points]], **options: float
 ) -> list[tuple[Any, str]]:
-    """Draw named lines, each in a colour and marker of its own; the entries of their legend.
+    """Draw named lines, each with its own colour and marker; returns the entries of their legend.
 
     Args:
         axes: Where to draw.
@@ -216,7 +216,7 @@ def draw_line(
     width: float = 1.8,
     size: float = 6.5,
 ) -> Any:
-    """Draw a line with markers through places, values and spreads, and its band; the handle."""
+    """Draw a line with markers and its band; returns the handle."""
     places = [x for x, _, _ in points]
     axes.fill_between(  # draws nothing where the spread is NaN
         places,

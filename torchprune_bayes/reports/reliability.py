@@ -1,4 +1,4 @@
-"""A reliability diagram: how often a model is right against how sure it is."""
+"""A reliability diagram: accuracy against confidence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plot_reliability(
         The path written.
 
     Raises:
-        ArgumentError: If the suffix is another or there is no model.
+        ArgumentError: If the suffix is not one of these or there is no model.
         MissingExtraError: If matplotlib is not installed.
 
     Example:

@@ -1,4 +1,4 @@
-"""Accuracy under adversarial attacks, of several models side by side; the attacks are foolbox's."""
+"""Accuracy under adversarial attacks, of several models; the attacks are foolbox's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ATTACKS = {
 }
 """Names of attacks and the classes of foolbox behind them."""
 
-_TOLERANCE = 1e-3  # how far rounding in a normalisation may carry inputs over their bounds
+_TOLERANCE = 1e-3  # by which rounding in a normalisation may exceed the bounds
 
 
 def evaluate_attacked(
@@ -57,11 +57,11 @@ def evaluate_attacked(
 ) -> ResultsTable:
     """Measure accuracy under an attack that sees the model, at several strengths.
 
-    Every model is attacked by itself with the same samples and the same random starts, in
-    evaluation mode; its gradients, modes and random states are as before. Dense, masked and shrunk
-    models are attacked alike. A sample counts as right if the model is right without the attack
-    and the attack of that strength finds nothing. Pruning for robustness, and how it is measured:
-    Verdenius et al., 2020, arXiv:2006.00896, section 5.5.
+    Every model is attacked separately with the same samples and the same random starts, in
+    evaluation mode; its gradients, modes and random states are restored. Dense, masked and shrunk
+    models are attacked alike. A sample counts as correct if the model is correct without the attack
+    and the attack of that strength finds no adversarial example. Pruning for robustness and its
+    measurement: Verdenius et al., 2020, arXiv:2006.00896, section 5.5.
 
     Args:
         models: Models whose output is logits `[B, K]`, or has them as ``.logits``, by name.
@@ -70,8 +70,8 @@ def evaluate_attacked(
             change of a pixel, the others its Euclidean norm.
         epsilons: Strengths, in units of the pixels.
         bounds: Smallest and largest value of a pixel, before normalisation.
-        mean: What was subtracted from each channel; ``None`` for images that are not normalised.
-        std: What each channel was divided by.
+        mean: Value subtracted from each channel; ``None`` for images that are not normalised.
+        std: Divisor of each channel.
         num_samples: Samples to attack, the first of the batches.
         seed: Seeds the random starts.
         options: Arguments of the attack's class in foolbox, such as ``{"steps": 100}``.
@@ -82,7 +82,7 @@ def evaluate_attacked(
 
     Raises:
         ArgumentError: If the attack is unknown, refuses its options, or pixels are out of bounds.
-        ArgumentTypeError: If a batch is no pair of images and labels.
+        ArgumentTypeError: If a batch is not a pair of images and labels.
         MissingExtraError: If foolbox is not installed.
 
     Cost: forward and backward passes over the samples: one for FGSM, 40 for PGD, thousands for
@@ -144,7 +144,7 @@ def plot_attacked(
         The path written.
 
     Raises:
-        ArgumentError: If the suffix is another or there is no row.
+        ArgumentError: If the suffix is not one of these or there is no row.
         MissingExtraError: If matplotlib is not installed.
 
     Example:
@@ -193,8 +193,10 @@ class _Scale(nn.Module):
     ) -> _Scale:
         shape = (-1, *[1] * (images.ndim - 2))
         first, second = (
-            torch.tensor([default] if given is None else list(given)).to(images.dtype).view(shape)
-            for given, default in ((mean, 0.0), (std, 1.0))
+            torch.tensor([default] if channel_values is None else list(channel_values))
+            .to(images.dtype)
+            .view(shape)
+            for channel_values, default in ((mean, 0.0), (std, 1.0))
         )
         for name, values in (("mean", first), ("std", second)):
             if len(values) not in (1, images.shape[1]):
@@ -208,7 +210,7 @@ class _Scale(nn.Module):
 
 
 class _Logits(nn.Module):
-    """Calls a model and takes the logits out of what it returns."""
+    """Calls a model and extracts the logits from its output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -225,7 +227,7 @@ def _first(batches: Iterable[Any], count: int) -> Iterator[tuple[Tensor, Tensor]
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise ArgumentTypeError(
                 "Expected pairs of floating images and labels to attack, got "
-                f"{type(batch).__name__}: attacks change pixels, texts and tables have none."
+                f"{type(batch).__name__}: attacks change pixels, not texts or tables."
             )
         if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
             raise ArgumentTypeError("Expected one integer label for each image to attack.")
@@ -243,15 +245,15 @@ def _pixels(images: Tensor, scale: _Scale, bounds: tuple[float, float]) -> Tenso
     if smallest < low - slack or largest > high + slack:
         raise ArgumentError(
             f"Expected pixels in `bounds` [{low:g}, {high:g}], got values from {smallest:.3g} to "
-            f"{largest:.3g}: give the `mean` and `std` that normalised the images, or their bounds."
+            f"{largest:.3g}: pass the `mean` and `std` that normalised the images, or their bounds."
         )
     return pixels.clamp(low, high)
 
 
 @contextmanager
 def _attackable(model: nn.Module, seed: int) -> Iterator[nn.Module]:
-    """Lend a model to an attack: no gradients of its own, evaluation mode, seeded draws."""
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    """Prepare a model for an attack: no parameter gradients, evaluation mode, seeded draws."""
+    flags = [parameter.requires_grad for parameter in model.parameters()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -262,15 +264,15 @@ def _attackable(model: nn.Module, seed: int) -> Iterator[nn.Module]:
                 parameter.requires_grad_(False)
             yield _Logits(model)
         finally:
-            for parameter, flag in zip(model.parameters(), wanted, strict=True):
+            for parameter, flag in zip(model.parameters(), flags, strict=True):
                 parameter.requires_grad_(flag)
 
 
 def _right(
     model: Any, attacker: Any, images: Tensor, labels: Tensor, epsilons: Sequence[float]
 ) -> Tensor:
-    """Which samples stay right, `[1 + strengths, samples]`; without an attack first."""
+    """Which samples remain correct, `[1 + strengths, samples]`; without an attack first."""
     with torch.no_grad():
         clean = model(images).argmax(dim=1) == labels
-    _, _, found = attacker(model, images, labels, epsilons=list(map(float, epsilons)))
-    return torch.cat([clean[None], clean & ~found]).cpu()
+    _, _, fooled = attacker(model, images, labels, epsilons=list(map(float, epsilons)))
+    return torch.cat([clean[None], clean & ~fooled]).cpu()

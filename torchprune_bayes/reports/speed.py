@@ -1,4 +1,4 @@
-"""How much faster a shrunk model is: both models timed in turn, and only ratios trusted."""
+"""Speed-up of a shrunk model: both models timed alternately and compared by ratios."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchprune_bayes.wiring.forward import ForwardFunction, run
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of two models that were run in turn.
+    """Times of two models that were run alternately.
 
     Attributes:
         milliseconds_before: Median time of a forward pass of the first model.
@@ -57,13 +57,13 @@ def compare_speed(
     pairs: int = 9,
     forward_fn: ForwardFunction | None = None,
 ) -> Speed:
-    """Time forward passes of a model and of what shrinking left of it.
+    """Time forward passes of a model and of its shrunk version.
 
-    Passes of the two models take turns, and which goes first changes from pair to pair, so that
-    whatever else the machine does falls on both: compare ratios, not the times of different runs.
+    Passes of the two models alternate, and the order changes from pair to pair, so that
+    other load on the machine affects both: compare ratios, not the times of different runs.
     On a CPU with one thread (``torch.set_num_threads(1)``) waiting for other processes does not
-    count, which on a busy machine would fall on the longer passes alone. Both models run once
-    before the clock starts, in evaluation mode and without gradients; they stay as they are.
+    count, which on a busy machine would mainly slow the longer passes. Both models run once
+    before timing, in evaluation mode and without gradients; they are not changed.
 
     Args:
         before: The whole model, its gates folded.
@@ -77,7 +77,7 @@ def compare_speed(
 
     Raises:
         ArgumentError: If ``pairs`` is not positive.
-        ArgumentTypeError: If the inputs have another form.
+        ArgumentTypeError: If the inputs have a different type.
 
     Cost: ``pairs + 1`` forward passes of each.
 

@@ -17,12 +17,12 @@ from torchprune_bayes.reports.layout import Cell, Row
 class ResultsTable:
     """Flat rows of results, one per run.
 
-    Columns appear in the order in which rows first name them; a row may lack some. In the
+    Columns appear in the order in which rows first name them; rows may lack some. In the
     printed forms the columns ``x_mean`` and ``x_std`` of a summary become one column ``x`` with
     cells such as ``0.9120 ± 0.0031``.
 
     Args:
-        rows: Rows to begin with.
+        rows: Initial rows.
 
     Raises:
         ArgumentTypeError: If a cell is not a plain string, integer or float.
@@ -77,10 +77,10 @@ class ResultsTable:
         return list(dict.fromkeys(column for row in self._rows for column in row))
 
     def summarise(self, by: Sequence[str], values: Sequence[str]) -> ResultsTable:
-        """Average over the rows that agree in some columns, usually all but the seed.
+        """Average over the rows that are equal in some columns, usually all but the seed.
 
         Args:
-            by: Columns that tell groups apart.
+            by: Columns that define the groups.
             values: Columns of numbers to average.
 
         Returns:
@@ -105,7 +105,7 @@ class ResultsTable:
         return summary
 
     def to_text(self) -> str:
-        """Lay the table out for a terminal: text to the left, numbers to the right.
+        """Format the table for a terminal: text to the left, numbers to the right.
 
         Returns:
             The lines, the last one without a line break.
@@ -113,7 +113,7 @@ class ResultsTable:
         return layout.text(self._rows, self.columns)
 
     def to_markdown(self) -> str:
-        """Write the table as GitHub-flavoured Markdown, legible unrendered too.
+        """Write the table as GitHub-flavoured Markdown, readable unrendered too.
 
         Returns:
             The lines, the last one without a line break.
@@ -131,7 +131,7 @@ class ResultsTable:
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write the rows as a JSON list of objects.
 
-        NaN and infinities become ``null``, for JSON has neither.
+        NaN and infinities become ``null``, as JSON has neither.
 
         Args:
             path: File to write; an existing one is replaced.

@@ -1,1 +1,1 @@
-"""The published tables that can be repeated, a file for each paper."""
+"""The published tables that can be reproduced, a file for each paper."""

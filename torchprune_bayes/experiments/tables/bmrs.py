@@ -21,20 +21,20 @@ from torchprune_bayes.experiments.starts import Untrained
 
 PAPER = "arXiv:2406.01345"
 
-Found = tuple[float, float]
+CompressionAndAccuracy = tuple[float, float]
 """Percentage of the parameters that are gone, and accuracy in percent."""
 
 _CRITERIA = {"E[θ]": "mean", "SNR": "snr", "BMRS_N": "bmrs-n", "BMRS_U-8": "bmrs-u8"}
 _CRITERIA["BMRS_U-4"] = "bmrs-u4"
 
 
-def _rows(found: dict[str, Found] | None, gates: Gates) -> tuple[Row, ...]:
+def _rows(numbers: dict[str, CompressionAndAccuracy] | None, gates: Gates) -> tuple[Row, ...]:
     """Continuous pruning by each criterion, and L2 with as many gates closed as by BMRS_N."""
 
     def published(label: str) -> dict[Target, Published]:
-        if found is None:
+        if numbers is None:
             return {None: UNKNOWN}
-        compression, accuracy = found[label]
+        compression, accuracy = numbers[label]
         return {None: Published(accuracy, compression=compression)}
 
     rows = [
@@ -59,7 +59,7 @@ def _experiment(
     recipe: Recipe,
     *,
     dense: float | None,
-    found: dict[str, Found] | None,
+    numbers: dict[str, CompressionAndAccuracy] | None,
     size: int | None = 32,
     gates: Gates | None = None,
 ) -> Experiment:
@@ -71,7 +71,7 @@ def _experiment(
         recipe=recipe,
         size=size,
         dense=Published(dense),
-        rows=_rows(found, gates or Gates()),
+        rows=_rows(numbers, gates or Gates()),
         differs=_DIFFERS,
     )
 
@@ -94,7 +94,7 @@ def _adam(rate: float, batch_size: int) -> Recipe:
 MLP_MNIST = _experiment(
     *("MLP on MNIST", "mnist", partial(perceptron, hidden=[100] * 8), _adam(8.5e-4, 128)),
     dense=97.43,
-    found={
+    numbers={
         "E[θ]": (52.08, 96.88),
         "SNR": (58.57, 96.92),
         "BMRS_N": (48.86, 96.95),
@@ -107,7 +107,7 @@ MLP_FASHION = _experiment(
     *("MLP on Fashion-MNIST", "fashion-mnist", partial(perceptron, hidden=[150] * 2)),
     _adam(1.5e-3, 128),
     dense=88.17,
-    found={
+    numbers={
         "E[θ]": (91.76, 85.59),
         "SNR": (99.83, 10.00),
         "BMRS_N": (93.20, 84.99),
@@ -119,7 +119,7 @@ MLP_FASHION = _experiment(
 LENET_MNIST = _experiment(
     *("LeNet-5 on MNIST", "mnist", lenet5, _adam(1.4e-3, 128)),
     dense=99.07,
-    found={
+    numbers={
         "E[θ]": (88.29, 51.30),
         "SNR": (92.66, 62.70),
         "BMRS_N": (86.90, 95.59),
@@ -131,7 +131,7 @@ LENET_MNIST = _experiment(
 LENET_FASHION = _experiment(
     *("LeNet-5 on Fashion-MNIST", "fashion-mnist", lenet5, _adam(1.4e-3, 32)),
     dense=89.16,
-    found={
+    numbers={
         "E[θ]": (89.71, 50.93),
         "SNR": (98.47, 17.01),
         "BMRS_N": (88.02, 77.90),
@@ -143,7 +143,7 @@ LENET_FASHION = _experiment(
 LENET_CIFAR = _experiment(
     *("LeNet-5 on CIFAR-10", "cifar10", lenet5, _adam(1e-3, 64)),
     dense=67.62,
-    found={
+    numbers={
         "E[θ]": (66.19, 65.83),
         "SNR": (70.29, 67.68),
         "BMRS_N": (62.87, 66.14),
@@ -155,7 +155,7 @@ LENET_CIFAR = _experiment(
 _LARGE = Recipe(100, "adam", 6.8e-4, 32)
 # Of ResNet-18 the code alone has a configuration; the paper prints no numbers.
 RESNET18 = _experiment(
-    *("ResNet-18 on CIFAR-10", "cifar10", resnet18, _LARGE), dense=None, found=None, size=224
+    *("ResNet-18 on CIFAR-10", "cifar10", resnet18, _LARGE), dense=None, numbers=None, size=224
 )
 # Table 2, three seeds.
 _RESNET50_ROWS = {
@@ -169,13 +169,13 @@ _RESNET50_ROWS = {
 RESNET50 = _experiment(
     *("ResNet-50 on CIFAR-10", "cifar10", resnet50, _LARGE),
     dense=90.65,
-    found=_RESNET50_ROWS,
+    numbers=_RESNET50_ROWS,
     size=224,
 )
 RESNET50_TINY = _experiment(
     *("ResNet-50 on TinyImageNet", "image folders", resnet50, _LARGE),
     dense=53.01,
-    found={
+    numbers={
         "E[θ]": (83.59, 21.11),
         "SNR": (77.85, 50.54),
         "BMRS_N": (74.98, 50.56),
@@ -188,7 +188,7 @@ RESNET50_TINY = _experiment(
 VIT = _experiment(
     *("ViT-B/16 on CIFAR-10", "cifar10", vit_base, replace(_LARGE, optimizer="adamw")),
     dense=94.80,
-    found={
+    numbers={
         "E[θ]": (68.18, 10.00),
         "SNR": (73.03, 94.78),
         "BMRS_N": (57.74, 94.60),

@@ -30,25 +30,25 @@ PAPER = "arXiv:2203.04466"
 PUBLISHED_NAMES = {"rho": "swap_range", "tau": "max_no_match", "epsilon": "epsilon"}
 """Options of CBS by the names of the paper."""
 
-Found = dict[float, float]
+Accuracies = dict[float, float]
 
 
 def _rows(
     samples: int,
     fisher: dict[str, Any],
     *,
-    woodfisher: Found | None,
-    selection: Found | None,
-    whole: Found | None,
+    woodfisher: Accuracies | None,
+    selection: Accuracies | None,
+    whole: Accuracies | None,
     mini_batch: int = 1,
     sparsities: tuple[float, ...] = ONE_SHOT_SPARSITIES,
 ) -> tuple[Row, ...]:
     """WoodFisher, CBS-S, its local search alone, CBS, and CBS-U of saved masks."""
     search = {"epsilon": 1e-4, "swap_range": 10, "max_no_match": 20}  # the README's
 
-    def row(label: str, method: str, options: dict[str, Any], found: Found | None) -> Row:
+    def row(label: str, method: str, options: dict[str, Any], numbers: Accuracies | None) -> Row:
         pruning = OneShot(Method(method, samples, mini_batch, {**fisher, **options}))
-        published = without_numbers(*sparsities) if found is None else accuracies(found)
+        published = without_numbers(*sparsities) if numbers is None else accuracies(numbers)
         return Row(label, Trained(), pruning, published)
 
     local = {**search, "initial": "magnitude", "update": "none"}

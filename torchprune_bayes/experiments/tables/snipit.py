@@ -54,10 +54,10 @@ _STRUCTURED = (
         *(Cut(Importance("l1"), by_layer=True, tune=10), without_numbers(_UNITS)),
     ),
     Row("gate decorators, tick-tock", Trained(), Decorated(), without_numbers(_UNITS)),
-    # These take a factor in the place of a sparsity.
+    # These take a factor instead of a sparsity.
     Row("group Hoyer-square", Untrained(), Penalised(1e-3), without_numbers(None)),
     Row("L0 gates", Untrained(), L0Gates(), without_numbers(None)),
-    # Weights and units together: SNIP-it's sparsity of weights.
+    # Weights and units jointly: SNIP-it's sparsity of weights.
     Row("CNIP-it, before training", Untrained(), WeightsAndUnits(), without_numbers(_WEIGHTS)),
     Row(
         *("CNIP, before training", Untrained(), WeightsAndUnits(stepwise=False)),

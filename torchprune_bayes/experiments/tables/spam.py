@@ -40,7 +40,7 @@ def _rows(
     structured: dict[Target, Published] | None = None,
     weights_alone: bool = False,
 ) -> Rows:
-    """Post hoc with and without tuning, by criterion; online; in a pattern; whole units."""
+    """Post hoc with and without tuning, by criterion; online; with a pattern; whole units."""
     spam = SpaMTrained(prior)
     without = SpaMTrained(Prior(**{**vars(prior), "learnt": False, "structure": "layerwise"}))
     opd, magnitude = Method("opd", 1000), Method("magnitude")

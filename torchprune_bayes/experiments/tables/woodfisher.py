@@ -100,14 +100,14 @@ RESNET20 = Experiment(
 )
 
 
-def _gradual(label: str, course: Polynomial, method: Method, found: dict[float, float]) -> Row:
+def _gradual(label: str, course: Polynomial, method: Method, numbers: dict[float, float]) -> Row:
     # Best accuracies of 100 epochs, plotmaker/*.py of the authors.
     pruning = During(method, course, decay_after=False)
-    return Row(label, Trained(), pruning, accuracies(found))
+    return Row(label, Trained(), pruning, accuracies(numbers))
 
 
 def _woodfisher(samples: int, mini_batch: int, block: int, recompute: int) -> Method:
-    """``--recompute-num`` R takes fresh gradients R times within a step."""
+    """``--recompute-num`` R takes new gradients R times within a step."""
     options = {"block_size": block, **_BLOCKS, "steps": recompute + 1, "path": "cubic"}
     return Method("woodfisher", samples * mini_batch, mini_batch, options)
 
