@@ -211,7 +211,7 @@ def test_the_callable_is_found_in_the_working_folder(tmp_path, monkeypatch):
         ),
         (
             [*MODEL, "--method", "woodfisher", "--amount", "0.5"],
-            "Expected --data for woodfisher, which takes gradients, got none.",
+            "Expected --data for woodfisher, which uses gradients, got none.",
         ),
         (
             [*MODEL, "--method", "magnitude", "--amount", "0.5", "--exclude", "9"],

@@ -44,7 +44,7 @@ def test_a_checkpoint_is_not_trained(tmp_path):
         (["--data", "nowhere", "--scale", "2"], "Expected `--scale` of at most 1, got 2."),
         (["--data", "nowhere", "--width", "1.5"], "Expected `--width` of at most 1, got 1.5."),
         (["--data", "nowhere", "--image-size", "2"], "Expected `--image-size`"),
-        (["--data", "nowhere", "--device", "moon"], "Expected a device that is there, got 'moon'"),
+        (["--data", "nowhere", "--device", "moon"], "Expected an available device, got 'moon'"),
         (["--data", "nowhere", "--masks", "none"], "Expected a file of masks, got `none`"),
         (["--data", "nowhere", "--masks", __file__], "Expected a file of masks, got `"),
         (["--data", "nowhere", "--matched", "none"], "Expected"),

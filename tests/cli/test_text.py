@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_named(folders, tmp_path):
     (tmp_path / "empty.csv").write_text("text,label\n")
     with pytest.raises(ArgumentError, match="got none"):
         text_batches(str(tmp_path / "empty.csv"), model, TextOptions())
-    with pytest.raises(ArgumentTypeError, match="a model of transformers"):
+    with pytest.raises(ArgumentTypeError, match="a transformers model"):
         text_batches(str(path), torch.nn.Linear(1, 1), TextOptions())
 
 

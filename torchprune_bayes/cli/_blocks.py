@@ -15,12 +15,12 @@ _BLOCKS = (
 
 
 def in_blocks(table: ResultsTable, width: int | None = None) -> str:
-    """Lay the runs of a comparison out for a terminal, averaged over seeds.
+    """Format the runs of a comparison for a terminal, averaged over seeds.
 
     Args:
         table: Rows as :class:`~torchprune_bayes.cli._experiment.Trial` makes them. The dense
             network, whose sparsity is 0, is repeated in every column to compare with.
-        width: Columns of the terminal; where the lines are longer the spread over seeds is left
+        width: Columns of the terminal; if the lines are longer, the spread over seeds is left
             out.
 
     Example:
@@ -49,10 +49,10 @@ def _blocks(table: ResultsTable, *, with_spread: bool) -> str:
     for value, factor, decimals, title in _BLOCKS:
         block = ResultsTable()
         for method in methods:
-            found = {row["sparsity"]: row for row in summary if row["method"] == method}
+            rows = {row["sparsity"]: row for row in summary if row["method"] == method}
             cells: dict[str, Cell] = {"method": method}
             for sparsity in sparsities:
-                row = found.get(0.0 if method == DENSE else sparsity, {})
+                row = rows.get(0.0 if method == DENSE else sparsity, {})
                 parts = ("mean", "std") if with_spread else ("mean",)
                 cells |= _spread(row, value, f"{sparsity:g}", factor, decimals, parts)
             if value == "accuracy":

@@ -31,7 +31,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with options, and what the table calls it."""
+    """A method with options, and its name in the table."""
 
     label: str
     method: str
@@ -40,7 +40,7 @@ class Variant:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method takes gradients."""
+        """Whether the method uses gradients."""
         return find_method(self.method).needs_calibration
 
     @property
@@ -55,7 +55,7 @@ def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
     Args:
         names: Registered methods; ``None`` for all that prune single weights.
         steps: Steps for every method that takes ``steps``; ``None`` for the
-            methods' own, and 8 by the strongest.
+            methods' own, and 8 for the strongest.
 
     Raises:
         ArgumentError: If a method does not exist.
@@ -64,34 +64,34 @@ def variants(names: Sequence[str] | None, steps: int | None) -> list[Variant]:
         >>> [variant.label for variant in variants(["magnitude", "woodtaylor"], None)]
         ['magnitude', 'woodtaylor', 'woodtaylor, 8 steps']
     """
-    found = []
+    chosen = []
     everything = [key for key, entry in registered_methods().items() if not entry.is_structured]
     for name in everything if names is None else dict.fromkeys(names):
-        known = options_of(find_method(name).method)
-        options = {key: limit for key, limit in LIMITS.items() if _exceeds(known, key, limit)}
-        found.append(Variant(name, name, options, bool(options)))
+        accepted = options_of(find_method(name).method)
+        options = {key: limit for key, limit in LIMITS.items() if _exceeds(accepted, key, limit)}
+        chosen.append(Variant(name, name, options, bool(options)))
         several = (STEPS if name == STRONGEST else 1) if steps is None else steps
-        if "steps" in known and several > 1:
+        if "steps" in accepted and several > 1:
             stepwise = options | {"steps": several}
             limited = bool(options.keys() - {"steps"})
-            found.append(Variant(f"{name}, {several} steps", name, stepwise, limited))
-    return found
+            chosen.append(Variant(f"{name}, {several} steps", name, stepwise, limited))
+    return chosen
 
 
-def _exceeds(known: dict[str, Any], key: str, limit: int) -> bool:
-    return key in known and (known[key] is None or known[key] > limit)
+def _exceeds(accepted: dict[str, Any], key: str, limit: int) -> bool:
+    return key in accepted and (accepted[key] is None or accepted[key] > limit)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trained network, and what decides how copies of it are pruned."""
+    """A trained network, and settings for pruning copies of it."""
 
     model: nn.Module
     seed: int
     num_samples: int
 
     def dense(self) -> dict[str, Any]:
-        """The row of the network as it is."""
+        """The row of the dense network."""
         return self._row(DENSE, 0.0) | measured(self.model)
 
     def pruned(self, variant: Variant, sparsity: float) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Trial:
             prune_global(prunable_parameters(model), variant.method, **options)
             seconds = perf_counter() - begin
             return row | measured(model) | {"seconds": seconds}
-        except Exception as error:  # one method must not take the others' results with it
+        except Exception as error:  # one method must not lose the others' results
             reason = " ".join(str(error).split())
             return row | {"error": f"{type(error).__name__}: {reason}"}
 

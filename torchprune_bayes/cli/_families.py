@@ -1,4 +1,4 @@
-"""Methods by what they are made of, as the figure of ``compare`` groups them."""
+"""Families of methods, as in the figure of ``compare``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How every command reads its options, from the shell or a file, and what its help says."""
+"""Parsing of options from the shell or a file, and help texts, for all commands."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are the usage and one sentence, and leave with exit code 2."""
+    """A parser that prints the usage and one sentence on errors, and exits with code 2."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and leave."""
+        """Print the error and exit."""
         parser = getattr(ex, "subcommand_parser", None) or self
         parser.print_usage(sys.stderr)
         name = parser.prog.replace(" [options]", "")
@@ -43,7 +43,7 @@ def command_parser(*, description: str, examples: str) -> Parser:
     """A parser of one subcommand, which reads a configuration file too.
 
     Args:
-        description: What it does, above its options.
+        description: Text above its options.
         examples: Commands to copy, below its options.
     """
     parser = Parser(description=description, epilog=f"examples:\n{examples}")
@@ -57,7 +57,7 @@ def command_parser(*, description: str, examples: str) -> Parser:
 
 
 def sentence(message: str) -> str:
-    r"""One line out of what jsonargparse says about a value, without its final stop.
+    r"""The message of jsonargparse about a value as one line, without its final stop.
 
     Example:
         >>> sentence('Parser key "steps":\\n  Expected a <class \'int\'>. Got value: x')

@@ -1,4 +1,4 @@
-"""Measuring a model on whatever data it was given."""
+"""Measuring a model on any kind of data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torchprune_bayes.reports import EnergyMeter, ResultsTable, collect_sums, me
 
 @contextmanager
 def metered() -> Iterator[EnergyMeter]:
-    """Measure energy where codecarbon is installed and a meter readable; else nothing."""
+    """Measure energy if codecarbon is installed and a meter readable."""
     if find_spec("codecarbon") is None:
         yield EnergyMeter()
         return
@@ -29,12 +29,12 @@ def metered() -> Iterator[EnergyMeter]:
 
 
 def energy_of(meter: EnergyMeter) -> dict[str, Any]:
-    """An entry for the report, empty where nothing was measured."""
+    """An entry for the report, empty if nothing was measured."""
     return {} if meter.energy is None else {"energy_wh": asdict(meter.energy)}
 
 
 def energy_lines(meter: EnergyMeter) -> list[str]:
-    """A line for people, none where nothing was measured."""
+    """A readable line, none if nothing was measured."""
     return (
         [] if meter.energy is None else [f"energy of pruning, of the whole machine: {meter.energy}"]
     )
@@ -42,11 +42,11 @@ def energy_lines(meter: EnergyMeter) -> list[str]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model does on data.
+    """Results of a model on data.
 
     Attributes:
         metrics: By name; all of ``ClassificationMetrics``, or the mean loss and the samples.
-        reliability: Confidence and accuracy bin by bin; ``None`` where there are no classes.
+        reliability: Confidence and accuracy bin by bin; ``None`` if there are no classes.
     """
 
     metrics: dict[str, float]
@@ -54,7 +54,7 @@ class Measured:
 
 
 def loss_for(batches: Iterable[Any]) -> LossFunction | None:
-    """The loss that fits the batches: the model's own for mappings, else by the target's type."""
+    """The loss for the batches: the model's own for mappings, otherwise by target type."""
     return None if isinstance(next(iter(batches), None), Mapping) else supervised_loss
 
 
@@ -67,10 +67,10 @@ def supervised_loss(output: Any, target: Tensor) -> Tensor:
 
 
 def measure(model: nn.Module, batches: Iterable[Any]) -> Measured | None:
-    """Measure a model: classification metrics for one label per sample, else the mean loss.
+    """Measure a model: classification metrics for one label per sample, otherwise the mean loss.
 
     Returns:
-        What was measured, or ``None`` for data without labels.
+        The results, or ``None`` for data without labels.
     """
     labels = _labels(next(iter(batches), None))
     if labels is None:
@@ -82,7 +82,7 @@ def measure(model: nn.Module, batches: Iterable[Any]) -> Measured | None:
 
 
 def metric_lines(before: Measured | None, after: Measured | None, data: str) -> list[str]:
-    """Each metric before and after, and what it was measured on; nothing without labels."""
+    """Each metric before and after, and the data; nothing without labels."""
     if before is None or after is None:
         return []
     return [
@@ -96,7 +96,7 @@ def metric_lines(before: Measured | None, after: Measured | None, data: str) -> 
 
 
 def metrics_of(before: Measured | None, after: Measured | None, data: str) -> dict[str, Any] | None:
-    """The same as plain values."""
+    """The results as plain values."""
     if before is None or after is None:
         return None
     return {"data": data, "before": before.metrics, "after": after.metrics}
@@ -104,10 +104,10 @@ def metrics_of(before: Measured | None, after: Measured | None, data: str) -> di
 
 def _labels(batch: Any) -> Tensor | None:
     if isinstance(batch, Mapping):
-        found = batch.get("labels")
+        labels = batch.get("labels")
     else:
-        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
-    return found if isinstance(found, Tensor) else None
+        labels = batch[1] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
+    return labels if isinstance(labels, Tensor) else None
 
 
 def _mean_loss(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Options of methods, as they are typed in a shell or written in a file."""
+"""Options of methods, as typed in a shell or written in a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_OPTIONS = {"amount", "calibration", "curvature", "gate", "posterior"}
 
 
 def options_of(method: type[BasePruningMethod]) -> dict[str, Any]:
-    """Collect the options of a method with their defaults, those it passes on included.
+    """Collect the options of a method with their defaults, including those it passes on.
 
     Example:
         >>> options_of(find_method("layer-magnitude").method)
@@ -32,29 +32,29 @@ def checked_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         method: Name of a registered method.
-        given: Values by the names of options; words, as a shell has them, or plain values.
+        given: Values by the names of options; strings, as from a shell, or plain values.
 
     Returns:
-        The options that are given, each with the type that the method takes.
+        The given options, each with the type that the method expects.
 
     Raises:
-        ArgumentError: If the method has no such option or takes no such value.
+        ArgumentError: If the method has no such option or does not accept the value.
 
     Example:
         >>> checked_options("woodtaylor", {"steps": "5", "damping": "1e-3", "update": "joint"})
         {'steps': 5, 'damping': 0.001, 'update': 'joint'}
     """
     kind = find_method(method).method
-    known = options_of(kind)
+    accepted = options_of(kind)
     for name in given:
-        if name not in known:
-            allowed = ", ".join(known) or "none"
+        if name not in accepted:
+            allowed = ", ".join(accepted) or "none"
             raise ArgumentError(f"Expected an option of {method} ({allowed}), got {name!r}.")
     try:
-        found = _parser(kind).parse_object(dict(given)).as_dict()
+        parsed = _parser(kind).parse_object(dict(given)).as_dict()
     except ParserError as error:
         raise ArgumentError(f"{sentence(str(error))}, an option of {method}.") from error
-    return {name: found[name] for name in given}
+    return {name: parsed[name] for name in given}
 
 
 def _parser(method: type[BasePruningMethod]) -> ArgumentParser:

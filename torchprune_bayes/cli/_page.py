@@ -31,7 +31,7 @@ def add_report_option(group: argparse._ActionsContainer) -> None:
 
 
 def check_report(arguments: argparse.Namespace) -> None:
-    """Refuse ``--report`` where figures cannot be drawn, before the work is done."""
+    """Refuse ``--report`` before any work if figures cannot be drawn."""
     if arguments.report:
         require("matplotlib", "cli")
 
@@ -49,15 +49,15 @@ def write_page(
     """Write ``report.html`` into the folder of the results.
 
     Args:
-        arguments: Those of the command; they are shown.
+        arguments: Arguments of the command, which are shown.
         title: Heading.
         summary: Sentences below it.
-        models: What was measured of each model, by its name; a table and a reliability diagram.
+        models: Results of each model, by its name, for a table and a reliability diagram.
         tables: Further tables.
-        layers: What was pruned where.
+        layers: Sparsity of each layer.
         drawings: Further figures by their headings.
     """
-    measured = {name: found for name, found in (models or {}).items() if found is not None}
+    measured = {name: results for name, results in (models or {}).items() if results is not None}
     sure = {n: m.reliability for n, m in measured.items() if m.reliability is not None}
     drawings = dict(drawings or {})
     if sure:
@@ -89,5 +89,7 @@ def _side_by_side(models: Mapping[str, Measured]) -> ResultsTable:
     first = next(iter(models.values()))
     table = ResultsTable()
     for name in first.metrics:
-        table.add(metric=name, **{model: found.metrics[name] for model, found in models.items()})
+        table.add(
+            metric=name, **{model: results.metrics[name] for model, results in models.items()}
+        )
     return table

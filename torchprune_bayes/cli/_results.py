@@ -1,4 +1,4 @@
-"""Writing a pruned model and its report such that others can read them."""
+"""Writing a pruned model and its report in common formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchprune_bayes.types import Masks
 
 
 def count_pruned(masks: Masks) -> dict[str, Any]:
-    """Count what masks prune, in all and tensor by tensor.
+    """Count pruned entries, in total and for each tensor.
 
     Example:
         >>> import torch
@@ -29,8 +29,8 @@ def count_pruned(masks: Masks) -> dict[str, Any]:
     counts = {name: (mask.numel(), int((~mask).sum())) for name, mask in masks.items()}
     total, pruned = (sum(column) for column in zip(*counts.values(), strict=True))
     tensors = {
-        name: {"shape": list(masks[name].shape), "pruned": gone, "sparsity": gone / size}
-        for name, (size, gone) in counts.items()
+        name: {"shape": list(masks[name].shape), "pruned": count, "sparsity": count / size}
+        for name, (size, count) in counts.items()
     }
     return {"weights": total, "pruned": pruned, "sparsity": pruned / total, "tensors": tensors}
 
@@ -59,14 +59,14 @@ def save_pruned(model: nn.Module, folder: Path, report: Mapping[str, Any]) -> li
 
 
 def write_config(arguments: argparse.Namespace) -> Path:
-    """Write ``config.yaml``: all options as they were resolved, for ``--config``."""
+    """Write ``config.yaml``: all resolved options, for ``--config``."""
     path = Path(arguments.output, "config.yaml")
     write_whole(path, lambda draft: draft.write_text(arguments.resolved, encoding="utf-8"))
     return path
 
 
 def write_report(folder: Path, report: Mapping[str, Any]) -> Path:
-    """Write ``report.json``; numbers that JSON does not have become ``null``."""
+    """Write ``report.json``; numbers that JSON cannot represent become ``null``."""
     path = folder / "report.json"
     plain = _plain({"torchprune_bayes": version("torchprune_bayes"), **report})
     text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False)

@@ -1,4 +1,4 @@
-"""What shrinking will take, estimated before it begins."""
+"""Estimated cost of shrinking, before it begins."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ _GRADIENT, _MOMENTS, _HELD_OUT = 3, 3, 2
 
 @dataclass(frozen=True)
 class ShrinkEstimate:
-    """What shrinking by measured loss takes in passes over the data.
+    """Cost of shrinking by measured loss, in passes over the data.
 
     Attributes:
         samples: Calibration samples, each of which gives a gradient.
         tried: Samples of each evaluation of the loss.
-        evaluations: Evaluations of the loss at most, for the curves.
-        forward_samples: Samples that run through the model at most, a gradient counted three times.
-        seconds: Estimated time of these, extrapolated from one forward pass; solving comes on top.
+        evaluations: Largest number of evaluations of the loss, for the curves.
+        forward_samples: Largest number of samples run through the model, a gradient counted as
+            three.
+        seconds: Estimated time of these, extrapolated from one forward pass; without the time for
+            solving.
     """
 
     samples: int
@@ -38,11 +40,11 @@ class ShrinkEstimate:
 
 
 def estimate_shrinking(calibration: Calibration, evaluations: int) -> ShrinkEstimate:
-    """Estimate what ``shrink(model, inputs, calibration)`` takes, by timing a forward pass.
+    """Estimate the cost of ``shrink(model, inputs, calibration)`` by timing a forward pass.
 
     Args:
         calibration: Model and data; not changed.
-        evaluations: Points of all loss curves together; 0 where none are measured.
+        evaluations: Points of all loss curves; 0 if none are measured.
 
     Cost: two forward passes over eight samples; a count of the data if ``num_samples`` was not
     given.

@@ -46,7 +46,7 @@ def shrunk_row(trial: Trial, sparsity: float) -> dict[str, Any]:
 
 
 def in_lines(table: ResultsTable, dense: float) -> str:
-    """Lay the shrunk networks out for a terminal, averaged over seeds.
+    """Format the shrunk networks for a terminal, averaged over seeds.
 
     Args:
         table: Rows of :func:`shrunk_row`.
@@ -76,7 +76,7 @@ def in_lines(table: ResultsTable, dense: float) -> str:
 
 
 def plot_shrunk(table: ResultsTable, dense: float, path: Path) -> Path:
-    """Draw accuracy against measured speed; each point is named by the FLOPs that are gone."""
+    """Draw accuracy against measured speed; each point is named by the removed FLOPs."""
     figure = blank_figure(7.0, 4.0, layout="constrained")
     axes = figure.add_subplot()
     style_axes(axes, "speed-up of a forward pass, measured", "accuracy", "Smaller networks")

@@ -1,4 +1,4 @@
-"""Models and data by the names that are typed in a shell."""
+"""Models and data by their names in a shell."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NESTED = ("state_dict", "model")
 
 @dataclass(frozen=True)
 class Data:
-    """Batches to prune with and batches to measure with."""
+    """Batches for pruning and batches for measuring."""
 
     calibration: Iterable[Any]
     evaluation: Iterable[Any]
@@ -43,12 +43,12 @@ def load_model(
     random_init: bool,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Make the model that ``source`` names and load a checkpoint into it.
+    """Make the model named by ``source`` and load a checkpoint into it.
 
     Args:
         source: ``timm:NAME``, ``hf:NAME_OR_FOLDER`` or ``module:callable``.
         checkpoint: Weights to load, ``.safetensors`` or a file of ``torch.save`` that holds
-            tensors alone.
+            only tensors.
         random_init: Whether timm and Hugging Face models keep their random weights.
         options: Arguments for building the model.
 
@@ -83,14 +83,14 @@ def load_data(
     num_samples: int | None,
     text: TextOptions | None = None,
 ) -> Data:
-    """Make the batches that ``source`` names.
+    """Make the batches named by ``source``.
 
     Args:
         source: ``digits``, a folder of images with one folder per class, a file of texts,
             ``hf:NAME`` of the Hub, or ``module:callable``.
-        evaluation: The same for the batches to measure with; default the test images for
-            ``digits``, else ``source``.
-        model: Decides about the preprocessing of images.
+        evaluation: Source of the batches to measure with; default the test images for
+            ``digits``, otherwise ``source``.
+        model: Determines the preprocessing of images.
         batch_size: Images per batch.
         num_samples: Calibration samples; the held-out images of ``digits`` follow them.
         text: Columns and sizes of texts.
@@ -119,44 +119,44 @@ def _batches(
         return _image_folder(Path(source), model, batch_size)
     if is_text(source):
         return text_batches(source, model, text or TextOptions(batch_size=batch_size))
-    found = _called(source)
-    if not isinstance(found, Iterable):
+    batches = _called(source)
+    if not isinstance(batches, Iterable):
         raise ArgumentTypeError(
-            f"Expected `{source}` to return an iterable of batches, got {type(found).__name__}."
+            f"Expected `{source}` to return an iterable of batches, got {type(batches).__name__}."
         )
-    return list(found) if isinstance(found, Iterator) else found
+    return list(batches) if isinstance(batches, Iterator) else batches
 
 
 def _calibration_digits(num_samples: int | None) -> CalibrationDigits:
     digits = load_digits()
     available = len(digits.train)
-    wanted = available if num_samples is None else num_samples
-    if wanted > available:
-        raise ArgumentError(f"Expected at most {available} samples of the digits, got {wanted}.")
-    return CalibrationDigits(digits, wanted)
+    count = available if num_samples is None else num_samples
+    if count > available:
+        raise ArgumentError(f"Expected at most {available} samples of the digits, got {count}.")
+    return CalibrationDigits(digits, count)
 
 
 def _called(source: str, options: Mapping[str, Any] | None = None) -> Any:
     module, _, name = source.partition(":")
     if not name:
-        raise ArgumentError(f"Expected `module:callable`, got {source!r}, which is no folder.")
+        raise ArgumentError(f"Expected `module:callable`, got {source!r}, which is not a folder.")
     with _importable_from_here():
         try:
-            found: Any = import_module(module)
+            target: Any = import_module(module)
             for part in name.split("."):
-                found = getattr(found, part)
+                target = getattr(target, part)
         except (ImportError, AttributeError) as error:
             raise ArgumentError(f"Expected `{source}` to be importable, got: {error}.") from error
-        if not isinstance(found, Callable):  # type: ignore[arg-type]
+        if not isinstance(target, Callable):  # type: ignore[arg-type]
             raise ArgumentTypeError(
-                f"Expected `{source}` to be callable, got {type(found).__name__}."
+                f"Expected `{source}` to be callable, got {type(target).__name__}."
             )
-        return found(**(options or {}))
+        return target(**(options or {}))
 
 
 @contextmanager
 def _importable_from_here() -> Iterator[None]:
-    # A console script, unlike `python -m`, does not look into the working folder.
+    # A console script, unlike `python -m`, does not search the working folder.
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
@@ -172,10 +172,10 @@ def _timm_model(name: str, published: bool, options: dict[str, Any]) -> Any:
         return timm.create_model(name, pretrained=published, **options)
     except (RuntimeError, TypeError) as error:
         raise ArgumentError(f"Expected a model of timm, got: {_first_line(error)}") from error
-    except (OSError, ValueError) as error:  # the weights could not be had
+    except (OSError, ValueError) as error:  # the weights could not be loaded
         raise ArgumentError(
-            f"Expected the published weights of `{name}`, got: {_first_line(error)} Give weights "
-            "of your own with --checkpoint, or take --random-init."
+            f"Expected the published weights of `{name}`, got: {_first_line(error)} Pass your own "
+            "weights with --checkpoint, or use --random-init."
         ) from error
 
 
@@ -209,13 +209,13 @@ def load_checkpoint(model: nn.Module, path: Path) -> None:
 
 
 def _state_dict(path: Path) -> dict[str, Any]:
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    content = torch.load(path, map_location="cpu", weights_only=True)
     for key in _NESTED:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict):
-        raise RuntimeError(f"{type(found).__name__}, no dictionary of tensors")
-    return found
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise RuntimeError(f"{type(content).__name__}, not a dictionary of tensors")
+    return content
 
 
 def _image_folder(folder: Path, model: nn.Module, batch_size: int) -> Iterable[Any]:
@@ -226,20 +226,20 @@ def _image_folder(folder: Path, model: nn.Module, batch_size: int) -> Iterable[A
     except FileNotFoundError as error:
         raise ArgumentError(f"Expected a folder per class, got: {error}") from error
     _check_classes(len(images.classes), model)
-    # Shuffled, because the images of a folder come class by class.
+    # Shuffled, because the images of a folder are sorted by class.
     generator = torch.Generator().manual_seed(0)
     return torch.utils.data.DataLoader(images, batch_size, shuffle=True, generator=generator)
 
 
-def _check_classes(found: int, model: nn.Module) -> None:
-    """Refuse a folder whose classes cannot be those of the model: all numbers would be noise."""
+def _check_classes(folders: int, model: nn.Module) -> None:
+    """Refuse a folder whose classes cannot be the model's: all metrics would be meaningless."""
     config = getattr(model, "config", None)
     classes = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
-    if isinstance(classes, int) and classes != found:
+    if isinstance(classes, int) and classes != folders:
         raise ArgumentError(
             f"Expected a folder for each of the {classes} classes of {type(model).__name__}, got "
-            f"{found} folders: name a model that was trained for them, such as one of timm with "
-            f"--model-options.num_classes {found} and --checkpoint."
+            f"{folders} folders: use a model that was trained for them, such as one of timm with "
+            f"--model-options.num_classes {folders} and --checkpoint."
         )
 
 
@@ -264,9 +264,9 @@ def _image_transform(model: nn.Module) -> Any:
 
 
 def normalisation_of(source: str, model: nn.Module) -> dict[str, Any]:
-    """Mean and standard deviation of the channels that images of ``source`` were divided by.
+    """Mean and standard deviation of the channels, with which images of ``source`` were normalised.
 
-    Empty for what is not normalised here: ``digits``, and batches of a callable.
+    Empty for data that are not normalised here: ``digits``, and batches of a callable.
     """
     if not Path(source).is_dir():
         return {}

@@ -19,12 +19,12 @@ from torchprune_bayes.experiments.texts import load_tokenizer
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How rows become batches.
+    """Conversion of rows to batches.
 
     Attributes:
         columns: One column of texts or two (pairs); numbers for files without a header.
         label: Column of labels; ``None`` for language models, which predict the next token.
-        max_length: Tokens of a sample at most; language models take blocks of as many.
+        max_length: Largest number of tokens of a sample; the size of blocks for language models.
         batch_size: Samples per batch.
     """
 
@@ -40,14 +40,14 @@ def is_text(source: str) -> bool:
 
 
 def text_batches(source: str, model: nn.Module, options: TextOptions) -> list[dict[str, Any]]:
-    """Read texts and make the batches that a model of transformers takes.
+    """Read texts and make batches for a transformers model.
 
-    Rows are shuffled with a fixed seed, because files may be sorted by label. Where the model is a
+    Rows are shuffled with a fixed seed, because files may be sorted by label. If the model is a
     language model, texts are joined and cut into blocks whose labels are their own tokens.
 
     Args:
         source: A file ending in one of :data:`FORMATS`, or ``hf:NAME``, ``hf:NAME@SPLIT``.
-        model: A model of transformers that was loaded by name or from a folder.
+        model: A transformers model that was loaded by name or from a folder.
         options: Columns and sizes.
 
     Returns:
@@ -56,8 +56,8 @@ def text_batches(source: str, model: nn.Module, options: TextOptions) -> list[di
 
     Raises:
         ArgumentError: If the file cannot be read, a column is missing, a label is unknown, or
-            there is no tokenizer beside the model.
-        ArgumentTypeError: If the model is none of transformers.
+            the model has no tokenizer.
+        ArgumentTypeError: If it is not a transformers model.
         MissingExtraError: If transformers is not installed.
     """
     tokenizer = _tokenizer(model)
@@ -80,7 +80,7 @@ def text_batches(source: str, model: nn.Module, options: TextOptions) -> list[di
 
 
 def save_tokenizer(model: nn.Module, folder: Path) -> None:
-    """Put the model's tokenizer beside its weights, so that the folder is a whole model."""
+    """Save the model's tokenizer with its weights, so that the folder is a complete model."""
     _tokenizer(model).save_pretrained(folder)
 
 
@@ -89,8 +89,8 @@ def _tokenizer(model: nn.Module) -> Any:
     name = getattr(config, "name_or_path", None)
     if not name:
         raise ArgumentTypeError(
-            f"Expected a model of transformers (--model hf:NAME) for texts, got "
-            f"{type(model).__name__}: give --data as module:callable for other models."
+            f"Expected a transformers model (--model hf:NAME) for texts, got "
+            f"{type(model).__name__}: pass --data as module:callable for other models."
         )
     tokenizer = load_tokenizer(name)
     if getattr(config, "pad_token_id", None) is None:
@@ -107,40 +107,40 @@ def _classified(
     rows: Rows, label: str, tokenizer: Any, model: nn.Module, options: TextOptions
 ) -> list[dict[str, Any]]:
     numbers = _label_numbers([row[label] for row in rows], model)
-    # Some tokenizers make token types that their model does not take.
-    taken = signature(model.forward).parameters
+    # Some tokenizers return token types that their model does not accept.
+    accepted = signature(model.forward).parameters
     batches = []
     for begin in range(0, len(rows), options.batch_size):
         part = rows[begin : begin + options.batch_size]
         texts = [[str(row[column]) for row in part] for column in options.columns]
-        found = tokenizer(
+        encoded = tokenizer(
             *texts,
             truncation=True,
             max_length=options.max_length,
             padding=True,
             return_tensors="pt",
         )
-        batch = {key: value for key, value in found.items() if key in taken}
+        batch = {key: value for key, value in encoded.items() if key in accepted}
         batch["labels"] = torch.tensor([numbers[str(row[label])] for row in part])
         batches.append(batch)
     return batches
 
 
 def _label_numbers(labels: Sequence[Any], model: nn.Module) -> dict[str, int]:
-    """The class of each label: its number, the model's own name for it, or its place in order."""
-    found = sorted({str(label) for label in labels})
-    known = {str(name): int(number) for name, number in model.config.label2id.items()}  # type: ignore[union-attr, operator]
-    if all(name in known for name in found):
-        return {name: known[name] for name in found}
-    if all(name.isdigit() for name in found):
-        numbers = {name: int(name) for name in found}
+    """The class of each label: its number, the model's name for it, or its sorted rank."""
+    names = sorted({str(label) for label in labels})
+    own = {str(name): int(number) for name, number in model.config.label2id.items()}  # type: ignore[union-attr, operator]
+    if all(name in own for name in names):
+        return {name: own[name] for name in names}
+    if all(name.isdigit() for name in names):
+        numbers = {name: int(name) for name in names}
     else:
-        numbers = {name: index for index, name in enumerate(found)}
+        numbers = {name: index for index, name in enumerate(names)}
     classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     if max(numbers.values()) >= classes:
         raise ArgumentError(
             f"Expected labels for {classes} classes of {type(model).__name__}, got "
-            f"{len(found)}: {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}."
+            f"{len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}."
         )
     return numbers
 

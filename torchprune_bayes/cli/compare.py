@@ -131,11 +131,11 @@ def _exit_code(table: ResultsTable) -> int:
 def _all_rows(
     arguments: argparse.Namespace, compared: list[Variant]
 ) -> tuple[ResultsTable, ResultsTable]:
-    """The rows of the methods, and those of smaller networks."""
+    """The rows of the methods, and those of shrunk networks."""
     table, shrunk = ResultsTable(), ResultsTable()
     runs = len(compared) * len(arguments.sparsities)
     total = arguments.seeds * (1 + runs + len(arguments.shrink))
-    # None: no bar where stderr is no terminal.
+    # None: no bar if stderr is not a terminal.
     with tqdm(total=total, unit="run", disable=True if arguments.quiet else None) as bar:
         for seed in range(arguments.seeds):
             bar.set_description("training")
@@ -158,12 +158,12 @@ def _all_rows(
 
 def _dense(table: ResultsTable) -> float:
     """Mean accuracy of the networks before pruning."""
-    found = [float(row["accuracy"]) for row in table if row["method"] == DENSE]
-    return sum(found) / len(found)
+    accuracies = [float(row["accuracy"]) for row in table if row["method"] == DENSE]
+    return sum(accuracies) / len(accuracies)
 
 
 def _settle(arguments: argparse.Namespace) -> None:
-    """Fill in what follows from other options, and refuse what cannot be done."""
+    """Derive settings from other options, and refuse impossible ones."""
     arguments.quiet |= arguments.json
     if arguments.shrink is None:
         arguments.shrink = [] if arguments.methods else list(_shrunk.DEFAULT)
@@ -225,7 +225,7 @@ def _caption(arguments: argparse.Namespace, compared: list[Variant]) -> str:
 
 
 def _best(table: ResultsTable, compared: list[Variant]) -> str:
-    """The method with the highest mean accuracy over all sparsities, and how to call it."""
+    """The method with the highest mean accuracy over all sparsities, and a call of it."""
     runs = ResultsTable(row for row in table if "error" not in row and row["method"] != DENSE)
     means = {
         str(row["method"]): 100 * float(row["accuracy_mean"])
@@ -279,19 +279,19 @@ def _drawings(
     table: ResultsTable, shrunk: ResultsTable, compared: list[Variant]
 ) -> dict[str, tuple[str, Drawing]]:
     """Figures by the name of their file, each with its heading."""
-    found: dict[str, tuple[str, Drawing]] = {}
+    drawings: dict[str, tuple[str, Drawing]] = {}
     rows = ResultsTable(row for row in table if "error" not in row)
     if any(row["method"] != DENSE for row in rows):
         families = families_of(compared)
         title = "Digits, no fine-tuning"
-        found["compare"] = (
+        drawings["compare"] = (
             "The best of each family, and each family",
             lambda path: plot_comparison(rows, path, families, title=title),
         )
     if len(shrunk):
         dense = _dense(table)
-        found["shrink"] = (
+        drawings["shrink"] = (
             "Accuracy against measured speed",
             lambda path: _shrunk.plot_shrunk(shrunk, dense, path),
         )
-    return found
+    return drawings

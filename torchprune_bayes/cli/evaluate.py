@@ -1,4 +1,4 @@
-"""``torchprune-bayes evaluate``: a model and what pruning left of it, side by side."""
+"""``torchprune-bayes evaluate``: a model and its pruned versions, side by side."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _of(model: nn.Module, folder: Path) -> nn.Module:
-    """A copy of the model with what the folder holds."""
+    """A copy of the model with the state in a folder."""
     from torchprune_bayes.structured import load_shrunk
 
     twin = copy.deepcopy(model)

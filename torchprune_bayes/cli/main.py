@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments; default those of the process.
 
     Returns:
-        0 if all went well, 1 if a method failed, 2 for wrong usage, 130 if interrupted, 141 if
-        nobody reads the output any more.
+        0 on success, 1 if a method failed, 2 for wrong usage, 130 if interrupted, 141 if
+        the output is no longer read.
 
     Example:
         >>> main(["methods", "random"])
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has exited
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the last flush
         return 141
 

@@ -1,4 +1,4 @@
-"""``torchprune-bayes methods``: what can be chosen from."""
+"""``torchprune-bayes methods``: list of methods and their options."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def build_parser() -> Parser:
 def run(arguments: argparse.Namespace) -> int:
     """Print the list; returns the exit code."""
     everything = list(registered_methods().values())
-    found = [find_method(arguments.name)] if arguments.name else everything
+    entries = [find_method(arguments.name)] if arguments.name else everything
     if arguments.json:
-        print(json.dumps([_described(entry) for entry in found], indent=1, default=str))
+        print(json.dumps([_described(entry) for entry in entries], indent=1, default=str))
     elif arguments.name:
-        print(_details(found[0]))
+        print(_details(entries[0]))
     else:
-        print(_listed(found))
+        print(_listed(entries))
     return 0
 
 

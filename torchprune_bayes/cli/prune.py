@@ -158,9 +158,9 @@ def _write_page(
     lines: list[str],
 ) -> Path:
     layers = [
-        LayerChange(name, "weights", size, size - found["pruned"])
-        for name, found in report["tensors"].items()
-        for size in [prod(found["shape"])]
+        LayerChange(name, "weights", size, size - counts["pruned"])
+        for name, counts in report["tensors"].items()
+        for size in [prod(counts["shape"])]
     ]
     return write_page(
         arguments,
@@ -173,7 +173,7 @@ def _write_page(
 
 
 def _steps(info: dict[str, Any]) -> dict[str, ResultsTable]:
-    """What the steps of a method in several did, where it says so in plain numbers."""
+    """Plain numbers that a method reports for each of its steps."""
     plain = [
         {key: value for key, value in step.items() if isinstance(value, (str, int, float))}
         for step in info.get("steps", [])
@@ -196,7 +196,7 @@ def _calibration(
 ) -> Calibration:
     if data is None:
         raise ArgumentTypeError(
-            f"Expected --data for {arguments.method}, which takes gradients, got none."
+            f"Expected --data for {arguments.method}, which uses gradients, got none."
         )
     return calibration_of(arguments, model, data, space.pairs())
 

@@ -1,4 +1,4 @@
-"""``torchprune-bayes reproduce``: a published table, ours beside it."""
+"""``torchprune-bayes reproduce``: a published table with our results."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
-    found = arguments.checkpoint
-    load = None if found is None else partial(load_checkpoint, path=found)
+    checkpoint = arguments.checkpoint
+    load = None if checkpoint is None else partial(load_checkpoint, path=checkpoint)
     matched = None if arguments.matched is None else _table(arguments.matched)
     return Setting(
         scale=arguments.scale,
@@ -131,11 +131,11 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise ArgumentError(f"Expected a device that is there, got {name!r}: {reason}.") from error
+        raise ArgumentError(f"Expected an available device, got {name!r}: {reason}.") from error
 
 
 def _check_inputs(name: str, experiment: Experiment, setting: Setting) -> None:
-    """Refuse what an experiment has no use for, and what would fail at its end."""
+    """Refuse options that an experiment does not use, or that would fail at its end."""
     if experiment.figures:
         require("matplotlib", "plots")
     prunings = [row.pruning for row in experiment.rows]
@@ -149,7 +149,7 @@ def _check_inputs(name: str, experiment: Experiment, setting: Setting) -> None:
         isinstance(row.start, Trained) for row in experiment.rows
     ):
         raise ArgumentError(
-            f"Expected no `--checkpoint` with {name}, whose networks are trained with what is "
+            f"Expected no `--checkpoint` with {name}, whose training is part of what is "
             "measured, got one."
         )
     if setting.matched is not None:
@@ -161,20 +161,20 @@ def _check_inputs(name: str, experiment: Experiment, setting: Setting) -> None:
 
 
 def _with_options(experiment: Experiment, given: Mapping[str, Any]) -> Experiment:
-    """The experiment with options of its methods exchanged, by their names or the paper's."""
+    """The experiment with options of its methods replaced, by their names or the paper's."""
     if not given:
         return experiment
-    wanted = {PUBLISHED_NAMES.get(name, name): value for name, value in given.items()}
+    renamed = {PUBLISHED_NAMES.get(name, name): value for name, value in given.items()}
     methods = {
         row.label: method
         for row in experiment.rows
         if isinstance(method := getattr(row.pruning, "method", None), Method)
     }
-    known = {
+    accepted = {
         label: options_of(find_method(method.name).method) for label, method in methods.items()
     }
-    everything = sorted({name for options in known.values() for name in options})
-    for name in wanted:
+    everything = sorted({name for options in accepted.values() for name in options})
+    for name in renamed:
         if name not in everything:
             raise ArgumentError(
                 f"Expected an option of the experiment's methods "
@@ -184,8 +184,8 @@ def _with_options(experiment: Experiment, given: Mapping[str, Any]) -> Experimen
     for row in experiment.rows:
         if row.label in methods:
             method = methods[row.label]
-            taken = {name: value for name, value in wanted.items() if name in known[row.label]}
-            options = {**method.options, **checked_options(method.name, taken)}
+            own = {name: value for name, value in renamed.items() if name in accepted[row.label]}
+            options = {**method.options, **checked_options(method.name, own)}
             changed = dataclasses.replace(method, options=options)
             pruning: Any = dataclasses.replace(row.pruning, method=changed)  # type: ignore[type-var]
             row = dataclasses.replace(row, pruning=pruning)
@@ -203,40 +203,40 @@ def _written(table: ResultsTable, output: Path) -> list[Path]:
 
 
 def _summary(table: ResultsTable) -> ResultsTable:
-    """Means and standard deviations of what was measured, published numbers beside them."""
+    """Means and standard deviations of our results, with the published numbers."""
     groups: dict[tuple[Any, Any], list[Mapping[str, Any]]] = {}
     for row in table:
         groups.setdefault((row["label"], row.get("sparsity")), []).append(row)
     shown = _telling(table)
     published = [name for name in table.columns if name.startswith("paper")]
     rows = []
-    for (label, sparsity), found in groups.items():
+    for (label, sparsity), runs in groups.items():
         line: dict[str, Any] = {"method": label, "sparsity": sparsity}
-        line |= {name: found[0][name] for name in published if name in found[0]}
+        line |= {name: runs[0][name] for name in published if name in runs[0]}
         for name in shown:
-            line |= _spread(name, [float(one[name]) for one in found if name in one])
+            line |= _spread(name, [float(one[name]) for one in runs if name in one])
         rows.append(line)
     return as_table(rows)
 
 
 def _telling(table: ResultsTable) -> list[str]:
-    """Columns that say something: no drop where none was published, no FLOPs that stay."""
-    known = set(table.columns)
+    """Informative columns: no drop where none was published, no unchanged FLOPs."""
+    columns = set(table.columns)
     first: list[str] = ["ours", "compression", "closed"]
-    names = [name for name in first if name in known]
-    names += ["drop"] if "paper_drop" in known else []
+    names = [name for name in first if name in columns]
+    names += ["drop"] if "paper_drop" in columns else []
     for name in ("flops", "training_flops"):
         changed = any(abs(float(row.get(name, 100.0)) - 100.0) > 0.05 for row in table)
-        names += [name] if changed or f"paper_{name}" in known else []
+        names += [name] if changed or f"paper_{name}" in columns else []
     return names
 
 
 def _spread(name: str, values: list[float]) -> dict[str, float]:
-    found = torch.tensor(values, dtype=torch.float64)
+    tensor = torch.tensor(values, dtype=torch.float64)
     if not values:
         return {}
-    mean = {f"{name}_mean": round(float(found.mean()), 2)}
-    return mean if len(values) < 2 else mean | {f"{name}_std": round(float(found.std()), 2)}
+    mean = {f"{name}_mean": round(float(tensor.mean()), 2)}
+    return mean if len(values) < 2 else mean | {f"{name}_std": round(float(tensor.std()), 2)}
 
 
 def _shown(experiment: Experiment, table: ResultsTable, setting: Setting) -> str:
