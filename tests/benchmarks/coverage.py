@@ -70,7 +70,7 @@ class Row:
 
     Attributes:
         name: The architecture.
-        verdict: ``"served"``, ``"refused"``, ``"wrong"`` or ``"raw"``.
+        result: ``"supported"``, ``"refused"``, ``"wrong"`` or ``"error"``.
         detail: Groups and what was left whole, or the reason.
         gates: How many gates can be attached, or why none.
         importances: How many importances score it, and which refuse.
@@ -79,7 +79,7 @@ class Row:
     """
 
     name: str
-    verdict: str
+    result: str
     detail: str
     seconds: float
     difference: float | None = None
@@ -88,21 +88,21 @@ class Row:
 
     def __str__(self) -> str:
         difference = "–" if self.difference is None else f"{self.difference:.0e}"
-        cells = (self.name, self.verdict, self.detail, self.gates, self.importances, difference)
+        cells = (self.name, self.result, self.detail, self.gates, self.importances, difference)
         return f"| {' | '.join(cells)} | {self.seconds:.1f} |"
 
     @classmethod
     def parsed(cls, line: str) -> Row:
         """Read what was printed."""
-        name, verdict, detail, gates, scored, difference, seconds = (
+        name, result, detail, gates, scored, difference, seconds = (
             cell.strip() for cell in line.strip().strip("|").split("|")
         )
         found = None if difference == "–" else float(difference)
-        return cls(name, verdict, detail, float(seconds), found, gates, scored)
+        return cls(name, result, detail, float(seconds), found, gates, scored)
 
 
 HEADER = (
-    "| architecture | verdict | groups, or why not | gates | importances | difference | CPU s |\n"
+    "| architecture | result | groups, or why not | gates | importances | difference | CPU s |\n"
     "|---|---|---|---|---|---|---|"
 )
 
@@ -128,8 +128,8 @@ def examine(
     except TorchPruneBayesError as error:
         return Row(case.name, "refused", short(error), time.process_time() - start)
     except Exception as error:
-        return Row(case.name, "raw", f"{type(error).__name__}: {short(error)}", 0.0)
-    row = Row(case.name, "served", _groups(report), time.process_time() - start)
+        return Row(case.name, "error", f"{type(error).__name__}: {short(error)}", 0.0)
+    row = Row(case.name, "supported", _groups(report), time.process_time() - start)
     try:
         if report.units.sparsity < sparsity:
             raise WrongError(f"{report.units.sparsity:.2f} of the units are gone")
@@ -139,9 +139,9 @@ def examine(
             row = replace(row, gates=examine_gates(case, build))
             row = replace(row, importances=examine_importances(case, build))
     except WrongError as error:
-        return replace(row, verdict="wrong", detail=str(error))
+        return replace(row, result="wrong", detail=str(error))
     except Exception as error:
-        return replace(row, verdict="raw", detail=f"{type(error).__name__}: {short(error)}")
+        return replace(row, result="error", detail=f"{type(error).__name__}: {short(error)}")
     return row
 
 
@@ -247,10 +247,10 @@ def chosen(only: str, share: Fraction, day: int) -> Iterator[Architecture]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Count verdicts, and name the slowest."""
-    counts = Counter(row.verdict for row in rows)
+    """Count results, and name the slowest."""
+    counts = Counter(row.result for row in rows)
     slowest = max(rows, key=lambda row: row.seconds)
-    found = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    found = ", ".join(f"{count} {result}" for result, count in counts.most_common())
     return (
         f"{len(rows)} architectures: {found}; slowest {slowest.name}, {slowest.seconds:.1f} CPU s"
     )
@@ -300,7 +300,9 @@ def main() -> None:
 
 def _is_open(row: Row | None, *, deep: bool) -> bool:
     """Whether an architecture is still to be examined."""
-    return row is None or (deep and row.verdict == "served" and "–" in (row.gates, row.importances))
+    return row is None or (
+        deep and row.result == "supported" and "–" in (row.gates, row.importances)
+    )
 
 
 if __name__ == "__main__":

@@ -174,6 +174,31 @@ def test_units_that_several_layers_read_get_no_gate():
             find_sites(model, example_inputs=inputs)
 
 
+class Branching(nn.Module):
+    """Channels behind a batch norm that two layers read."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.activation = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), activation
+        self.b, self.c = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.norm(self.a(x)))
+        return self.b(x) + self.c(x)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.PReLU(), nn.Hardswish()])
+def test_a_norm_holds_a_gate_where_zero_stays_zero(activation):
+    sites = find_sites(Branching(activation).eval(), example_inputs=torch.ones(1, 3, 4, 4))
+    assert [(site.name, site.units) for site in sites] == [("norm", 6)]
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Softplus(), nn.Hardsigmoid()])
+def test_a_norm_holds_no_gate_where_a_closed_one_leaves_a_constant(activation):
+    with pytest.raises(ArgumentError, match="got none in Branching"):
+        find_sites(Branching(activation).eval(), example_inputs=torch.ones(1, 3, 4, 4))
+
+
 class Lending(nn.Module):
     """Two layers, the second of which lends its weight and is never called, as in Mamba."""
 

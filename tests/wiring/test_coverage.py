@@ -18,25 +18,25 @@ from tests.benchmarks.coverage_depth import WrongError, distance
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "coverage.md"
 TABLE = PAGE.read_text().partition("\n## ")[0]
 CELLS = [line.split("|") for line in TABLE.splitlines() if line.startswith("| t")]
-VERDICTS = {cells[1].strip(): cells[2].strip() for cells in CELLS}
+RESULTS = {cells[1].strip(): cells[2].strip() for cells in CELLS}
 TODAY = datetime.date.today().toordinal()
 DRAWN = [
     *chosen("transformers ", Fraction(1, 12), TODAY),
     *chosen("torchvision ", Fraction(1, 24), TODAY),
     *chosen("timm ", Fraction(1, 40), TODAY),
 ]
-CASES = [case for case in DRAWN if VERDICTS.get(case.name) in ("served", "refused")]
+CASES = [case for case in DRAWN if RESULTS.get(case.name) in ("supported", "refused")]
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_architectures_are_served_or_refused_as_published(case):
+def test_architectures_are_supported_or_refused_as_published(case):
     row = examine(case, 0.3, deep=False)
-    assert row.verdict == VERDICTS[case.name], row.detail
+    assert row.result == RESULTS[case.name], row.detail
 
 
-def test_most_of_the_published_architectures_are_served():
-    assert sum(verdict == "served" for verdict in VERDICTS.values()) >= 120
+def test_most_of_the_published_architectures_are_supported():
+    assert sum(result == "supported" for result in RESULTS.values()) >= 120
 
 
 def test_every_architecture_has_its_day():
@@ -49,9 +49,9 @@ def test_a_run_goes_on_from_its_rows(tmp_path):
     file = tmp_path / "rows.md"
     assert known_rows(file) == {}
     rows = [
-        Row("torch LSTM, 1 layers", "served", "2 of hidden units", 0.5, 2e-16, "none: why", "8"),
+        Row("torch LSTM, 1 layers", "supported", "2 of hidden units", 0.5, 2e-16, "none: why", "8"),
         Row("timm x", "refused", "Expected units, got none.", 0.1),
-        Row("timm x", "served", "1 of channels", 0.2, 0.0),
+        Row("timm x", "supported", "1 of channels", 0.2, 0.0),
     ]
     file.write_text("".join(f"{row}\n" for row in rows))
     assert known_rows(file) == {rows[0].name: rows[0], "timm x": rows[2]}

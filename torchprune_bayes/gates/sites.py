@@ -17,6 +17,7 @@ from torch import nn
 
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.gates._chains import check_chain
+from torchprune_bayes.gates._silence import silenced
 from torchprune_bayes.layer_kinds import Side, kind_of
 from torchprune_bayes.wiring.forward import ForwardFunction
 from torchprune_bayes.wiring.groups import UnitGroup, UnitSlice
@@ -116,7 +117,8 @@ def find_sites(
     Known blocks are recognised by class name and attributes: the hidden units and heads of ViT
     (timm and Hugging Face), BERT, DistilBERT and GPT-2, and the channels of ResNet (torchvision
     and timm). Any other model is run on example inputs, if given, and each group of units
-    that shrinking finds and that one batch norm or one layer reads gets a gate there.
+    that shrinking finds and that one batch norm or one layer reads gets a gate there, on a batch
+    norm only if what it makes zero reaches the layers behind it as zero.
     Without them it must be a chain, such as an MLP, LeNet or VGG: its code is followed
     symbolically, and each value must be read by one layer, in the order in which they were
     registered. The last layer gets no gate.
@@ -269,9 +271,15 @@ def _wired(
 ) -> Iterator[Site]:
     """Yield a site for each group of units that one batch norm scales or one layer reads."""
     wiring = observe(model, example_inputs, forward_fn)
-    for group in groups_of(model, wiring):
-        if heads or group.kind != "head":
-            yield from _site_of(model, group, wiring.called)
+    found = [
+        (site, group)
+        for group in groups_of(model, wiring)
+        if heads or group.kind != "head"
+        for site in _site_of(model, group, wiring.called)
+    ]
+    norms = [(site.module, group) for site, group in found if site.side == "out"]
+    silent = silenced(model, norms, example_inputs, forward_fn) if norms else set()
+    yield from (site for site, _ in found if site.side == "in" or site.module in silent)
 
 
 def _site_of(model: nn.Module, group: UnitGroup, called: Collection[str]) -> Iterator[Site]:

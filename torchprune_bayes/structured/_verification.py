@@ -8,7 +8,7 @@ at zero hide a wrong wiring. It is put twice, with other inputs and weights the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -112,7 +112,10 @@ def failing_groups(
     if not suspects:
         return {}
     for dtype in dtypes_for(model):
-        found = _failing(partial(Twin, model, example_inputs, forward_fn, dtype, 1), suspects)
+        twins = partial(Twin, model, example_inputs, forward_fn, dtype, 1)
+        if not changed and _failure(twins(), suspects, put_back=False) is None:
+            return reasons
+        found = _failing(twins(), suspects)
         # Rounding is no reason for a model not to run.
         reasons |= {name: why for name, why in found.items() if not why.startswith(_CHANGED)}
         changed = {name: why for name, why in found.items() if why.startswith(_CHANGED)}
@@ -122,12 +125,10 @@ def failing_groups(
     return reasons | changed
 
 
-def _failing(twins: Callable[[], Twin], groups: Sequence[UnitGroup]) -> dict[str, str]:
+def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
     """Take out the groups at the place where a cut fails, until none fails any more."""
-    if _failure(twins(), groups, put_back=False) is None:
-        return {}
     reasons: dict[str, str] = {}
-    rest, twin = list(groups), twins()
+    rest = list(groups)
     while rest and (failure := _failure(twin, rest)) is not None:
         near = _near(twin.place(_part(twin, rest)), rest)
         found = _halved(twin, near) or {group.name: failure for group in near}
