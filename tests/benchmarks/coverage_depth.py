@@ -20,6 +20,7 @@ from torchprune_bayes.structured._torch_pruning_importance import as_unit_import
 from torchprune_bayes.structured.importance import UnitImportance
 from torchprune_bayes.structured.importances import BMRSImportance
 from torchprune_bayes.wiring.forward import run, tensors_in
+from torchprune_bayes.wiring.groups import Role
 
 CLASSES = 3
 
@@ -92,7 +93,7 @@ def _close(gates: Gates, groups: Sequence[UnitGroup]) -> None:
     for name, gate in gates.items():
         site = gates.sites[name]
         closed = torch.arange(gate.units) % 3 == 1
-        role = "norm" if site.side == "out" else "consumer"
+        role: Role = "norm" if site.side == "out" else "consumer"
         owned = whole.get((f"{site.module}.weight", role))
         if owned is not None:
             closed = torch.zeros(gate.units, dtype=torch.bool)
