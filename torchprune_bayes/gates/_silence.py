@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run
@@ -37,22 +39,24 @@ def silenced(
     Cost: one forward pass.
     """
     norms = list(norms)
-    heard: dict[str, bool] = {}
+    readers = {
+        id(model.get_parameter(piece.name)): piece
+        for _, group in norms
+        for piece in group.slices
+        if piece.role == "consumer"
+    }
+    listener = _Listener(model, readers)
     with ExitStack() as stack:
-        for name, group in norms:
-            norm = model.get_submodule(name)
-            stack.callback(norm.register_forward_hook(_zeros).remove)
-            for piece in group.slices:
-                if piece.role == "consumer":
-                    reader = model.get_submodule(piece.name.rpartition(".")[0])
-                    hook = _Listener(piece, heard)
-                    stack.callback(reader.register_forward_pre_hook(hook).remove)
+        for name, _ in norms:
+            hook = model.get_submodule(name).register_forward_hook(_zeros)
+            stack.callback(hook.remove)
         stack.enter_context(at_rest(model))
+        stack.enter_context(listener)
         run(model, example_inputs, forward_fn)
     return {
         name
         for name, group in norms
-        if all(heard.get(p.name) is False for p in group.slices if p.role == "consumer")
+        if all(listener.heard.get(p.name) is False for p in group.slices if p.role == "consumer")
     }
 
 
@@ -60,17 +64,33 @@ def _zeros(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     return torch.zeros_like(output)
 
 
-class _Listener:
-    """Notes whether a layer reads anything but zeros from units."""
+class _Listener(TorchFunctionMode):
+    """Notes whether weights are applied to anything but zeros where they read units.
 
-    def __init__(self, piece: UnitSlice, heard: dict[str, bool]) -> None:
-        self._piece, self._heard = piece, heard
+    Args:
+        model: The model that runs while this is entered.
+        readers: What reads units, by the ``id`` of the weight.
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        name = self._piece.name
-        if not inputs or not isinstance(inputs[0], Tensor):
-            self._heard[name] = True
-            return
-        positions = self._piece.positions.reshape(-1).to(inputs[0].device)
-        read = inputs[0].index_select(kind_of(module).units_dim, positions)
-        self._heard[name] = self._heard.get(name, False) or bool((read != 0).any())
+    Attributes:
+        heard: For each weight that was applied, by name, whether there was a number but zero.
+    """
+
+    def __init__(self, model: nn.Module, readers: Mapping[int, UnitSlice]) -> None:
+        super().__init__()
+        self.heard: dict[str, bool] = {}
+        self._model, self._readers = model, readers
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Look at what stands before a weight, its input in all functions that apply one."""
+        given = [*args, *(kwargs or {}).values()]
+        for before, weight in pairwise(given):
+            piece = self._readers.get(id(weight))
+            if piece is not None and isinstance(before, Tensor):
+                layer = self._model.get_submodule(piece.name.rpartition(".")[0])
+                positions = piece.positions.reshape(-1).to(before.device)
+                read = before.index_select(kind_of(layer).units_dim, positions)
+                heard = self.heard.get(piece.name, False)
+                self.heard[piece.name] = heard or bool((read != 0).any())
+        return func(*args, **(kwargs or {}))
