@@ -1,9 +1,10 @@
-"""Labels on the entries of activations: which entries of which tensors they stand and fall with.
+"""Labels on the entries of activations: which entries of which tensors are removed with them.
 
 In plain words: every index along every dimension of every parameter is an atom, a number. An
-activation carries layers of labels; a layer says for each entry which atom it exists with, and is
-stored with size 1 along the dimensions in which it does not vary. What must go together is noted as
-pairs of atoms and sorted out at the end. Atom 0 stands for what stays in any case.
+activation carries layers of labels; a layer gives for each entry the atom it depends on, and is
+stored with size 1 along the dimensions in which it does not vary. Atoms that must be removed
+together are recorded as pairs and resolved at the end. Atom 0 stands for entries that are always
+kept.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Layer: TypeAlias = Tensor
 
 @dataclass(frozen=True)
 class State:
-    """What is known about an activation or a parameter.
+    """Tracked state of an activation or a parameter.
 
     Attributes:
         layers: Its layers of labels.
-        weight: Whether it is a parameter, or computed from parameters and constants alone.
-        pliable: Whether it was made to measure by the running code, as zeros are, so that its sizes
+        weight: Whether it is a parameter, or computed only from parameters and constants.
+        pliable: Whether the running code created it to fit, such as zeros, so that its sizes
             follow those of others.
     """
 
@@ -41,14 +42,14 @@ class State:
 
 @dataclass(frozen=True)
 class Cut:
-    """A part taken out of a labelled dimension at fixed places.
+    """A part of a labelled dimension at fixed places.
 
     Attributes:
-        layer: A layer of what was cut up; parts of the same one share it.
+        layer: A layer of the tensor that was split; parts of one tensor share it.
         dim: The dimension.
         start: First index of the part.
         stop: One past the last.
-        step: Distance between two.
+        step: Distance between indices.
         module: Qualified name of the module that was running.
     """
 
@@ -62,7 +63,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Reshape:
-    """A view in which the code of a module named sizes.
+    """A view with sizes given by the code of a module.
 
     Attributes:
         module: Qualified name of the module that was running.
@@ -77,19 +78,19 @@ class Reshape:
 
 @dataclass
 class Ledger:
-    """All that is noted while a model runs.
+    """Everything that is recorded while a model runs.
 
     Attributes:
-        pairs: Atoms that go together.
+        pairs: Atoms that are removed together.
         rectangles: Layers that vary along several dimensions.
-        cuts: Parts taken out at fixed places.
-        reshapes: Views that tell dimensions apart.
+        cuts: Parts at fixed places.
+        reshapes: Views that split or merge labelled dimensions.
         heads: Atoms that are summed over inside of heads.
-        reasons: Atoms that stay, and why.
-        roles: Atoms of weights, and what these are to the units.
+        reasons: Atoms that are always kept, and why.
+        roles: Atoms of weights, and the role of these for the units.
         numbers: Module, attribute, and the labels of the entries that it counts.
-        whole_heads: Whether all dimensions of a head go together, or else all heads, so that the
-            dimensions can be told apart.
+        whole_heads: Whether all dimensions of a head are removed together, or otherwise those of
+            all heads, so that the dimensions can be removed separately.
     """
 
     whole_heads: bool = True
@@ -103,29 +104,29 @@ class Ledger:
     numbers: list[tuple[str, str, Tensor]] = field(default_factory=list)
 
     def note_role(self, labels: Tensor, role: Role) -> None:
-        """Note what a parameter is to the units whose atoms these are."""
+        """Record the role of a parameter for the units of these atoms."""
         self.roles.append((labels.reshape(-1), role))
 
     def note_roles(self, layers: Iterable[Layer], inner: int) -> None:
-        """Note that a weight reads along its inner dimension and makes units along the others."""
+        """Record that a weight reads along its inner dimension and produces along the others."""
         for layer in layers:
             dims = varying(layer)
             if dims:
                 self.note_role(layer, "consumer" if inner in dims else "producer")
 
     def unite(self, one: Tensor, other: Tensor) -> None:
-        """Note that atoms go together, entry by entry after broadcasting."""
+        """Record that atoms are removed together, entry by entry after broadcasting."""
         one, other = torch.broadcast_tensors(one, other)
         if one.numel() and not torch.equal(one, other):
             self.pairs.append((one.reshape(-1), other.reshape(-1)))
 
     def fix(self, layer: Layer, reason: str) -> None:
-        """Note that atoms stay in any case."""
+        """Record that atoms are always kept."""
         self.unite(layer, torch.zeros_like(layer))
         self.reasons.append((layer.reshape(-1), reason))
 
     def join(self, layer: Layer, dims: Iterable[int]) -> Layer:
-        """Let all entries along dimensions go together; return the layer without them varying."""
+        """Join all entries along dimensions; return the layer constant along them."""
         for dim in dims:
             first = layer.narrow(dim, 0, 1) if layer.shape[dim] > 1 else layer
             self.unite(layer, first)
@@ -133,9 +134,9 @@ class Ledger:
         return layer
 
     def stiffen(self, layer: Layer, dims: Iterable[int], reason: str) -> Layer:
-        """Note that dimensions cannot shrink: join what also varies elsewhere, fix the rest.
+        """Record that dimensions cannot shrink: join labels that also vary elsewhere, fix the rest.
 
-        Where dimensions of heads are told apart, those that must stay or go together stay.
+        If dimensions of heads are removed separately, those that must be fixed or joined are fixed.
         """
         for dim in dims:
             if layer.shape[dim] == 1:
@@ -146,7 +147,7 @@ class Ledger:
         return layer
 
     def keep(self, layers: Iterable[Layer]) -> tuple[Layer, ...]:
-        """Return layers without those that say nothing, noting that activations are rectangular."""
+        """Return layers without constant ones, recording that activations are rectangular."""
         kept = tuple(layer for layer in layers if layer.numel() > 1)
         self.rectangles += [layer for layer in kept if len(varying(layer)) > 1]
         return kept
@@ -186,17 +187,18 @@ def compressed(labels: Tensor) -> Layer:
 
 
 def aligned(layer: Layer, dims: int) -> Layer:
-    """Return a layer with dimensions of size 1 in front, as broadcasting puts them."""
+    """Return a layer with dimensions of size 1 in front, as in broadcasting."""
     return layer.reshape([1] * (dims - layer.dim()) + list(layer.shape))
 
 
 def solve(ledger: Ledger, atoms: int) -> Tensor:
-    """Return the class of each atom, the smallest atom that goes with it.
+    """Return the class of each atom, the smallest atom that is removed with it.
 
-    Labels on a rectangle must in the end differ along one of its dimensions alone, so that what
-    remains is a rectangle again: the one that tells most entries apart. Parts of equal size shrink
-    alike; a dimension that is cut up in another way stays. Where dimensions of heads are told apart
-    neither is asked for, since queries and values in one tensor are chosen apart; they are tried.
+    Labels on a rectangle must in the end differ along only one of its dimensions, so that what
+    remains is a rectangle again: the one with the most distinct entries. Parts of equal size shrink
+    alike; a dimension that is split in another way is kept. If dimensions of heads are removed
+    separately neither is required, since queries and values in one tensor are chosen separately; a
+    trial decides.
     """
     whole: set[int] = set()
     while True:
@@ -208,18 +210,18 @@ def solve(ledger: Ledger, atoms: int) -> Tensor:
 
 
 def _settled(ledger: Ledger, atoms: int, untouched: Collection[int]) -> Tensor:
-    """Classes when all layers are straight and even, but for cuts of the layers ``untouched``."""
+    """Classes when all layers are straight and even, except for cuts of ``untouched``."""
     pairs = list(ledger.pairs)
     cuts = [cut for cut in ledger.cuts if id(cut.layer) not in untouched]
     while True:
         classes = components(pairs, atoms)
         if not ledger.whole_heads:
             return classes
-        found = [pair for layer in ledger.rectangles for pair in _straighten(classes[layer], layer)]
-        found += _even(cuts, classes)
-        if not found:
+        more = [pair for layer in ledger.rectangles for pair in _straighten(classes[layer], layer)]
+        more += _even(cuts, classes)
+        if not more:
             return classes
-        pairs += found
+        pairs += more
 
 
 def _straighten(classes: Tensor, layer: Layer) -> list[tuple[Tensor, Tensor]]:
@@ -239,13 +241,13 @@ def _even(cuts: Sequence[Cut], classes: Tensor) -> list[tuple[Tensor, Tensor]]:
     parts: dict[tuple[int, int], list[Cut]] = {}
     for cut in cuts:
         parts.setdefault((id(cut.layer), cut.dim), []).append(cut)
-    found = []
+    joined = []
     for (_, dim), group in parts.items():
         rows = classes[group[0].layer].movedim(dim, -1)
         size = rows.shape[-1]
         if bool((rows == rows[..., :1]).all()):
             continue
-        # Parts of which some are several others shrink as these do.
+        # Parts that are unions of others shrink as these do.
         width = gcd(size, *(cut.stop - cut.start for cut in group))
         regular = all(cut.step == 1 and cut.start % width == 0 for cut in group)
         if regular and width in {cut.stop - cut.start for cut in group}:
@@ -255,19 +257,19 @@ def _even(cuts: Sequence[Cut], classes: Tensor) -> list[tuple[Tensor, Tensor]]:
             other = torch.zeros_like(rows) if rows.numel() == size else rows[..., :1]
         other = other.expand_as(rows)
         if not torch.equal(rows, other):
-            found.append((rows.reshape(-1), other.reshape(-1)))
-    return found
+            joined.append((rows.reshape(-1), other.reshape(-1)))
+    return joined
 
 
 def _uneven(cuts: Sequence[Cut], classes: Tensor) -> set[int]:
-    """Layers of one dimension that lie in parts of several sizes, and so would be left whole.
+    """One-dimensional layers with parts of several sizes, which would otherwise be kept whole.
 
-    A trial tells whether the code takes the sizes of the parts from attributes that can follow.
+    A trial shows whether the code reads the sizes of the parts from attributes that can change.
     """
     parts: dict[int, list[Cut]] = {}
     for cut in cuts:
         parts.setdefault(id(cut.layer), []).append(cut)
-    found = set()
+    keys = set()
     for key, group in parts.items():
         layer = group[0].layer
         spans = sorted({(part.start, part.stop) for part in group})
@@ -276,5 +278,5 @@ def _uneven(cuts: Sequence[Cut], classes: Tensor) -> set[int]:
         labels = classes[layer].reshape(-1)
         sizes = {stop - start for start, stop in spans}
         if side_by_side and len(sizes) > 1 and bool((labels == labels[0]).all()):
-            found.add(key)
-    return found
+            keys.add(key)
+    return keys

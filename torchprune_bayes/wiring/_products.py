@@ -1,4 +1,4 @@
-"""What products, convolutions, norms and attention do to the labels of their inputs."""
+"""Effect of products, convolutions, norms and attention on the labels of their inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def multiplied(call: Call) -> State:
 def grouped(call: Call) -> State:
     """Rows of one matrix, each with one of several others: experts.
 
-    The operation takes sizes of multiples of 16 bytes, so that eight neighbours go together.
+    The operation takes sizes of multiples of 16 bytes, so that eight neighbours are removed
+    together.
     """
     for tensor in call.args[:2]:
         for layer in call.state_of(tensor).layers:
@@ -40,7 +41,7 @@ def grouped(call: Call) -> State:
 
 
 def _product(call: Call, one: Tensor, other: Tensor) -> State:
-    """Labels over batch, rows, inner and columns; the inner ones go together pair by pair."""
+    """Labels over batch, rows, inner and columns; the inner ones are joined pair by pair."""
     ledger = call.ledger
     left = [_left(layer, one) for layer in call.state_of(one).layers]
     right = [_right(layer, other) for layer in call.state_of(other).layers]
@@ -53,7 +54,7 @@ def _product(call: Call, one: Tensor, other: Tensor) -> State:
     if any(_BATCH in varying(b) for b in right):
         ledger.heads += [a.reshape(-1) for a in left if _BATCH in varying(a)]
     if not ledger.whole_heads:
-        left, right = ([ledger.join(each, [_BATCH]) for each in side] for side in (left, right))
+        left, right = ([ledger.join(layer, [_BATCH]) for layer in side] for side in (left, right))
     both = {_BATCH, _INNER}
     paired = any(both <= varying(a) for a in left) and any(both <= varying(b) for b in right)
     for a in left:
@@ -96,7 +97,7 @@ def _output(layer: Layer, dims: int, one: Tensor, other: Tensor) -> Layer:
 def _stiff_inner(
     call: Call, layers: list[Layer], others: list[Layer], other: Tensor
 ) -> list[Layer]:
-    """Stiffen the inner dimension where the other factor has a size of its own there."""
+    """Stiffen the inner dimension where the other factor has a fixed size there."""
     if any(_INNER in varying(layer) for layer in others) or call.state_of(other).pliable:
         return layers
     reason = f"`{call.name}` in `{call.module}` multiplies by a constant"
@@ -144,7 +145,7 @@ def convolved(call: Call) -> State:
 
 
 def _sides(call: Call, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Labels along the dimensions that read and make channels; those along the kernel stay."""
+    """Labels along the dimensions that read and produce channels; kernel dimensions are fixed."""
     sides: list[Tensor | None] = [None, None]
     for layer in call.state_of(weight).layers:
         dims = varying(layer)
@@ -161,7 +162,7 @@ def _sides(call: Call, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _channelwise(call: Call, layer: Layer) -> Tensor | None:
-    """Labels with the channels at the end; what varies in space alone stays."""
+    """Labels with the channels at the end; labels that vary only in space are fixed."""
     if layer.shape[1] == 1:
         call.ledger.fix(layer, call.reason)
         return None
@@ -179,7 +180,7 @@ def _read(call: Call, labels: Tensor, read: Tensor | None, groups: int) -> None:
 
 
 def _spread(call: Call, made: Tensor | None, groups: int) -> Tensor | None:
-    """Labels of the outputs: the same place in every group goes together."""
+    """Labels of the outputs: the same place in every group is joined."""
     if made is None or groups == 1:
         return made
     if call.args[6]:
@@ -191,7 +192,7 @@ def _spread(call: Call, made: Tensor | None, groups: int) -> Tensor | None:
 def _depthwise(
     call: Call, inputs: Sequence[Tensor], read: Tensor | None, made: Tensor | None
 ) -> Tensor | None:
-    """Unite each channel with the outputs that it alone makes."""
+    """Unite each channel with the outputs that only it produces."""
     channels, outputs = call.args[0].shape[1], call.output.shape[1]
     filters = read if call.args[6] else made
     if filters is None or outputs != channels:
@@ -274,8 +275,8 @@ def attended(call: Call) -> State | list[State]:
     scores: list[Layer] = []
     for tensor in (query, key):
         for layer in call.state_of(tensor).layers:
-            found = ledger.stiffen(layer, [*width, dims - 2], call.reason)
-            scores.append(_repeated(found, tensor, query))
+            stiff = ledger.stiffen(layer, [*width, dims - 2], call.reason)
+            scores.append(_repeated(stiff, tensor, query))
     values = [
         _repeated(ledger.stiffen(layer, [dims - 2], call.reason), value, query)
         for layer in call.state_of(value).layers
@@ -301,22 +302,22 @@ def attended(call: Call) -> State | list[State]:
 
 
 def _own_value(call: Call, layer: Layer) -> Layer:
-    """Leave a value whole that all heads share, so that heads can go without it."""
+    """Keep a value whole that all heads share, so that heads can be removed without it."""
     if varying(layer) == {layer.dim() - 1}:
         return call.ledger.stiffen(layer, varying(layer), f"all heads in `{call.module}` share it")
     return layer
 
 
 def _pair_dimensions(call: Call, query: Tensor, key: Tensor) -> None:
-    """Let each dimension of a query, in all heads, go together with that of the keys."""
-    found = []
+    """Join each dimension of a query, in all heads, with that of the keys."""
+    sides = []
     for tensor in (query, key):
         layers = [
             call.ledger.join(layer, range(layer.dim() - 1))
             for layer in call.state_of(tensor).layers
         ]
-        found.append([layer for layer in layers if varying(layer)])
-    for layers, others in (found, reversed(found)):
+        sides.append([layer for layer in layers if varying(layer)])
+    for layers, others in (sides, reversed(sides)):
         for layer in layers:
             for other in others:
                 call.ledger.unite(layer, other)
@@ -333,7 +334,7 @@ def _repeated(layer: Layer, tensor: Tensor, query: Tensor) -> Layer:
 
 
 def embedded(call: Call) -> State:
-    """Rows of a table by index: the rows stay, the columns are labels of the last dimension."""
+    """Rows of a table by index: rows are fixed, columns label the last dimension."""
     layers = []
     for layer in call.state_of(call.args[0]).layers:
         layer = call.ledger.stiffen(layer, [0], call.reason)
@@ -364,10 +365,10 @@ def columns(call: Call) -> State:
         call.ledger.stiffen(layer, range(2, x.dim()), call.reason)
         for layer in call.state_of(x).layers
     ]
-    each = call.output.shape[-2] // x.shape[1]
+    rows = call.output.shape[-2] // x.shape[1]
     return State(
         call.ledger.keep(
-            layer.reshape(*layer.shape[:2], 1).repeat_interleave(each, 1) for layer in layers
+            layer.reshape(*layer.shape[:2], 1).repeat_interleave(rows, 1) for layer in layers
         )
     )
 

@@ -1,4 +1,4 @@
-"""Watching a model run, operation by operation, and keeping the labels of its activations."""
+"""Tracing a model's operations and tracking the labels of its activations."""
 
 from __future__ import annotations
 
@@ -105,34 +105,34 @@ class Recorder(TorchDispatchMode):
     """Follows labels through every operation that runs while it is entered.
 
     Args:
-        known: What is known about parameters and buffers.
-        inputs: The tensors that the model is called with.
+        known: States of parameters and buffers.
+        inputs: The model's input tensors.
 
     Attributes:
-        ledger: What was noted.
+        ledger: The records of the run.
         used: Parameters and buffers that some operation has read, by ``id``.
         called: Names of the modules that were called.
     """
 
-    def __init__(self, known: Sequence[tuple[Tensor, State]], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, states: Sequence[tuple[Tensor, State]], inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.ledger = Ledger()
         self.used: set[int] = set()
         self.called: set[str] = set()
-        self._known = {id(tensor) for tensor, _ in known}
+        self._known = {id(tensor) for tensor, _ in states}
         self._states: Any = WeakTensorKeyDictionary()
-        for tensor, state in known:
+        for tensor, state in states:
             self._states[tensor] = state
         for tensor in inputs:
             self._states[tensor] = State()
-        # Where the inputs are not seen, any tensor may depend on them.
+        # If the inputs are not visible, any tensor may depend on them.
         self._constant = State(weight=bool(inputs))
         self._stack: list[str] = []
 
     def state_of(self, tensor: Tensor) -> State:
-        """Return what is known about a tensor."""
-        found = self._states.get(tensor)
-        return self._constant if found is None else found
+        """Return the state of a tensor."""
+        state = self._states.get(tensor)
+        return self._constant if state is None else state
 
     @contextmanager
     def modules(self, model: nn.Module) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation and note what it does to the labels."""
+        """Run an operation and record its effect on the labels."""
         kwargs = kwargs or {}
         output = operation(*args, **kwargs)
         with torch.utils._python_dispatch._disable_current_modes():
@@ -178,11 +178,11 @@ class Recorder(TorchDispatchMode):
         module = self._stack[-1] if self._stack else ""
         call = Call(operation, tuple(args), kwargs, output, module, self.ledger, self.state_of)
         try:
-            found = self._rule(operation, name)(call)
-        except Exception:  # an unusual form of an operation: all that goes into it stays
-            found = rules.everything(call)
-        found = [found] if isinstance(found, State) else list(found)
-        for tensor, state in zip(outputs, found, strict=False):
+            results = self._rule(operation, name)(call)
+        except Exception:  # an unusual form of an operation: all its inputs are fixed
+            results = rules.everything(call)
+        results = [results] if isinstance(results, State) else list(results)
+        for tensor, state in zip(outputs, results, strict=False):
             self._states[tensor] = state
 
     @staticmethod
@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
                     self._count(name, module, layer.reshape(-1))
 
     def _count(self, name: str, module: nn.Module, channels: Tensor) -> None:
-        """Note the numbers that a norm without parameters, or one in groups, keeps on itself."""
+        """Record the numbers that a norm without parameters, or one in groups, keeps on itself."""
         numbers = self.ledger.numbers
         if isinstance(module, _NormBase):
             if not [*module.parameters(), *module.buffers()]:

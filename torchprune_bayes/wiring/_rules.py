@@ -1,8 +1,8 @@
-"""What an operation does to the labels of its inputs: elementwise, moving and reducing ones.
+"""Effect of operations on the labels of their inputs: elementwise, moving and reducing ones.
 
-In plain words: elementwise operations unite the labels of what they combine. Operations that only
-move entries move the labels in the same way. Operations that take entries together, such as a sum
-over a dimension, let what they take together stand and fall together.
+In plain words: elementwise operations unite the labels of the entries they combine. Operations that
+only move entries move the labels in the same way. Operations that reduce over entries, such as a
+sum over a dimension, join the labels of these entries.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Call:
         kwargs: Its keyword arguments.
         output: What it returned.
         module: Qualified name of the module that is running.
-        ledger: Where to note what goes together.
-        state_of: Looks up what is known about a tensor.
+        ledger: Where to record joined atoms.
+        state_of: Returns the state of a tensor.
     """
 
     operation: Any
@@ -64,27 +64,27 @@ class Call:
 
     def layers(self, tensor: Tensor, dims: int | None = None) -> tuple[Layer, ...]:
         """Return the layers of a tensor, aligned to a number of dimensions."""
-        found = self.state_of(tensor).layers
-        return found if dims is None else tuple(aligned(layer, dims) for layer in found)
+        layers = self.state_of(tensor).layers
+        return layers if dims is None else tuple(aligned(layer, dims) for layer in layers)
 
 
 Rule: TypeAlias = Callable[[Call], "State | Sequence[State]"]
 
 
 def is_stiff(tensor: Tensor, state: State, dim: int) -> bool:
-    """Whether the size of a tensor along a dimension does not follow that of others."""
+    """Whether the size of a tensor along a dimension is independent of other tensors."""
     return tensor.shape[dim] > 1 and tensor.stride(dim) != 0 and not state.pliable
 
 
 def tensors_of(values: Iterable[Any]) -> list[Tensor]:
     """Return the tensors among arguments, also inside of lists."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found += tensors_of(value)
-    return found
+            tensors += tensors_of(value)
+    return tensors
 
 
 def elementwise(call: Call) -> State:
@@ -121,7 +121,7 @@ def combined(call: Call, tensors: Sequence[Tensor]) -> State:
 def _shared_scales(
     call: Call, states: list[State], own: list[list[Layer]], tensors: list[Tensor]
 ) -> None:
-    """Leave whole what scales all heads alike: the norm of a query, the angles of positions."""
+    """Keep whole what scales all heads alike: the norm of a query, the angles of positions."""
     for index, (state, tensor) in enumerate(zip(states, tensors, strict=True)):
         if not state.weight:
             continue
@@ -143,15 +143,15 @@ def same(call: Call) -> State:
 
 
 def moved(call: Call) -> State | list[State]:
-    """Do to the labels what is done to the entries."""
+    """Move labels as the entries are moved."""
     x = call.args[0]
     state = call.state_of(x)
     several = isinstance(call.output, (list, tuple))
     outputs = list(call.output) if several else [call.output]
-    found: list[list[Layer]] = [[] for _ in outputs]
+    moved_layers: list[list[Layer]] = [[] for _ in outputs]
     for layer in state.layers:
         if call.name == "constant_pad_nd" and not varying(layer) & _padded(call, x):
-            found[0].append(layer)
+            moved_layers[0].append(layer)
             continue
         full = layer.expand(x.shape)
         if call.name in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
@@ -159,11 +159,13 @@ def moved(call: Call) -> State | list[State]:
         else:
             result = call.operation(full, *call.args[1:], **call.kwargs)
             labels = list(result) if several else [result]
-        for place, each in enumerate(labels):
-            found[place].append(compressed(each))
+        for place, label in enumerate(labels):
+            moved_layers[place].append(compressed(label))
         if call.name in ("view", "_unsafe_view", "reshape"):
-            _note_reshape(call, layer, found[0][-1])
-    states = [State(call.ledger.keep(layers), state.weight, state.pliable) for layers in found]
+            _note_reshape(call, layer, moved_layers[0][-1])
+    states = [
+        State(call.ledger.keep(layers), state.weight, state.pliable) for layers in moved_layers
+    ]
     return states if several else states[0]
 
 
@@ -173,14 +175,14 @@ def _padded(call: Call, x: Tensor) -> set[int]:
 
 
 def _note_reshape(call: Call, before: Layer, after: Layer) -> None:
-    """Note where a labelled dimension falls into several, or several into one."""
+    """Record where a labelled dimension is split into several, or several are merged."""
     if len(varying(before)) != len(varying(after)):
         width = max([*before.shape, *after.shape])
         call.ledger.reshapes.append(Reshape(call.module, after, width))
 
 
 def parted(call: Call) -> State | list[State]:
-    """Move labels, noting where a labelled dimension is cut up."""
+    """Move labels, recording where a labelled dimension is split."""
     x = call.args[0]
     for layer in call.state_of(x).layers:
         for dim, start, stop, step in _parts(call, x):
@@ -210,14 +212,14 @@ def _parts(call: Call, x: Tensor) -> list[tuple[int, int, int, int]]:
 
 
 def looked_up(call: Call) -> State:
-    """Entries at positions that the code or the data name: these stay where they are."""
+    """Entries at positions given by the code or the data, which are fixed."""
     x, dims = call.args[0], set()
     if call.name == "index":
-        given = [place for place, index in enumerate(call.args[1]) if index is not None]
+        places = [place for place, index in enumerate(call.args[1]) if index is not None]
         flags = {torch.bool, torch.uint8}
-        if any(call.args[1][place].dtype in flags for place in given):
+        if any(call.args[1][place].dtype in flags for place in places):
             return everything(call)
-        dims = set(given)
+        dims = set(places)
     else:
         dims = {int(call.args[1]) % x.dim()}
     layers = []
@@ -253,8 +255,8 @@ def reduced(call: Call) -> State | list[State]:
                 keep=outputs[0].dim() == x.dim())
         for layer in state.layers
     ]  # fmt: skip
-    found = State(call.ledger.keep(layers), state.weight)
-    return [found] * len(outputs) if isinstance(call.output, (tuple, list)) else found
+    result = State(call.ledger.keep(layers), state.weight)
+    return [result] * len(outputs) if isinstance(call.output, (tuple, list)) else result
 
 
 def without(layer: Layer, dims: Iterable[int], *, keep: bool) -> Layer:
@@ -273,13 +275,13 @@ def along(call: Call) -> State | list[State]:
     layers = [
         call.ledger.stiffen(layer, {axis} & varying(layer), call.reason) for layer in state.layers
     ]
-    found = State(call.ledger.keep(layers), state.weight)
+    result = State(call.ledger.keep(layers), state.weight)
     count = len(tensors_of([call.output]))
-    return [found] * count if isinstance(call.output, (tuple, list)) else found
+    return [result] * count if isinstance(call.output, (tuple, list)) else result
 
 
 def concatenated(call: Call) -> State:
-    """Several tensors one after the other, or side by side along a new dimension."""
+    """Several tensors one after the other, or stacked along a new dimension."""
     tensors = [t for t in call.args[0] if t.dim() > 1 or t.numel()]
     dims = call.output.dim()
     dim = int(call.argument(1, "dim", 0)) % dims
@@ -294,7 +296,7 @@ def concatenated(call: Call) -> State:
         sizes = [1] * dims
         for axis in axes - {dim}:
             sizes[axis] = call.output.shape[axis]
-        known = [layer for layers in own for layer in layers if varying(layer) & axes]
+        related = [layer for layers in own for layer in layers if varying(layer) & axes]
         for tensor, state, layers in zip(tensors, states, own, strict=True):
             mine = call.ledger.merge([layer for layer in layers if varying(layer) & axes])
             sizes[dim] = tensor.shape[dim]
@@ -302,7 +304,7 @@ def concatenated(call: Call) -> State:
             if mine:
                 parts.append(mine[0].expand(sizes))
             elif axes - {dim} and not stiff:
-                parts.append(known[0].narrow(dim, 0, 1).expand(sizes))
+                parts.append(related[0].narrow(dim, 0, 1).expand(sizes))
             else:
                 parts.append(torch.zeros(1, dtype=torch.int64).expand(sizes))
         result.append(compressed(torch.cat(parts, dim)))
@@ -316,14 +318,14 @@ def concatenated(call: Call) -> State:
 def _clusters(sets: Iterable[set[int]]) -> list[set[int]]:
     """Unite sets that overlap."""
     done: list[set[int]] = []
-    for each in sets:
-        apart = [other for other in done if not other & each]
-        done = [*apart, each.union(*(other for other in done if other & each))]
+    for axes in sets:
+        apart = [other for other in done if not other & axes]
+        done = [*apart, axes.union(*(other for other in done if other & axes))]
     return done
 
 
 def everything(call: Call) -> State:
-    """An operation that is not known: all that goes into it stays."""
+    """An unknown operation: all its inputs are fixed."""
     for tensor in tensors_of([*call.args, *call.kwargs.values()]):
         for layer in call.state_of(tensor).layers:
             call.ledger.fix(

@@ -1,4 +1,4 @@
-"""Running a model on example inputs without leaving a trace in it or in the random generators."""
+"""Running a model on example inputs without side effects on it or on the random generators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ForwardFunction: TypeAlias = Callable[[nn.Module, Any], Any]
 
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes, buffers and generators are as before."""
+    """Evaluation mode without gradients; afterwards modes, buffers and generators are restored."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
     with preserved(model), IsolatedRandomness(0, device), torch.no_grad():

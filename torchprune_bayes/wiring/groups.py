@@ -1,8 +1,8 @@
-"""Units that go together: which entries of which tensors a channel, a hidden unit or a head owns.
+"""Groups of units: which entries of which tensors a channel, a hidden unit or a head owns.
 
 In plain words: removing channel 3 of a layer removes row 3 of its weight and bias, entry 3 of the
 norm behind it, and column 3 of every layer that reads it. A :class:`UnitGroup` lists these tensors
-once for all units that are removed in the same way. Everything structured is done with such lists:
+once for all units that are removed in the same way. Everything structured uses such lists:
 scoring, masking, slicing, saving, and carrying optimizer state along.
 """
 
@@ -48,17 +48,17 @@ class UnitSlice:
 
 @dataclass(frozen=True)
 class AttributeRule:
-    """A number on a module that follows the units: ``module.attribute = per_unit * units kept``.
+    """A number on a module that depends on the units: ``module.attribute = per_unit * units kept``.
 
-    Sizes that can be read off a layer's own tensors (``in_features``, ``num_features``, ...) need
+    Sizes that follow from a layer's own tensors (``in_features``, ``num_features``, ...) need
     no rule.
 
     Attributes:
         module: Qualified name of the module.
         attribute: Name of the number.
-        per_unit: How much of it each unit is.
-        power: Of the product; ``-0.5`` for the scale of attention. A power other than 1 makes it a
-            floating point number.
+        per_unit: Amount of it per unit.
+        power: Power of the product; ``-0.5`` for the scale of attention. A power other than 1 makes
+            it a floating point number.
     """
 
     module: str
@@ -67,25 +67,25 @@ class AttributeRule:
     power: float = 1.0
 
     def value(self, units: int) -> float:
-        """Return the number for so many units."""
+        """Return the number for a number of units."""
         total = self.per_unit * units
         return total if self.power == 1.0 else float(total) ** self.power
 
 
 @dataclass(frozen=True)
 class HeadPart:
-    """What is chosen together of the dimensions inside of heads: queries with keys, or values.
+    """Slices whose dimensions inside heads are chosen together: queries with keys, or values.
 
     All heads keep the same number of dimensions, but each may keep its own.
 
     Attributes:
-        slices: Places among the slices of the group.
-        heads: In how many heads the dimensions can be chosen apart. The positions of these slices
-            are ``[units, heads * entries]``, one head after the other; with 1, all heads lose the
-            same dimensions.
-        rescaled: Whether what stays is multiplied by ``(units kept / units) ** 0.25``, in queries
-            and keys both, so that products keep their scale in a module that divides them by the
-            square root of how many dimensions there are.
+        slices: Indices of the group's slices.
+        heads: Number of heads in which dimensions can be chosen separately. The positions of these
+            slices are ``[units, heads * entries]``, one head after the other; with 1, all heads
+            lose the same dimensions.
+        rescaled: Whether remaining entries are multiplied by ``(units kept / units) ** 0.25``, in
+            queries and keys both, so that products keep their scale in a module that divides them
+            by the square root of the number of dimensions.
     """
 
     slices: tuple[int, ...]
@@ -99,11 +99,11 @@ class UnitGroup:
 
     Attributes:
         name: Qualified name of the producing layer, unique among a model's groups.
-        kind: What a unit is.
-        units: How many there are.
+        kind: Kind of unit.
+        units: Number of units.
         slices: Everything that a unit owns; no tensor dimension appears in two groups with
             overlapping positions.
-        attributes: Numbers on modules that follow.
+        attributes: Numbers on modules that depend on the units.
         parts: For dimensions of heads, what is chosen together; empty for all other units.
     """
 
@@ -116,20 +116,20 @@ class UnitGroup:
 
     @property
     def unread(self) -> tuple[UnitSlice, ...]:
-        """Rows of queries and keys, whose dimensions no layer reads: they meet in a product."""
-        found = []
+        """Rows of queries and keys, whose dimensions no layer reads, only their product."""
+        unread = []
         for part in self.parts:
             pieces = [self.slices[place] for place in part.slices]
             if all(piece.role != "consumer" for piece in pieces):
-                found += [piece for piece in pieces if piece.role == "producer"]
-        return tuple(found)
+                unread += [piece for piece in pieces if piece.role == "producer"]
+        return tuple(unread)
 
 
 def check_kept(groups: Sequence[UnitGroup], kept: Kept) -> None:
-    """Refuse units that do not exist or are named twice, and groups without any unit left.
+    """Refuse units that do not exist or repeat, and groups without a remaining unit.
 
     Raises:
-        ArgumentError: With the first group that is wrong.
+        ArgumentError: For the first such group.
 
     Example:
         >>> group = UnitGroup("fc1", "hidden", 4, ())
@@ -149,5 +149,6 @@ def check_kept(groups: Sequence[UnitGroup], kept: Kept) -> None:
         in_range = int(indices.min()) >= 0 and int(indices.max()) < units[name]
         if not in_range or len(indices.unique()) != len(indices):
             raise ArgumentError(
-                f"Expected distinct units in [0, {units[name]}) to keep in `{name}`, got others."
+                f"Expected distinct units in [0, {units[name]}) to keep in `{name}`, got "
+                "repeated ones or others."
             )

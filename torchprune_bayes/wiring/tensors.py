@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield name, tensor and whether it belongs to the state, ties under each of their names."""
+    """Yield name, tensor and whether it belongs to the state, tied ones under every name."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():

@@ -30,7 +30,7 @@ class Side:
         name: First qualified name of the tensor.
         dim: The dimension.
         start: Its first atom.
-        size: How many.
+        size: Number of atoms.
     """
 
     name: str
@@ -41,23 +41,23 @@ class Side:
 
 @dataclass(frozen=True)
 class Wiring:
-    """What a run has shown.
+    """Result of a traced run.
 
     Attributes:
         sides: All dimensions of parameters and of the statistics of norms.
-        classes: For each atom the smallest one that goes with it; 0 stays.
-        roles: What the atoms' tensors are to the units, where a product has shown it: 0 for
+        classes: For each atom the smallest one that is removed with it; 0 if always kept.
+        roles: Role of the atoms' tensors for the units, as shown by products: 0 for
             unknown, 1 for producers, 2 for consumers.
         heads: Whether an atom's class is shared by a product inside of heads.
-        reshapes: Views in which code named sizes, with classes for labels.
+        reshapes: Views with sizes given by code, with classes for labels.
         used: Names of the parameters that some operation has read.
         called: Names of the modules that were called; others lend their tensors.
-        widths: Modules that cut a dimension into parts, with the classes along it, and where each
+        widths: Modules that split a dimension into parts, with the classes along it, and where each
             part starts and stops.
         numbers: Module, attribute and the classes of the entries that it counts.
-        reasons: Atoms that stay, and why.
-        parts: For each atom the smallest one that goes with it, whether they stay or not.
-        parametrized: Layers with a weight that is computed, and why they stay.
+        reasons: Atoms that are always kept, and why.
+        parts: For each atom the smallest one joined with it, whether kept or not.
+        parametrized: Layers with a computed weight, and why they are kept.
     """
 
     sides: tuple[Side, ...]
@@ -85,28 +85,28 @@ def observe(
     *,
     whole_heads: bool = True,
 ) -> Wiring:
-    """Run a model once and see which entries of its tensors go together.
+    """Run a model once to find which entries of its tensors are removed together.
 
     Args:
-        model: The model, without wrappers; it comes out as it went in.
-        example_inputs: What it is called with.
-        forward_fn: How to call it otherwise.
-        whole_heads: Whether all dimensions of a head go together; otherwise all heads do, and their
-            dimensions are told apart.
+        model: The model, without wrappers; it is not changed.
+        example_inputs: Inputs of the model.
+        forward_fn: Another way to call it.
+        whole_heads: Whether all dimensions of a head are removed together; otherwise those of all
+            heads are, and the dimensions are removed separately.
 
     Returns:
         The wiring.
 
     Raises:
         ArgumentError: If the model returns no floating point tensor.
-        ParameterError: If the run exchanges modules of the model.
+        ParameterError: If the run replaces modules of the model.
 
     Cost: one forward pass in evaluation mode, and small tensors for each operation.
     """
-    sides, known = _sides(model)
+    sides, states = _sides(model)
     atoms = 1 + sum(side.size for side in sides)
     inputs = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
-    recorder = Recorder(known, inputs)
+    recorder = Recorder(states, inputs)
     recorder.ledger.whole_heads = whole_heads
     modules = dict(model.named_modules())
     names: dict[int, str] = {}
@@ -123,12 +123,12 @@ def observe(
             output = run(model, example_inputs, forward_fn)
         _check_modules(model, modules)
         _finish(recorder, output)
-        if any(id(tensor) not in recorder.used for tensor, _ in known):
+        if any(id(tensor) not in recorder.used for tensor, _ in states):
             _in_training(model, recorder, example_inputs, forward_fn)
     ledger = recorder.ledger
     _tie_recurrent(model, recorder)
     parametrized = _keep_parametrized(model, sides, ledger)
-    used = frozenset(names[each] for each in recorder.used)
+    used = frozenset(names[key] for key in recorder.used)
     classes = solve(ledger, atoms)
     for side in sides:
         if side.name not in used:
@@ -138,7 +138,10 @@ def observe(
         classes,
         _roles(ledger, atoms),
         _marked(ledger.heads, classes),
-        tuple(Reshape(each.module, classes[each.labels], each.width) for each in ledger.reshapes),
+        tuple(
+            Reshape(reshape.module, classes[reshape.labels], reshape.width)
+            for reshape in ledger.reshapes
+        ),
         used,
         frozenset(recorder.called),
         tuple(
@@ -154,21 +157,21 @@ def observe(
 
 
 def _both_move(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs without those that say that an atom stays."""
+    """Pairs without those that fix an atom."""
     both = (one > 0) & (other > 0)
     return one[both], other[both]
 
 
 def _sides(model: nn.Module) -> tuple[list[Side], list[tuple[Tensor, State]]]:
     sides: list[Side] = []
-    known: list[tuple[Tensor, State]] = []
+    states: list[tuple[Tensor, State]] = []
     seen: set[int] = set()
     start = 1
     for prefix, module in model.named_modules():
         own = [*module._parameters.items()]
         # Buffers of other shapes are tables, masks and filters.
-        vectors = [(key, each) for key, each in module._buffers.items()
-                   if each is not None and each.dim() == 1]  # fmt: skip
+        vectors = [(key, buffer) for key, buffer in module._buffers.items()
+                   if buffer is not None and buffer.dim() == 1]  # fmt: skip
         own += vectors
         for key, tensor in own:
             if tensor is None or id(tensor) in seen or not tensor.is_floating_point():
@@ -182,8 +185,8 @@ def _sides(model: nn.Module) -> tuple[list[Side], list[tuple[Tensor, State]]]:
                     layers.append(torch.arange(start, start + size).reshape(shape))
                     sides.append(Side(f"{prefix}.{key}" if prefix else key, dim, start, size))
                     start += size
-            known.append((tensor, State(tuple(layers), weight=True)))
-    return sides, known
+            states.append((tensor, State(tuple(layers), weight=True)))
+    return sides, states
 
 
 def _check_modules(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
@@ -191,7 +194,7 @@ def _check_modules(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
         if before.get(name) is not module:
             raise ParameterError(
                 f"Expected a model that keeps its modules, got {type(model).__name__}, which put a "
-                f"{type(module).__name__} at `{name}` when it ran: configure it so from the start."
+                f"{type(module).__name__} at `{name}` when it ran: make this replacement before."
             )
 
 
@@ -200,7 +203,7 @@ def _finish(recorder: Recorder, output: Any) -> None:
     if not tensors:
         raise ArgumentError(
             f"Expected a floating point tensor from the model, got {type(output).__name__}: "
-            "give a `forward_fn` that returns one."
+            "pass a `forward_fn` that returns one."
         )
     for tensor in tensors:
         for layer in recorder.state_of(tensor).layers:
@@ -208,7 +211,7 @@ def _finish(recorder: Recorder, output: Any) -> None:
 
 
 def _tie_recurrent(model: nn.Module, recorder: Recorder) -> None:
-    """Let all layers and directions of a recurrent module, which share a size, lose alike."""
+    """Join all layers and directions of a recurrent module, which share a size."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.RNNBase):
             continue
@@ -225,25 +228,25 @@ def _tie_recurrent(model: nn.Module, recorder: Recorder) -> None:
 
 
 def _keep_parametrized(model: nn.Module, sides: list[Side], ledger: Ledger) -> dict[str, str]:
-    """Fix all tensors of layers with a weight that is computed, as weight norm does; name them."""
+    """Fix all tensors of layers with a computed weight, as in weight norm; return the reasons."""
     paths = [name for name, module in model.named_modules() if is_parametrized(module)]
-    found = {}
+    reasons = {}
     for side in sides:
         owner = side.name.rpartition(".")[0].partition("parametrizations")[0].rstrip(".")
         if owner in paths:
             labels = torch.arange(side.start, side.start + side.size)
-            found[owner] = (
+            reasons[owner] = (
                 f"`{owner or 'the model'}` is parametrized, which "
                 "`torch.nn.utils.parametrize.remove_parametrizations` undoes"
             )
-            ledger.fix(labels, found[owner])
-    return found
+            ledger.fix(labels, reasons[owner])
+    return reasons
 
 
 def _in_training(
     model: nn.Module, recorder: Recorder, example_inputs: Any, forward_fn: ForwardFunction | None
 ) -> None:
-    """Run the model as in training, with norms as in evaluation; models that refuse it are left."""
+    """Run the model as in training, with norms as in evaluation; skip models that refuse."""
     norms = (_NormBase, nn.modules.dropout._DropoutNd)
     for module in model.modules():
         module.training = not isinstance(module, norms)
@@ -258,7 +261,7 @@ def _in_training(
 
 @contextmanager
 def _transparent(recurrent: bool) -> Iterator[None]:
-    """Switch fused paths off that hide what happens inside of a module."""
+    """Disable fused paths that hide the operations of a module."""
     fast = torch.backends.mha.get_fastpath_enabled()
     fused = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -283,6 +286,6 @@ def _roles(ledger: Ledger, atoms: int) -> Tensor:
 
 def _marked(labels: list[Tensor], classes: Tensor) -> Tensor:
     marked = torch.zeros(len(classes), dtype=torch.bool)
-    for each in labels:
-        marked[classes[each]] = True
+    for atoms in labels:
+        marked[classes[atoms]] = True
     return marked[classes]

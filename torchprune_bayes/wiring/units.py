@@ -64,18 +64,18 @@ _MODEL_NUMBERS = ("num_features", "head_hidden_size", "last_channel")
 
 
 def groups_of(model: nn.Module, wiring: Wiring) -> list[UnitGroup]:
-    """List the units that a run has shown, those of equal make in one group.
+    """List the units of a traced run, with units of equal structure in one group.
 
     Args:
         model: The model that was observed.
-        wiring: What was seen.
+        wiring: The result of tracing it.
 
     Returns:
-        Groups of at least two units that some layer makes, in the order of these layers.
+        Groups of at least two units that a layer produces, in the order of these layers.
     """
     places = _places(wiring)
     modules = dict(model.named_modules())
-    found = []
+    groups = []
     for sides, classes, positions in places:
         slices = tuple(
             UnitSlice(side.name, side.dim, at, _role(modules, wiring, side))
@@ -88,10 +88,10 @@ def groups_of(model: nn.Module, wiring: Wiring) -> list[UnitGroup]:
         heads = bool(wiring.heads[classes].any())
         kind = "head" if heads else _kind(modules[name])
         group = UnitGroup(name, kind, len(classes), slices)
-        found.append(replace(group, attributes=tuple(_rules(model, wiring, group, classes))))
+        groups.append(replace(group, attributes=tuple(_rules(model, wiring, group, classes))))
     order = {name: place for place, name in enumerate(modules)}
-    found.sort(key=lambda group: (order[group.name], int(group.slices[0].positions.min())))
-    return _distinct(found)
+    groups.sort(key=lambda group: (order[group.name], int(group.slices[0].positions.min())))
+    return _distinct(groups)
 
 
 def _places(wiring: Wiring) -> Iterator[tuple[list[Side], Tensor, list[Tensor]]]:
@@ -114,9 +114,9 @@ def _places(wiring: Wiring) -> Iterator[tuple[list[Side], Tensor, list[Tensor]]]
     stretch = make_of[classes] * len(size) + number
     order = (stretch * len(wiring.classes) + classes).argsort(stable=True)
     classes, atoms = classes[order], atoms[order]
-    found, lengths = torch.unique_consecutive(stretch[order], return_counts=True)
+    stretches, lengths = torch.unique_consecutive(stretch[order], return_counts=True)
     parts = zip(
-        found.tolist(),
+        stretches.tolist(),
         classes.split(lengths.tolist()),
         atoms.split(lengths.tolist()),
         strict=True,
@@ -132,7 +132,7 @@ def _places(wiring: Wiring) -> Iterator[tuple[list[Side], Tensor, list[Tensor]]]
 
 
 def _hashed(side: Tensor, counts: Tensor) -> Tensor:
-    """Numbers that, summed over the sides of a class, tell sides and counts apart."""
+    """Numbers that, summed over the sides of a class, identify sides and counts."""
     mixed = (side + 1) * 0x9E3779B97F4A7C + counts * 0x5851F42D4C957F
     for shift, factor in ((31, 0x7FB5D329728EA1), (27, 0x81DADEF4BC2DD4)):
         mixed = (mixed ^ (mixed >> shift)) * factor
@@ -140,7 +140,7 @@ def _hashed(side: Tensor, counts: Tensor) -> Tensor:
 
 
 def _distinct(groups: Sequence[UnitGroup]) -> list[UnitGroup]:
-    """Number the groups of a layer that makes units of several kinds, from the second on."""
+    """Number the groups of a layer that produces units of several kinds, from the second on."""
     seen: dict[str, int] = {}
     result = []
     for group in groups:
@@ -154,7 +154,7 @@ def _kind(module: nn.Module) -> Kind:
 
 
 def _role(modules: dict[str, nn.Module], wiring: Wiring, side: Side) -> Role:
-    """What a tensor is to the units along a dimension."""
+    """Role of a tensor for the units along a dimension."""
     path, _, key = side.name.rpartition(".")
     module = modules[path]
     if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels:
@@ -175,19 +175,19 @@ def _role(modules: dict[str, nn.Module], wiring: Wiring, side: Side) -> Role:
 def _rules(
     model: nn.Module, wiring: Wiring, group: UnitGroup, classes: Tensor
 ) -> Iterator[AttributeRule]:
-    """Yield the numbers on modules that follow the units of a group."""
+    """Yield the numbers on modules that depend on the units of a group."""
     rules = [
         AttributeRule(name, key, int((labels == classes[0]).sum()))
         for name, key, labels in wiring.numbers
         if bool((labels == classes[0]).any())
     ]
     counts: dict[str, list[int]] = {}
-    for each in wiring.reshapes:
-        labels = compressed(each.labels)
+    for reshape in wiring.reshapes:
+        labels = compressed(reshape.labels)
         if len(varying(labels)) == 1 and bool((labels == classes[0]).any()):
-            counts.setdefault(each.module, []).append(labels.numel())
-    for name, found in counts.items():
-        rules += _head_rules(model, name, group, found)
+            counts.setdefault(reshape.module, []).append(labels.numel())
+    for name, numbers in counts.items():
+        rules += _head_rules(model, name, group, numbers)
     for name, labels, start, stop in wiring.widths:
         whole = (labels, labels[start:stop])
         sizes = {len(part) for part in whole if bool(torch.isin(part, classes).all())}
@@ -198,9 +198,9 @@ def _rules(
 def _head_rules(
     model: nn.Module, name: str, group: UnitGroup, counts: Sequence[int]
 ) -> Iterator[AttributeRule]:
-    """Yield what a module that views so many heads keeps about their number and width.
+    """Yield the attributes for number and width of heads of a module that views them.
 
-    Modules inside of it, such as one that makes a bias for every head, keep the number too.
+    Modules inside it, such as one with a bias for every head, have the number too.
     """
     sizes = {piece.positions.numel() for piece in group.slices}
     for inner, module in model.get_submodule(name).named_modules(prefix=name):
@@ -218,7 +218,7 @@ def _head_rules(
 def _width_rules(
     model: nn.Module, name: str, group: UnitGroup, sizes: set[int]
 ) -> Iterator[AttributeRule]:
-    """Yield the numbers by which a module may cut a dimension into parts."""
+    """Yield the numbers by which a module may split a dimension into parts."""
     module = model.get_submodule(name)
     for key, value in () if kind_of(module).counts_units else vars(module).items():
         if type(value) is int and value in sizes and value % group.units == 0:
@@ -226,7 +226,7 @@ def _width_rules(
 
 
 def _model_numbers(model: nn.Module, group: UnitGroup) -> Iterator[AttributeRule]:
-    """Yield the sizes that timm and torchvision keep on the model for whoever replaces its head."""
+    """Yield the sizes that timm and torchvision store on the model for replacing its head."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for piece in group.slices:
         owner = piece.name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Layers that no run has reached, and what they may read."""
+"""Layers that the run did not reach, and what they may read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torchprune_bayes.wiring.groups import UnitGroup
 def read_unseen(
     model: nn.Module, groups: Sequence[UnitGroup], used: Collection[str]
 ) -> dict[str, str]:
-    """Tell which groups a layer that did not run may read, going by its number of inputs.
+    """Find groups that a layer that did not run may read, judged by its number of inputs.
 
-    A branch that did not run is entered through its first layer, and through those whose inputs no
-    other layer of the branch makes.
+    A branch that did not run is entered through its first layer, and through layers whose inputs no
+    other layer of the branch produces.
 
     Args:
         model: The model.
@@ -44,9 +44,9 @@ def read_unseen(
 
 
 def unreached(model: nn.Module, used: Collection[str]) -> Iterator[str]:
-    """Yield the outermost modules none of whose parameters was read, beside others that were.
+    """Yield the outermost modules without any read parameter, next to others with some.
 
-    A parameter that is tied to one that was read was read.
+    A parameter that is tied to a read one counts as read.
     """
     first = dict(model.named_parameters())
     read = {id(first[name]) for name in used if name in first}
@@ -56,8 +56,8 @@ def unreached(model: nn.Module, used: Collection[str]) -> Iterator[str]:
             name = name.rpartition(".")[0]
             reached.add(name)
     for name, module in model.named_modules():
-        held = any(True for _ in module.parameters())
-        if held and name not in reached and name.rpartition(".")[0] in reached:
+        has_parameters = any(True for _ in module.parameters())
+        if has_parameters and name not in reached and name.rpartition(".")[0] in reached:
             yield name
 
 

@@ -1,4 +1,4 @@
-"""Layers whose outputs stay whole, and why."""
+"""Layers whose outputs are kept whole, and why."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from torchprune_bayes.wiring.unseen import unreached
 
 
 def kept_whole(model: nn.Module, wiring: Wiring, groups: Sequence[UnitGroup]) -> dict[str, str]:
-    """Say for all layers that make no units of a group why they do not.
+    """Explain for all layers that produce no units of a group why they do not.
 
-    Layers whose outputs meet, as in additions, have one line, and the outputs of the model none.
+    Layers whose outputs are combined, as in additions, share one line; the model's outputs have
+    none.
 
     Args:
         model: The model that was observed.
-        wiring: What was seen.
+        wiring: The result of tracing it.
         groups: Its groups.
 
     Returns:
         A sentence for the first layer of each kind, by its name, in the order of the modules.
     """
     made = {(piece.name, piece.dim) for group in groups for piece in group.slices}
-    found = dict(wiring.parametrized)
-    known: set[int] = set()
+    reasons = dict(wiring.parametrized)
+    explained: set[int] = set()
     for name, side in _makers(model, wiring):
-        if name in found or (side.name, side.dim) in made:
+        if name in reasons or (side.name, side.dim) in made:
             continue
         part = int(wiring.parts[side.start])
         why = _reason(wiring, part) or _cut_up(wiring, side)
-        if part not in known and why != OUTPUTS:
-            found[name] = why
-        known.add(part)
+        if part not in explained and why != OUTPUTS:
+            reasons[name] = why
+        explained.add(part)
     for name in unreached(model, wiring.used):
-        found[name] = "the example inputs do not reach it"
+        reasons[name] = "the example inputs do not reach it"
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+    return dict(sorted(reasons.items(), key=lambda item: order[item[0]]))
 
 
 def _makers(model: nn.Module, wiring: Wiring) -> Iterator[tuple[str, Side]]:
-    """Yield the sides along which layers make their outputs, with the layers' names."""
+    """Yield the sides along which layers produce their outputs, with the layers' names."""
     modules = dict(model.named_modules())
     for side in wiring.sides:
         path, _, key = side.name.rpartition(".")
@@ -56,13 +57,13 @@ def _makers(model: nn.Module, wiring: Wiring) -> Iterator[tuple[str, Side]]:
 
 
 def _reason(wiring: Wiring, part: int) -> str | None:
-    """The first reason for which something stays that goes with a part."""
-    found = (why for labels, why in wiring.reasons if _meets(wiring.parts[labels], part))
-    return next(found, None)
+    """The first reason that fixes atoms joined with a part."""
+    reasons = (why for labels, why in wiring.reasons if _meets(wiring.parts[labels], part))
+    return next(reasons, None)
 
 
 def _cut_up(wiring: Wiring, side: Side) -> str:
-    """What lets units stay or go only all together."""
+    """Why units can only be removed all at once."""
     one = int(wiring.classes[side.start])
     module = next((name for name, labels, *_ in wiring.widths if _meets(labels, one)), None)
     return "all of them go together" + (
