@@ -42,6 +42,43 @@ def flop_counter() -> Iterator[FlopCounterMode]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextmanager
+def counted_flops(model: nn.Module, flops: dict[str, int]) -> Iterator[None]:
+    """Count what a model runs, and put the FLOPs of each module outside of its children down.
+
+    Args:
+        model: The model. Its parameters require no gradients meanwhile, as PyTorch's counter asks
+            views of them for theirs.
+        flops: Filled at the end, by qualified name, without modules that do nothing themselves.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with flop_counter() as counter:
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    flops.update(_outside_of_children(counter, type(model).__name__))
+
+
+def _outside_of_children(counter: FlopCounterMode, root: str) -> dict[str, int]:
+    whole: dict[str, int] = {"": counter.get_total_flops()}
+    for key, counts in counter.get_flop_counts().items():
+        if key.startswith(f"{root}."):
+            whole[key.removeprefix(f"{root}.")] = sum(counts.values())
+    own = dict(whole)
+    for path, flops in whole.items():
+        parent = path
+        while parent:
+            parent = parent.rpartition(".")[0]
+            if parent in own:
+                own[parent] -= flops
+                break
+    return {path: flops for path, flops in own.items() if flops}
+
+
 _Shape = Sequence[int]
 
 

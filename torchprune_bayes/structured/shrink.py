@@ -169,7 +169,7 @@ def shrink(
         heads = "either" if target == "flops" and isinstance(importance, Calibration) else "whole"
     units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
     found = arranged(inner, units.groups, recipe.importance)
-    costs = UnitCosts.measure(inner, found, example_inputs, forward_fn)
+    costs = UnitCosts.measure(inner, found, example_inputs, forward_fn, units.flops)
     run = Shrinking(inner, found, recipe, costs, _measured(inner, found, target, inputs))
     averages = [ema] if isinstance(ema, nn.Module) else list(ema)
     with as_it_was_on_error([inner, *averages], optimizer):

@@ -84,7 +84,7 @@ which ignored layers and floors allow, got 0.9.
     if sparsity and target in ("params", "flops", "channels"):
         scores = {group.name: torch.zeros(group.units) for group in units.groups}
         ranking = rank_units(units.groups, scores, min_keep=min_keep, round_to=round_to)
-        costs = UnitCosts.measure(inner, units.groups, example_inputs, forward_fn)
+        costs = UnitCosts.measure(inner, units.groups, example_inputs, forward_fn, units.flops)
         blocks_to_reach(ranking, costs, target, sparsity)
     return units
 

@@ -37,10 +37,13 @@ class Units:
     Attributes:
         groups: Groups that can be cut.
         left_out: Why others cannot, by the name of the layer that makes their units.
+        flops: FLOPs of each module outside of its children, where the model was run to find the
+            groups.
     """
 
     groups: Sequence[UnitGroup]
     left_out: Mapping[str, str] = field(default_factory=dict)
+    flops: Mapping[str, int] | None = field(default=None, compare=False, repr=False)
 
 
 def find_groups(
@@ -164,7 +167,8 @@ def _whole_units(
         except ParameterError:  # another version of its blocks, or a variant
             if example_inputs is None:
                 raise
-    wiring = observe(inner, example_inputs, forward_fn)
+    flops: dict[str, int] = {}
+    wiring = observe(inner, example_inputs, forward_fn, flops=flops)
     found = groups_of(inner, wiring)
     chosen = without_ignored(inner, found, ignored)
     reasons = read_unseen(inner, chosen, wiring.used)
@@ -178,7 +182,7 @@ def _whole_units(
     reasons |= {name: why for name, why in failed.items() if name not in again}
     groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
     left_out = reasons | kept_whole(inner, wiring, found) | reasons
-    return Units(groups, left_out), [group for group in chosen if group.kind == "head"]
+    return Units(groups, left_out, flops), [group for group in chosen if group.kind == "head"]
 
 
 def without_ignored(

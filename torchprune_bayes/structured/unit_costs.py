@@ -7,8 +7,7 @@ pass of the whole model to see how often each weight is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal, Protocol, TypeAlias
@@ -16,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from torch import nn
 
 from torchprune_bayes._checks import check_choice
-from torchprune_bayes.costs import flop_counter
+from torchprune_bayes.costs import counted_flops
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured.groups import UnitGroup
@@ -82,6 +81,7 @@ class UnitCosts:
         groups: Sequence[UnitGroup],
         example_inputs: Any = None,
         forward_fn: ForwardFunction | None = None,
+        flops: Mapping[str, int] | None = None,
     ) -> UnitCosts:
         """Measure a model.
 
@@ -90,6 +90,7 @@ class UnitCosts:
             groups: Its groups.
             example_inputs: What it is called with, to count FLOPs; without them these are zero.
             forward_fn: How to call it otherwise.
+            flops: FLOPs of each module outside of its children, by name, if they are known.
 
         Returns:
             The costs. FLOPs are those of :func:`~torchprune_bayes.costs.flop_counter` for these
@@ -110,19 +111,22 @@ class UnitCosts:
         """
         inner = unwrap(model)
         sizes, first = _sizes(inner, groups)
-        counted = {} if example_inputs is None else _own_flops(inner, example_inputs, forward_fn)
+        counted = flops
+        if counted is None:
+            known = example_inputs is not None
+            counted = _own_flops(inner, example_inputs, forward_fn) if known else {}
         layers: dict[str, int] = {}
         heads: dict[str, int] = {}
         other = 0
-        for path, flops in counted.items():
+        for path, count in counted.items():
             weight = first.get(f"{path}.weight" if path else "weight")
             if weight is not None:
-                layers[weight] = layers.get(weight, 0) + flops
+                layers[weight] = layers.get(weight, 0) + count
                 continue
             for name, halves in _attention_of(path, groups):
-                heads[name] = heads.get(name, 0) + flops * halves // 2
-                other -= flops * halves // 2
-            other += flops
+                heads[name] = heads.get(name, 0) + count * halves // 2
+                other -= count * halves // 2
+            other += count
         return cls({group.name: group.units for group in groups}, sizes, layers, heads, other)
 
     def total(self, resource: Resource, left: Units) -> int:
@@ -182,39 +186,14 @@ def _sizes(
     return {name: TensorSize(shape, entries[name]) for name, shape in shapes.items()}, first
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require gradients, as PyTorch's counter asks views of them for theirs."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 def _own_flops(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None
-) -> dict[str, int]:
+) -> Mapping[str, int]:
     """FLOPs of each module outside of its children, by qualified name."""
-    with at_rest(model), _frozen(model), flop_counter() as counter:
+    flops: dict[str, int] = {}
+    with at_rest(model), counted_flops(model, flops):
         run(model, example_inputs, forward_fn)
-    whole: dict[str, int] = {"": counter.get_total_flops()}
-    root = type(model).__name__
-    for key, counts in counter.get_flop_counts().items():
-        if key.startswith(f"{root}."):
-            whole[key.removeprefix(f"{root}.")] = sum(counts.values())
-    own = dict(whole)
-    for path, flops in whole.items():
-        parent = path
-        while parent:
-            parent = parent.rpartition(".")[0]
-            if parent in own:
-                own[parent] -= flops
-                break
-    return {path: flops for path, flops in own.items() if flops}
+    return flops
 
 
 def _attention_of(path: str, groups: Sequence[UnitGroup]) -> list[tuple[str, int]]:

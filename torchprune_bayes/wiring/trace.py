@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
+from torchprune_bayes.costs import counted_flops
 from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.wiring._components import components
 from torchprune_bayes.wiring._labels import Layer, Ledger, Reshape, State, solve
@@ -84,6 +85,7 @@ def observe(
     forward_fn: ForwardFunction | None,
     *,
     whole_heads: bool = True,
+    flops: dict[str, int] | None = None,
 ) -> Wiring:
     """Run a model once to find which entries of its tensors are removed together.
 
@@ -93,6 +95,8 @@ def observe(
         forward_fn: Another way to call it.
         whole_heads: Whether all dimensions of a head are removed together; otherwise those of all
             heads are, and the dimensions are removed separately.
+        flops: If given, filled with the FLOPs of each module, see
+            :func:`~torchprune_bayes.costs.counted_flops`.
 
     Returns:
         The wiring.
@@ -119,7 +123,7 @@ def observe(
         _transparent(recurrent),
         recorder.modules(model),
     ):
-        with recorder:
+        with nullcontext() if flops is None else counted_flops(model, flops), recorder:
             output = run(model, example_inputs, forward_fn)
         _check_modules(model, modules)
         _finish(recorder, output)
