@@ -85,10 +85,8 @@ def _tied(model: nn.Module, whole: nn.Module) -> str:
 
 
 def _shares_embedding(model: nn.Module) -> bool:
-    if not hasattr(model, "get_output_embeddings"):
-        return False
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    return head is not None and head.weight is table.weight
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return head is not None and head.weight is model.get_input_embeddings().weight  # type: ignore[operator]
 
 
 def _generates(model: nn.Module, inputs: Mapping[str, Any]) -> None:
