@@ -162,9 +162,9 @@ def _stir(model: nn.Module) -> None:
 
 def _groups(report: ShrinkReport) -> str:
     kinds = Counter(group.kind for group in report.groups)
-    found = ", ".join(f"{count} of {kind}s" for kind, count in kinds.items())
+    result = ", ".join(f"{count} of {kind}s" for kind, count in kinds.items())
     left = f"; {len(report.left_out)} left whole" if report.left_out else ""
-    return f"{found.replace('hiddens', 'hidden units')}{left}"
+    return f"{result.replace('hiddens', 'hidden units')}{left}"
 
 
 def _checked(
@@ -195,12 +195,12 @@ def _checked(
 
 def _difference(case: Architecture, model: nn.Module, twin: nn.Module) -> float:
     """Compare in double precision where the model runs in it."""
-    found = distance(*(outputs(*in_double(each, case.inputs(2))) for each in (model, twin)))
-    if found is None:
+    result = distance(*(outputs(*in_double(each, case.inputs(2))) for each in (model, twin)))
+    if result is None:
         raise WrongError("there are no outputs to compare")
-    if found > TOLERANCES["partly single"]:
-        raise WrongError(f"outputs differ by {found:.1g} of the largest")
-    return found
+    if result > TOLERANCES["partly single"]:
+        raise WrongError(f"outputs differ by {result:.1g} of the largest")
+    return result
 
 
 def _trains(case: Architecture, twin: nn.Module) -> bool:
@@ -294,8 +294,8 @@ def main() -> None:
             if arguments.rows:
                 with arguments.rows.open("a") as file:
                     print(row, file=file)
-    found = [rows[case.name] for case in cases if case.name in rows]
-    print(HEADER, *found, "", summary(found), sep="\n")
+    result = [rows[case.name] for case in cases if case.name in rows]
+    print(HEADER, *result, "", summary(result), sep="\n")
 
 
 def _is_open(row: Row | None, *, deep: bool) -> bool:

@@ -163,15 +163,15 @@ def _importances(model: nn.Module, inputs: Tensor) -> Mapping[str, Callable[[], 
 def _score(importance: UnitImportance, model: nn.Module, groups: Any) -> int:
     """Score groups and return how many of them are not left whole."""
     importance.prepare(model, groups)
-    found = 0
+    result = 0
     for group in groups:
         scores = importance.score(group, model)
         if scores is None:
             continue
-        found += 1
+        result += 1
         if scores.shape != (group.units,) or not bool(scores.isfinite().all()):
             raise WrongError(f"{type(importance).__name__} has no score for every unit")
-    return found
+    return result
 
 
 def in_double(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
@@ -203,7 +203,7 @@ def distance(some: list[Tensor], others: list[Tensor]) -> float | None:
     Raises:
         WrongError: If shapes differ.
     """
-    found: list[float] = []
+    result: list[float] = []
     for one, other in zip(some, others, strict=True):
         if one.shape != other.shape:
             raise WrongError(
@@ -211,8 +211,8 @@ def distance(some: list[Tensor], others: list[Tensor]) -> float | None:
             )
         if one.numel():
             scale = float(other.abs().max()) or 1.0
-            found.append(float((one - other).abs().max()) / scale)
-    return max(found, default=None)
+            result.append(float((one - other).abs().max()) / scale)
+    return max(result, default=None)
 
 
 def _same(before: list[Tensor], after: list[Tensor], what: str) -> None:
@@ -230,8 +230,8 @@ def _train(model: nn.Module, inputs: Any) -> None:
         model.train()
     except Exception:
         model.eval()
-    found = [each for each in tensors_in(run(model, inputs)) if each.requires_grad]
-    sum(each.float().square().mean() for each in found).backward()  # type: ignore[union-attr]
+    result = [each for each in tensors_in(run(model, inputs)) if each.requires_grad]
+    sum(each.float().square().mean() for each in result).backward()  # type: ignore[union-attr]
 
 
 def short(error: Exception) -> str:

@@ -53,8 +53,8 @@ class FreshProcess:
         answer = self._ours.recv()
         if answer:
             raise RuntimeError(answer)
-        found: list[Tensor] = torch.load(Path(folder) / _OUTPUTS)
-        return found
+        result: list[Tensor] = torch.load(Path(folder) / _OUTPUTS)
+        return result
 
 
 def _serve(connection: Connection) -> None:

@@ -141,8 +141,8 @@ def _last_line(error: Exception) -> str:
 
 def _compiles(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     expected = outputs(model, inputs)
-    found = outputs(torch.compile(model, backend="aot_eager"), inputs)  # type: ignore[arg-type]
-    for one, other in zip(found, expected, strict=True):
+    result = outputs(torch.compile(model, backend="aot_eager"), inputs)  # type: ignore[arg-type]
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 

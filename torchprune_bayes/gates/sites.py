@@ -271,15 +271,15 @@ def _wired(
 ) -> Iterator[Site]:
     """Yield a site for each group of units that one batch norm scales or one layer reads."""
     wiring = observe(model, example_inputs, forward_fn)
-    found = [
+    result = [
         (site, group)
         for group in groups_of(model, wiring)
         if heads or group.kind != "head"
         for site in _site_of(model, group, wiring.called)
     ]
-    norms = [(site.module, group) for site, group in found if site.side == "out"]
+    norms = [(site.module, group) for site, group in result if site.side == "out"]
     silent = silenced(model, norms, example_inputs, forward_fn) if norms else set()
-    yield from (site for site, _ in found if site.side == "in" or site.module in silent)
+    yield from (site for site, _ in result if site.side == "in" or site.module in silent)
 
 
 def _site_of(model: nn.Module, group: UnitGroup, called: Collection[str]) -> Iterator[Site]:

@@ -47,8 +47,8 @@ def compare_inner(
     for name, outputs in masked.items():
         others = shrunk.get(name, [])
         if [tensor.shape for tensor in outputs] == [tensor.shape for tensor in others]:
-            found, compared = compare(outputs, others)
-            largest, count = max(largest, found), count + compared
+            result, compared = compare(outputs, others)
+            largest, count = max(largest, result), count + compared
     return largest, count
 
 

@@ -70,16 +70,16 @@ class Pairs:
             gone: Units that go, by the name of their group.
             damping: As for :func:`~torchprune_bayes._numerics.input_moments.least_squares`.
         """
-        found: Tensors = {}
+        result: Tensors = {}
         for group in groups:
             for given, taking in self._sides.get(group.name, ()) if group.name in gone else ():
                 keep = torch.ones(group.units, dtype=torch.bool)
                 keep[gone[group.name].cpu()] = False
-                own = found.get(taking.module, {})
-                found[taking.module] = own | self._taken_over(given, taking, keep, damping, own)
+                own = result.get(taking.module, {})
+                result[taking.module] = own | self._taken_over(given, taking, keep, damping, own)
         for module, rows in rows_that_go(self._model, groups, gone).items():
-            found[module] = without_rows(module, rows, found.get(module, {}))
-        return found
+            result[module] = without_rows(module, rows, result.get(module, {}))
+        return result
 
     def _taken_over(
         self,
@@ -109,10 +109,10 @@ class Pairs:
                 matrix[rows] = fit.weight.T @ matrix[rows]
                 if shift is not None:
                     shift[rows] = fit.weight.T @ shift[rows]
-        found = {"weight": as_weight(taking.module, matrix, weight)}
+        result = {"weight": as_weight(taking.module, matrix, weight)}
         if bias is not None and shift is not None:
-            found["bias"] = shift.to(bias)
-        return found
+            result["bias"] = shift.to(bias)
+        return result
 
 
 def _of_outputs(side: Side, inputs: Moments) -> list[Moments]:
@@ -121,7 +121,7 @@ def _of_outputs(side: Side, inputs: Moments) -> list[Moments]:
     assert weight is not None
     matrix = wide(as_matrix(side.module, weight.detach()))
     shift = matrix.new_zeros(len(matrix)) if bias is None else wide(bias.detach())
-    found = []
+    result = []
     for head in side.positions.unbind(1):
         moments = Moments.zeros(len(head), matrix.device)
         for rows in head.T:
@@ -131,8 +131,8 @@ def _of_outputs(side: Side, inputs: Moments) -> list[Moments]:
             total = total + inputs.count * moved
             products = products + torch.outer(moved, total)
             moments = moments + Moments(inputs.count, total, products)
-        found.append(moments)
-    return found
+        result.append(moments)
+    return result
 
 
 def _sides(model: nn.Module, group: UnitGroup) -> list[tuple[Side, Side]]:

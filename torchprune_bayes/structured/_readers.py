@@ -137,10 +137,10 @@ class Reader:
             intercept=bias is not None or self.norm is not None,
             damping=damping,
         )
-        found = {"weight": as_weight(self.module, fit.weight, weight)}
+        result = {"weight": as_weight(self.module, fit.weight, weight)}
         if bias is not None:
-            found["bias"] = (wide(bias.detach()) + fit.shift).to(bias)
-        return fit, found
+            result["bias"] = (wide(bias.detach()) + fit.shift).to(bias)
+        return fit, result
 
     def output_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
         """Mean and variance of the layer's outputs with a weight and bias, from its inputs'."""
@@ -155,10 +155,10 @@ class Reader:
 def readers_of(
     model: nn.Module, groups: Sequence[UnitGroup]
 ) -> tuple[dict[str, Reader], list[str]]:
-    """Return the layers that read units, by the first name of their weight, and those unserved."""
+    """Return the layers that read units, by the first name of their weight, and all others."""
     first, _ = first_names(model)
-    found: dict[str, Reader] = {}
-    unserved: list[str] = []
+    result: dict[str, Reader] = {}
+    unsupported: list[str] = []
     for group in groups:
         for piece in group.slices:
             if piece.role != "consumer":
@@ -167,10 +167,10 @@ def readers_of(
             module = model.get_submodule(path)
             if local == "weight" and is_readable(module):
                 name = first[piece.name]
-                found.setdefault(name, Reader(name, path, module, piece.dim))
+                result.setdefault(name, Reader(name, path, module, piece.dim))
             else:
-                unserved.append(path)
-    return found, list(dict.fromkeys(unserved))
+                unsupported.append(path)
+    return result, list(dict.fromkeys(unsupported))
 
 
 def rows_that_go(
@@ -183,23 +183,23 @@ def rows_that_go(
         groups: Its groups.
         gone: Units that go, by the name of their group.
     """
-    found: dict[nn.Module, Rows] = {}
+    result: dict[nn.Module, Rows] = {}
     for group in groups:
         for piece in group.unread if group.name in gone else ():
             path, _, key = piece.name.rpartition(".")
             rows = piece.positions[gone[group.name].to(piece.positions.device)].flatten()
-            found.setdefault(model.get_submodule(path), []).append((key, piece.dim, rows))
-    return found
+            result.setdefault(model.get_submodule(path), []).append((key, piece.dim, rows))
+    return result
 
 
 def without_rows(module: nn.Module, rows: Rows, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a layer's own tensors, or others in their place, with zeros in some rows."""
-    found = dict(tensors)
+    result = dict(tensors)
     for key, dim, indices in rows:
-        tensor = found.get(key, module._parameters[key])
+        tensor = result.get(key, module._parameters[key])
         assert tensor is not None
-        found[key] = tensor.detach().index_fill(dim, indices.to(tensor.device), 0.0)
-    return found
+        result[key] = tensor.detach().index_fill(dim, indices.to(tensor.device), 0.0)
+    return result
 
 
 @contextmanager

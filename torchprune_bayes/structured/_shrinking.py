@@ -69,9 +69,9 @@ class Shrinking:
             importance.prepare(self.model, self.groups)
             self._prepared = True
         scores = {
-            group.name: found
+            group.name: result
             for group in self.groups
-            if (found := importance.score(group, self.model)) is not None
+            if (result := importance.score(group, self.model)) is not None
         }
         resource = None if target == "evidence" else target
         ranking, self.curves = self.recipe.ranking(
@@ -141,8 +141,8 @@ class Shrinking:
         if calibration is None:
             self.changes.append(apply_plan(self.model, plan, values=values))
         else:
-            found = repair(calibration, self.groups, kept)
-            change, report = cut_with(calibration, self.groups, plan, found)
+            result = repair(calibration, self.groups, kept)
+            change, report = cut_with(calibration, self.groups, plan, result)
             self.changes.append(change)
             self.repairs.append(report)
         self.groups = groups_after(self.groups, plan, kept)

@@ -109,20 +109,20 @@ class Twin:
         with self._masked(plan, put_back):
             masked = self._outputs()
             try:
-                found = compare(masked, shrunk)
+                result = compare(masked, shrunk)
             except NumericalError as error:
-                failure, found = error, (float("inf"), 1)
-            if found[1] and not self._jumps(masked, found[0]):
+                failure, result = error, (float("inf"), 1)
+            if result[1] and not self._jumps(masked, result[0]):
                 if failure is not None:
                     raise failure
-                return found
+                return result
             inside = self._inside()
         within = compare_inner(inside, self._cut(plan, self._inside))
-        if not found[1] or (within[1] and within[0] <= TOLERANCES[self.dtype]):
+        if not result[1] or (within[1] and within[0] <= TOLERANCES[self.dtype]):
             return within
         if failure is not None:
             raise failure
-        return found
+        return result
 
     def place(self, plan: ShrinkPlan) -> str:
         """Where a cut goes wrong.

@@ -45,14 +45,14 @@ def check_equal(
 
     Cost: a copy of the model and four forward passes.
     """
-    found = 0.0
+    result = 0.0
     for dtype in dtypes_for(model):
-        found = _largest(Twin(model, example_inputs, forward_fn, dtype), plan)
-        if found <= TOLERANCES[dtype]:
-            return found
+        result = _largest(Twin(model, example_inputs, forward_fn, dtype), plan)
+        if result <= TOLERANCES[dtype]:
+            return result
     raise NumericalError(
         "Expected the shrunk model to compute what the whole one computes with the same units "
-        f"zeroed, got a difference of {found:.3g} of the largest output where at most "
+        f"zeroed, got a difference of {result:.3g} of the largest output where at most "
         f"{TOLERANCES[dtype]:.3g} can be rounding: its wiring is not understood, and the model is "
         "left as it was."
     )
@@ -115,10 +115,10 @@ def failing_groups(
         twins = partial(Twin, model, example_inputs, forward_fn, dtype, 1)
         if not changed and _failure(twins(), suspects, put_back=False) is None:
             return reasons
-        found = _failing(twins(), suspects)
+        result = _failing(twins(), suspects)
         # Rounding is no reason for a model not to run.
-        reasons |= {name: why for name, why in found.items() if not why.startswith(_CHANGED)}
-        changed = {name: why for name, why in found.items() if why.startswith(_CHANGED)}
+        reasons |= {name: why for name, why in result.items() if not why.startswith(_CHANGED)}
+        changed = {name: why for name, why in result.items() if why.startswith(_CHANGED)}
         suspects = [group for group in suspects if group.name in changed]
         if not suspects:
             return reasons
@@ -131,12 +131,12 @@ def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
     rest = list(groups)
     while rest and (failure := _failure(twin, rest)) is not None:
         near = _near(twin.place(_part(twin, rest)), rest)
-        found = _halved(twin, near) or {group.name: failure for group in near}
-        for kind in {_make(group) for group in near if group.name in found}:
-            alike = [g for g in rest if g.name not in found and _make(g) == kind]
-            found |= _alike(twin, alike)
-        reasons |= found
-        rest = [group for group in rest if group.name not in found]
+        result = _halved(twin, near) or {group.name: failure for group in near}
+        for kind in {_make(group) for group in near if group.name in result}:
+            alike = [g for g in rest if g.name not in result and _make(g) == kind]
+            result |= _alike(twin, alike)
+        reasons |= result
+        rest = [group for group in rest if group.name not in result]
     return reasons
 
 
@@ -155,10 +155,10 @@ def _alike(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
         return {}
     failure = ""
     for place in dict.fromkeys((len(groups) - 1, len(groups) // 2, 0)):
-        found = _failure(twin, [groups[place]])
-        if found is None:
+        result = _failure(twin, [groups[place]])
+        if result is None:
             return _halved(twin, groups)
-        failure = found
+        failure = result
     return {group.name: failure for group in groups}
 
 
@@ -189,11 +189,11 @@ def _halved(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
 def _failure(twin: Twin, groups: Sequence[UnitGroup], *, put_back: bool = True) -> str | None:
     """Why a cut through groups fails, ``None`` if it does not or nothing can be compared."""
     try:
-        found, _ = twin.difference(_part(twin, groups), put_back=put_back)
+        result, _ = twin.difference(_part(twin, groups), put_back=put_back)
     except Exception as error:
         return first_line(error)
-    if found > TOLERANCES[twin.dtype]:
-        return f"{_CHANGED} by {found:.2g} of the largest output"
+    if result > TOLERANCES[twin.dtype]:
+        return f"{_CHANGED} by {result:.2g} of the largest output"
     return None
 
 

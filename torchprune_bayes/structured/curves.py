@@ -222,7 +222,7 @@ class _Trials:
     def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
         """Readers that do without some units, with the batch norms directly behind them."""
         rows = rows_that_go(self._calibration.model, [group], {group.name: gone})
-        found = self._pairs.without([group], {group.name: gone}, self._damping)
+        result = self._pairs.without([group], {group.name: gone}, self._damping)
         keeps: dict[str, Tensor] = {}
         for piece in group.slices:
             reader = self._readers.get(self._first.get(piece.name, ""))
@@ -234,13 +234,13 @@ class _Trials:
         for name, keep in keeps.items():
             reader = self._readers[name]
             _, fitted = reader.fit(keep, self._damping)
-            found[reader.module] = without_rows(reader.module, rows.get(reader.module, []), fitted)
+            result[reader.module] = without_rows(reader.module, rows.get(reader.module, []), fitted)
             norm: Any = reader.norm
             if norm is not None and norm.running_mean is not None:
                 before = reader.output_statistics({"weight": reader.weight})
-                now = reader.output_statistics(found[reader.module])
-                found[norm] = matched(norm, before, now)
-        return found
+                now = reader.output_statistics(result[reader.module])
+                result[norm] = matched(norm, before, now)
+        return result
 
 
 def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:

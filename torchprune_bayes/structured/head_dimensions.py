@@ -83,23 +83,25 @@ def dimensions_of(
             attentions.setdefault(_layer(part).rpartition(".")[0], []).append(part)
         if all(_is_read(part) for part in parts):
             left_out |= [_stays(group, wiring)]
-    served: dict[str, UnitGroup] = {}
+    removable: dict[str, UnitGroup] = {}
     why: dict[str, str] = {}
     for turn in range(max(map(len, attentions.values()), default=0)):
         # Parts of one module would make up for each other.
-        alone = [found[turn] for found in attentions.values() if turn < len(found)]
+        alone = [result[turn] for result in attentions.values() if turn < len(result)]
         works, fails = _tried(model, alone, (_NAMES[0], ()), example_inputs, forward_fn)
-        served |= works
+        removable |= works
         why |= fails
-    rest = [[part for part in found if part.name not in served] for found in attentions.values()]
-    together = [joined for found in rest if (joined := _joined(found))]
-    works, fails = _tried(model, together, _NAMES, example_inputs, forward_fn)
-    served |= works
-    for found in rest:
-        if found and _layer(found[0]) not in works:
-            reason = fails.get(_layer(found[0])) or why[found[0].name]
-            left_out[_layer(found[0])] = f"its heads cannot have another size: {reason}"
-    return list(served.values()), left_out
+    rest = [
+        [part for part in result if part.name not in removable] for result in attentions.values()
+    ]
+    joint = [joined for result in rest if (joined := _joined(result))]
+    works, fails = _tried(model, joint, _NAMES, example_inputs, forward_fn)
+    removable |= works
+    for result in rest:
+        if result and _layer(result[0]) not in works:
+            reason = fails.get(_layer(result[0])) or why[result[0].name]
+            left_out[_layer(result[0])] = f"its heads cannot have another size: {reason}"
+    return list(removable.values()), left_out
 
 
 def arranged(
@@ -134,18 +136,18 @@ def _parts(group: UnitGroup, fine: Sequence[UnitGroup]) -> Iterator[UnitGroup]:
     """Yield the dimensions inside of the heads of a group: queries with keys, and values."""
     owner = {(piece.name, piece.dim): _owners(piece) for piece in group.slices}
     made = {piece.name for piece in group.slices if piece.role == "producer"}
-    for place, found in enumerate(fine):
-        inside = [piece for piece in found.slices if (piece.name, piece.dim) in owner]
+    for place, result in enumerate(fine):
+        inside = [piece for piece in result.slices if (piece.name, piece.dim) in owner]
         if not inside or not made & {piece.name for piece in inside}:
             continue
-        laid = [_by_head(piece, owner.get((piece.name, piece.dim))) for piece in found.slices]
+        laid = [_by_head(piece, owner.get((piece.name, piece.dim))) for piece in result.slices]
         heads = group.units if all(each is not None for each in laid) else 1
         slices = tuple(
             each if each is not None and heads > 1 else piece
-            for each, piece in zip(laid, found.slices, strict=True)
+            for each, piece in zip(laid, result.slices, strict=True)
         )
         part = HeadPart(tuple(range(len(slices))), heads)
-        yield UnitGroup(f"{found.name}:{place}", "dimension", found.units, slices, parts=(part,))
+        yield UnitGroup(f"{result.name}:{place}", "dimension", result.units, slices, parts=(part,))
 
 
 def _owners(piece: UnitSlice) -> dict[int, int]:
@@ -217,7 +219,7 @@ def _tried(
     forward_fn: ForwardFunction | None,
 ) -> tuple[dict[str, UnitGroup], dict[str, str]]:
     """Groups in the first form that works on a copy, and why the others do not."""
-    served: dict[str, UnitGroup] = {}
+    removable: dict[str, UnitGroup] = {}
     reasons: dict[str, str] = {}
     seen: set[tuple[object, ...]] = set()
     for rescaled in (True, False):
@@ -225,15 +227,15 @@ def _tried(
             forms = [
                 form
                 for group in groups
-                if group.name not in served
+                if group.name not in removable
                 for form in [_form(model, group, sizes, rescaled=rescaled)]
                 if (form.name, form.attributes, form.parts) not in seen
             ]
             seen |= {(form.name, form.attributes, form.parts) for form in forms}
-            found = failing_groups(model, forms, example_inputs, forward_fn)
-            served |= {form.name: form for form in forms if form.name not in found}
-            reasons = found | reasons  # the first form is the one that was meant
-    return served, reasons
+            result = failing_groups(model, forms, example_inputs, forward_fn)
+            removable |= {form.name: form for form in forms if form.name not in result}
+            reasons = result | reasons  # the first form is the one that was meant
+    return removable, reasons
 
 
 def _form(model: nn.Module, group: UnitGroup, sizes: Sequence[str], *, rescaled: bool) -> UnitGroup:
@@ -280,10 +282,10 @@ def _single(group: UnitGroup, part: HeadPart, at: int) -> UnitGroup:
 def _reordered(group: UnitGroup, scores: Mapping[tuple[str, int], Tensor | None]) -> UnitGroup:
     slices = list(group.slices)
     for at, part in enumerate(group.parts):
-        found = scores.get((group.name, at))
-        if found is None:
+        result = scores.get((group.name, at))
+        if result is None:
             continue
-        by_head = found.detach().cpu().double().reshape(group.units, part.heads)
+        by_head = result.detach().cpu().double().reshape(group.units, part.heads)
         order = by_head.argsort(dim=0, descending=True, stable=True)
         for place in part.slices:
             rows = slices[place].positions.reshape(group.units, part.heads, -1)

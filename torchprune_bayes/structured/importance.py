@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 else:
     try:
         from torch_pruning.pruner.importance import Importance as _HostImportance
-    except ImportError:  # served families are shrunk without torch-pruning
+    except ImportError:  # known families are shrunk without torch-pruning
         _HostImportance = ABC
 
 

@@ -95,15 +95,15 @@ class MeasuredCosts:
         """
         whole = self.total(self.kind, left)
         least = _LEAST_PRICE * whole / max(sum(left.values()), 1)
-        found = {}
+        result = {}
         for name, units in left.items():
             half = max(units // 2, 1)
             if half == units:
-                found[name] = least
+                result[name] = least
                 continue
             saved = whole - self.total(self.kind, {**left, name: half})
-            found[name] = max(saved / (units - half), least)
-        return found
+            result[name] = max(saved / (units - half), least)
+        return result
 
     def _run(self) -> None:
         run(self.model, self.example_inputs, self.forward_fn)

@@ -169,7 +169,7 @@ def _describe(model: nn.Module) -> tuple[Manifest, dict[str, Tensor]]:
     records = {name: TensorRecord.of(tensor) for name, tensor in tensors.items()}
     numbers = {name: numbers_of(module) for name, module in model.named_modules()}
     return Manifest(
-        records, aliases, {name: found for name, found in numbers.items() if found}
+        records, aliases, {name: result for name, result in numbers.items() if result}
     ), tensors
 
 
@@ -196,9 +196,9 @@ def _manifest_in(folder: Path) -> Manifest:
     draft = folder / f"{MANIFEST_FILE}{_DRAFT}"
     if draft.is_file():
         with suppress(ArgumentError):
-            found = _read_manifest(draft)
-            if _belongs(found, folder):
-                return found
+            result = _read_manifest(draft)
+            if _belongs(result, folder):
+                return result
     if not (folder / MANIFEST_FILE).is_file():
         raise ArgumentError(
             f"Expected a file `{MANIFEST_FILE}` in {folder}, got none: save_shrunk writes it."
@@ -218,9 +218,9 @@ def _check_file(manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
             f"Expected the manifest to list the file's tensors, got differences at {some}."
         )
     for name, record in manifest.tensors.items():
-        found = TensorRecord.of(tensors[name])
-        if found.shape != record.shape or tensors[name].dtype != dtype_of(record):
-            raise ArgumentError(f"Expected `{name}` of {record} in the file, got {found}.")
+        result = TensorRecord.of(tensors[name])
+        if result.shape != record.shape or tensors[name].dtype != dtype_of(record):
+            raise ArgumentError(f"Expected `{name}` of {record} in the file, got {result}.")
     for name, stored in manifest.aliases.items():
         if stored not in manifest.tensors or name in manifest.tensors:
             raise ArgumentError(f"Expected `{name}` to be tied to a stored tensor, got {stored!r}.")

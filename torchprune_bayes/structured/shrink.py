@@ -69,7 +69,7 @@ def shrink(
         model: The model; changed in place. ``DataParallel`` and ``torch.compile`` are looked
             through. Cut parameters are new objects, so hand over an optimizer, or build it after.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; ``None``
-            for a model of a served family, without FLOPs and verification.
+            for a model of a known family, without FLOPs and verification.
         importance: A calibration, an importance of this library, or one of torch-pruning's.
         sparsity: Fraction of the whole, in [0, 1), that is to be gone.
         target: What the sparsity counts: ``"params"`` or ``"flops"`` of the whole model, with the
@@ -125,7 +125,7 @@ def shrink(
             allow the sparsity.
         ArgumentTypeError: If an argument has the wrong type.
         AlignmentError: If the calibration is of another model.
-        ParameterError: If the model is masked, sharded or distributed, or cannot be served.
+        ParameterError: If the model is masked, sharded or distributed, or cannot be supported.
         NumericalError: If the shrunk model does not compute what the masked one computes.
 
     Cost: scoring, and about ten forward passes; measured curves take an evaluation of the loss for
@@ -168,9 +168,9 @@ def shrink(
     if heads is None:
         heads = "either" if target == "flops" and isinstance(importance, Calibration) else "whole"
     units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
-    found = arranged(inner, units.groups, recipe.importance)
-    costs = UnitCosts.measure(inner, found, example_inputs, forward_fn, units.flops)
-    run = Shrinking(inner, found, recipe, costs, _measured(inner, found, target, inputs))
+    result = arranged(inner, units.groups, recipe.importance)
+    costs = UnitCosts.measure(inner, result, example_inputs, forward_fn, units.flops)
+    run = Shrinking(inner, result, recipe, costs, _measured(inner, result, target, inputs))
     averages = [ema] if isinstance(ema, nn.Module) else list(ema)
     with as_it_was_on_error([inner, *averages], optimizer):
         for fraction in wanted:

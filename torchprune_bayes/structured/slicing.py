@@ -290,10 +290,10 @@ def _factors(
 
 def _check_shapes(plan: ShrinkPlan, tensors: Mapping[str, Tensor]) -> None:
     for name, shape in plan.shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != tuple(shape):
+        result = tuple(tensors[name].shape) if name in tensors else None
+        if result != tuple(shape):
             raise ArgumentError(
-                f"Expected `{name}` of shape {tuple(shape)} as in the plan, got {found}."
+                f"Expected `{name}` of shape {tuple(shape)} as in the plan, got {result}."
             )
 
 

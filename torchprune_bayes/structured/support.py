@@ -1,4 +1,4 @@
-"""What can be said of shrinking before it: whether a model is served, and how far it can go."""
+"""What can be said of shrinking before it: whether a model is supported, and how far it can go."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_shrinkable(
     Raises:
         ArgumentError: If there are no units to remove, or too few for the sparsity.
         ParameterError: If the model is masked, parametrized, sharded or distributed, or cannot be
-            served.
+            supported.
 
     Cost: about five forward passes, and a copy of the model.
 

@@ -66,8 +66,8 @@ def repairing(
             "Expected the pruner's model in the calibration, got another one: build the "
             "calibration on that model."
         )
-    found = (_converted(group, pruner.DG, model) for group in pruner.DG.get_all_groups())
-    groups = [group for group in found if group is not None]
+    result = (_converted(group, pruner.DG, model) for group in pruner.DG.get_all_groups())
+    groups = [group for group in result if group is not None]
     before, recorded = _State(model), len(pruner.DG.pruning_history())
     repairs: list[Repair] = []
     yield repairs
@@ -124,15 +124,15 @@ def _converted(group: Any, graph: Any, model: nn.Module) -> UnitGroup | None:
 
     One dimension of a head is three rows of a packed projection and one column of what reads it.
     """
-    found = unit_group(group, model)
+    result = unit_group(group, model)
     readers = [item for item in group if item.dep.handler.__name__ == "prune_in_channels"]
-    for item in readers if found is None else ():
+    for item in readers if result is None else ():
         layer = item.dep.target.module
         if isinstance(layer, nn.Module) and sorted(item.idxs) == [*range(len(item.idxs))]:
-            found = unit_group(graph.get_pruning_group(layer, item.dep.handler, item.idxs), model)
-            if found is not None:
+            result = unit_group(graph.get_pruning_group(layer, item.dep.handler, item.idxs), model)
+            if result is not None:
                 break
-    return found
+    return result
 
 
 def _kept(

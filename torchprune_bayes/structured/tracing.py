@@ -1,7 +1,7 @@
-"""Finding the units of a model: read off a served family's blocks, or seen in a run.
+"""Finding the units of a model: from the blocks of a known family, or from a run.
 
-In plain words: a run of the model shows which entries of which tensors go together, and every group
-of units found so is tried once on a copy. What breaks the copy is left out, with the reason.
+In plain words: a run of the model shows which entries of which tensors are removed with each other,
+and every group of units is tried once on a copy. What breaks the copy is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -56,20 +56,21 @@ def find_groups(
 ) -> list[UnitGroup]:
     """List the units of a model that can be removed without changing what the others compute.
 
-    A transformer of a served family is read off its blocks. Any other model runs once on the
-    example inputs, in evaluation mode, and every operation shows which entries go together: the
-    channels that an addition meets, the entries of an attention head that a product sums over, the
-    halves of a gated layer. Left alone are units that are outputs of the model, units whose
-    statistics a norm takes together (``LayerNorm`` and the like; in front of a ``GroupNorm`` a unit
-    is all that one of its groups takes statistics over), what a parametrized layer makes or reads,
-    and whatever goes through an operation that is not known. Branches that the example does not run
-    are run as in training, if that works; what they may read otherwise stays whole. Each group is
-    tried once on a copy; see :func:`find_units` for what that leaves out and why.
+    The units of a transformer of a known family follow from its blocks. Any other model runs once
+    on the example inputs, in evaluation mode, and every operation shows which entries are removed
+    with each other: the channels that an addition meets, the entries of an attention head that a
+    product sums over, the halves of a gated layer. Not removed are units that are outputs of the
+    model, units over which a norm takes statistics (``LayerNorm`` and the like; in front of a
+    ``GroupNorm`` a unit is all that one of its groups takes statistics over), what a parametrized
+    layer makes or reads, and whatever goes through an operation that is not known. Branches that
+    the example does not run are run as in training, if that works; what they may read otherwise
+    stays whole. Each group is tried once on a copy; see :func:`find_units` for what that leaves out
+    and why.
 
     Args:
         model: The model; wrappers are looked through. It comes out as it went in.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; not
-            needed for a served family.
+            needed for a known family.
         ignored: Modules, names of modules, or names of groups to leave alone. A module stands for
             all inside it; its outputs are kept, its inputs are not protected.
         forward_fn: ``forward_fn(model, example_inputs) -> output`` for models that are called in
@@ -169,19 +170,19 @@ def _whole_units(
                 raise
     flops: dict[str, int] = {}
     wiring = observe(inner, example_inputs, forward_fn, flops=flops)
-    found = groups_of(inner, wiring)
-    chosen = without_ignored(inner, found, ignored)
+    result = groups_of(inner, wiring)
+    chosen = without_ignored(inner, result, ignored)
     reasons = read_unseen(inner, chosen, wiring.used)
     chosen = [group for group in chosen if group.name not in reasons]
     failed = failing_groups(inner, chosen, example_inputs, forward_fn)
     # A number on a module may be of the units' size by chance.
     bare = [replace(group, attributes=()) for group in chosen
             if group.name in failed and group.attributes]  # fmt: skip
-    served = failing_groups(inner, bare, example_inputs, forward_fn)
-    again = {group.name: group for group in bare if group.name not in served}
+    still = failing_groups(inner, bare, example_inputs, forward_fn)
+    again = {group.name: group for group in bare if group.name not in still}
     reasons |= {name: why for name, why in failed.items() if name not in again}
     groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
-    left_out = reasons | kept_whole(inner, wiring, found) | reasons
+    left_out = reasons | kept_whole(inner, wiring, result) | reasons
     return Units(groups, left_out, flops), [group for group in chosen if group.kind == "head"]
 
 

@@ -166,7 +166,7 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "other blocks": (
         lambda: _vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
-        "this variant is not served",
+        "this variant is not supported",
     ),
     "cross attention of GPT-2": (
         lambda: transformers.GPT2LMHeadModel(gpt2_config(add_cross_attention=True)),

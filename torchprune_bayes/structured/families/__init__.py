@@ -1,4 +1,4 @@
-"""Transformers that are served without tracing: their heads and hidden units are written down.
+"""Transformers that are supported without tracing: their heads and hidden units are written down.
 
 In plain words: tracing cannot see where one head ends and the next begins, what belongs together in
 a fused projection, or which numbers on a module must follow. For the families listed here this is
@@ -70,18 +70,18 @@ class Family:
         Raises:
             ParameterError: If there is no block, or one is not built as expected.
         """
-        found = [
+        result = [
             unit_group
             for name, module in unwrap(model).named_modules()
             if class_path(module) == self.block
             for unit_group in self.groups_of_block(module, name)
         ]
-        if not found:
+        if not result:
             raise ParameterError(
                 f"Expected a model of the family {self.name} to hold blocks of class {self.block}, "
-                "got none: this variant is not served."
+                "got none: this variant is not supported."
             )
-        return found
+        return result
 
 
 def _transformers(
@@ -121,7 +121,7 @@ FAMILIES = (
     _transformers("Qwen2", "Qwen2", "Qwen2DecoderLayer", llama.groups_of_block),
     _transformers("Qwen3", "Qwen3", "Qwen3DecoderLayer", llama.groups_of_block),
 )
-"""The architectures that are served, in the order in which they are looked for."""
+"""The architectures that are supported, in the order in which they are looked for."""
 
 
 def family_of(model: nn.Module) -> Family | None:

@@ -1,6 +1,6 @@
 """What the families share: reading a block strictly, and writing its heads and hidden units down.
 
-In plain words: a block is served only if it is built of exactly the layers whose forward pass was
+In plain words: a block is read only if it is built of exactly the layers whose forward pass was
 read when the family was written. Anything else, such as cross attention, adapters or hooks, is
 refused with one sentence, because a wrongly wired model runs, trains, and is wrong.
 """
@@ -71,9 +71,9 @@ def member(block: nn.Module, prefix: str, path: str, expected: str | Sequence[st
     for part in path.split("."):
         module = module._modules.get(part) if module is not None else None
     if module is None or class_path(module) not in expected:
-        found = "nothing" if module is None else class_path(module)
+        result = "nothing" if module is None else class_path(module)
         raise ParameterError(
-            f"Expected `{join(prefix, path)}` to be a {' or '.join(expected)}, got {found}."
+            f"Expected `{join(prefix, path)}` to be a {' or '.join(expected)}, got {result}."
         )
     return module
 
@@ -174,11 +174,11 @@ def group(
     """
     sides = [(layer, layer.outputs, "outputs", at) for layer, at in makers]
     sides.append((reader[0], reader[0].inputs, "inputs", reader[1]))
-    for layer, found, side, positions in sides:
-        if found != positions.numel():
+    for layer, result, side, positions in sides:
+        if result != positions.numel():
             raise ParameterError(
                 f"Expected `{layer.name}` to have {positions.numel()} {side} for {units} units of "
-                f"{positions.shape[1]}, got {found}."
+                f"{positions.shape[1]}, got {result}."
             )
     slices = [piece for layer, positions in makers for piece in layer.rows(positions)]
     slices += [*extra, reader[0].columns(reader[1])]

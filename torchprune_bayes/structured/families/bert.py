@@ -30,7 +30,7 @@ def groups_of_block(block: nn.Module, name: str) -> list[UnitGroup]:
     Raises:
         ParameterError: If the block has cross attention or other layers.
     """
-    refuse(block, name, "crossattention", "heads of cross attention are not served")
+    refuse(block, name, "crossattention", "heads of cross attention are not supported")
     stem = class_path(block).removesuffix("Layer")
     attention = member(block, name, "attention.self", f"{stem}SelfAttention")
     path = join(name, "attention.self")

@@ -26,7 +26,7 @@ def fit_config(model: nn.Module) -> Edits:
     """Set the config of a shrunk Hugging Face model so that ``from_pretrained`` rebuilds it.
 
     Args:
-        model: A model of a served family with a ``config``; only the config is changed.
+        model: A model of a known family with a ``config``; only the config is changed.
 
     Returns:
         The entries that were set; none if the config cannot describe the model.

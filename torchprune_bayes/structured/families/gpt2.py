@@ -31,7 +31,7 @@ def groups_of_block(block: nn.Module, name: str) -> list[UnitGroup]:
     Raises:
         ParameterError: If the block has cross attention or other layers.
     """
-    refuse(block, name, "crossattention", "heads of cross attention are not served")
+    refuse(block, name, "crossattention", "heads of cross attention are not supported")
     attention = member(block, name, "attn", f"{_PACKAGE}.GPT2Attention")
     path = join(name, "attn")
     width = size(attention, path, "head_dim")

@@ -40,10 +40,10 @@ def _heads(block: nn.Module, name: str) -> UnitGroup:
     qkv, output = projection(block, name, "attn.qkv"), projection(block, name, "attn.proj")
     table = attention._parameters.get("relative_position_bias_table")
     if table is None or table.dim() != 2 or table.shape[1] != units:
-        found = "nothing" if table is None else str(tuple(table.shape))
+        result = "nothing" if table is None else str(tuple(table.shape))
         raise ParameterError(
             f"Expected `{path}.relative_position_bias_table` with one column for each of {units} "
-            f"heads, got {found}."
+            f"heads, got {result}."
         )
     biases = UnitSlice(f"{path}.relative_position_bias_table", 1, spans(units, 1), "producer")
     return heads(

@@ -66,8 +66,8 @@ class CalibratedImportance(UnitImportance):
         """
         check_model(model, self.calibration)
         inner = [group for group in groups if self._measured(group)]
-        found = self.measure(self.calibration.redrawn(self._draws), inner) if inner else {}
-        self._scores = {group.name: found.get(group.name) for group in groups}
+        result = self.measure(self.calibration.redrawn(self._draws), inner) if inner else {}
+        self._scores = {group.name: result.get(group.name) for group in groups}
         self._draws += 1
         self._versions = Versions(model)
 
@@ -100,8 +100,8 @@ class CalibratedImportance(UnitImportance):
 def all_groups(group: Any, converted: UnitGroup, model: nn.Module) -> list[UnitGroup]:
     """All groups of torch-pruning's that can be converted, with this one as it was converted."""
     everything = (unit_group(each, model) for each in group._DG.get_all_groups())
-    found = {each.name: each for each in everything if each is not None}
-    return [*(found | {converted.name: converted}).values()]
+    result = {each.name: each for each in everything if each is not None}
+    return [*(result | {converted.name: converted}).values()]
 
 
 class Versions:

@@ -52,7 +52,7 @@ class Gates:
             gradients: ``k`` gradients of each weight, ``[k, *shape]`` by its name; written over.
         """
         products = {name: gradients[name].mul_(self._weights[name]) for name in self._weights}
-        found = {}
+        result = {}
         for group, pieces in self._gated.items():
             each = [
                 share * sums_of_units(products[self._names[p.name]], [(p.dim, p.positions)])
@@ -60,8 +60,8 @@ class Gates:
                 if p.name in self._names
             ]
             if each:
-                found[group] = torch.stack(each).sum(0)
-        return found
+                result[group] = torch.stack(each).sum(0)
+        return result
 
     def mean(self) -> dict[str, Tensor]:
         """Derivatives of the mean loss, ``[units]``; one backward pass."""
@@ -70,7 +70,7 @@ class Gates:
             name: gradient.unsqueeze(0).to(self._weights[name])
             for name, gradient in gradients.items()
         }
-        return {group: found[0] for group, found in self.derivatives(rows).items()}
+        return {group: result[0] for group, result in self.derivatives(rows).items()}
 
     def mean_squares(self) -> dict[str, Tensor]:
         """``mean_n (∂ℓ_n/∂c)²``, ``[units]``; one pass of gradients, a few held at a time."""
@@ -79,8 +79,8 @@ class Gates:
         for rows in self.calibration.gradients():
             parts = zip(self._weights.items(), rows.split(sizes, dim=1), strict=True)
             gradients = {name: part.unflatten(1, value.shape) for (name, value), part in parts}
-            for group, found in self.derivatives(gradients).items():
-                squares = found.square().sum(0)
+            for group, result in self.derivatives(gradients).items():
+                squares = result.square().sum(0)
                 totals[group] = totals[group] + squares if group in totals else squares
         return {name: total / self.calibration.num_gradients for name, total in totals.items()}
 
@@ -114,12 +114,12 @@ def gate_precisions(
         return {}
     together = calibration.num_samples / calibration.num_gradients
     squares = Gates(calibration, known).mean_squares()
-    found = {}
+    result = {}
     for name, pieces in known.items():
         prior = [
             sums_along(posterior.prior.values(p.name) * posterior.mean[p.name].double().square(), p)
             for p, _ in pieces
         ]
         data = posterior.scale * samples * together * squares[name]
-        found[name] = (data, torch.stack(prior).sum(0).to(data.device))
-    return found
+        result[name] = (data, torch.stack(prior).sum(0).to(data.device))
+    return result

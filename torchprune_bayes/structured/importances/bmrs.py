@@ -54,12 +54,12 @@ class BMRSImportance(UnitImportance):
 
     def __init__(self, gates: Gates, criterion: Criterion | str | None = "bmrs-n") -> None:
         super().__init__()
-        found = None if criterion is None else find_criterion(criterion)
-        self.additive = found is None or found.additive
-        if found is None:
+        result = None if criterion is None else find_criterion(criterion)
+        self.additive = result is None or result.additive
+        if result is None:
             margins = {name: torch.full_like(gate.mu, -torch.inf) for name, gate in gates.items()}
         else:
-            margins = gates.margins(found)
+            margins = gates.margins(result)
         self._taken = {
             _place(gates.model, site): _Decision(
                 site, margins[name].detach().cpu().double(), gates[name].mask.detach().cpu().clone()

@@ -68,19 +68,19 @@ class LargestWeightImportance(UnitImportance):
         norms = _largest(group, model, "norm", biases=True)
         made = _largest(group, model, "producer", biases=True) if norms is None else norms
         read = _largest(group, model, "consumer", biases=False)
-        found = [score for score in (made, read) if score is not None]
-        return torch.stack(found).amin(0) if found else None
+        result = [score for score in (made, read) if score is not None]
+        return torch.stack(result).amin(0) if result else None
 
 
 def _largest(group: UnitGroup, model: nn.Module, role: str, *, biases: bool) -> Tensor | None:
     """Largest absolute value of each unit over all pieces in a role, float64 ``[units]``."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = []
+    result = []
     for piece in pieces_of(group, role):
         tensor = parameters.get(piece.name)  # statistics of norms are buffers
         if tensor is None or (tensor.dim() < 2 and not biases):
             continue
         lines = tensor.detach().abs().movedim(piece.dim, 0).reshape(tensor.shape[piece.dim], -1)
         largest = wide(lines.amax(1))
-        found.append(largest[piece.positions.to(largest.device)].amax(1))
-    return torch.stack(found).amax(0) if found else None
+        result.append(largest[piece.positions.to(largest.device)].amax(1))
+    return torch.stack(result).amax(0) if result else None

@@ -111,5 +111,5 @@ class OPDImportance(PosteriorImportance):
                 return None
             data, prior = gate
             return 0.5 * (data + prior if self._mode == "opd" else data)
-        found = list(self.sums(group, model, pieces_of(group, *self._roles)))
-        return sum(found[1:], start=found[0]) if found else None
+        result = list(self.sums(group, model, pieces_of(group, *self._roles)))
+        return sum(result[1:], start=result[0]) if result else None

@@ -153,8 +153,8 @@ def _by_hooks(calibration: Calibration, groups: Sequence[UnitGroup]) -> dict[str
                 loss = calibration.loss(None, batch)
                 if not loss.requires_grad:  # no reader was called
                     continue
-                found = torch.autograd.grad(loss, [*gates.values()], materialize_grads=True)
-            for name, gradient in zip(gates, found, strict=True):
+                result = torch.autograd.grad(loss, [*gates.values()], materialize_grads=True)
+            for name, gradient in zip(gates, result, strict=True):
                 total[name] += wide(gradient) * (batch_size(batch) / calibration.num_samples)
     readers = [piece.name for group in groups for piece in pieces_of(group, "consumer")]
     if idle := [name for name in readers if name not in called]:

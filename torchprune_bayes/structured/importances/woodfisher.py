@@ -253,5 +253,5 @@ def _products(rows: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sums(values: Mapping[str, Tensor], places: Mapping[str, list[tuple[int, Tensor]]]) -> Tensor:
-    found = [sums_of_units(values[name], place) for name, place in places.items()]
-    return torch.stack(found).sum(0)
+    result = [sums_of_units(values[name], place) for name, place in places.items()]
+    return torch.stack(result).sum(0)
