@@ -1,4 +1,4 @@
-"""From a model, data and a loss to gradients: see :class:`Calibration`."""
+"""Gradients from a model, data and a loss, see :class:`Calibration`."""
 
 from torchprune_bayes.calibration._held_out import MeanLoss
 from torchprune_bayes.calibration.batches import (

@@ -1,4 +1,4 @@
-"""Forward passes that keep their activations, whatever the model says."""
+"""Forward passes without activation checkpointing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils import checkpoint
 
 
 class _CalledAtOnce:
-    """In the place of ``torch.utils.checkpoint.CheckpointFunction``."""
+    """Replacement of ``torch.utils.checkpoint.CheckpointFunction``."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
@@ -18,7 +18,7 @@ class _CalledAtOnce:
 
 
 def _nothing_around(*_: Any, **__: Any) -> Iterator[None]:
-    """In the place of what torch runs before and after a checkpointed function."""
+    """Replacement of torch's code before and after a checkpointed function."""
     yield
 
 
@@ -31,10 +31,10 @@ _STAND_INS = {
 
 @contextmanager
 def without_checkpoints() -> Iterator[None]:
-    """Let ``torch.utils.checkpoint`` call functions as if it were not there.
+    """Make ``torch.utils.checkpoint`` call functions directly.
 
-    A checkpoint computes its part of the model again in the backward pass. By then the weights
-    that a functional call has put in are gone, and the part is computed with the model's own: the
+    A checkpoint recomputes its part of the model in the backward pass. By then the weights
+    of a functional call are removed, and the part is recomputed with the model's own: the
     gradients are those of other weights, or none at all where the checkpoint is reentrant.
     """
     held = {name: vars(checkpoint)[name] for name in _STAND_INS if hasattr(checkpoint, name)}

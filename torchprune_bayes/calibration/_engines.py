@@ -1,4 +1,4 @@
-"""Which way per-sample gradients are computed, and the proof that it gives the right ones."""
+"""Choice of how per-sample gradients are computed, with a check of the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torchprune_bayes.errors import CalibrationError, TorchPruneBayesError
 logger = logging.getLogger("torchprune_bayes")
 
 _LARGEST_CHUNK = 128
-# Rounding alone: float32 may mean TensorFloat32 in a GPU's convolutions, with 11 bits.
+# Rounding only: float32 may mean TensorFloat32 in a GPU's convolutions, with 11 bits.
 _AGREEMENT = {torch.float32: 1e-2, torch.float64: 1e-8}
 
 
@@ -39,8 +39,8 @@ class Engine:
 
     Attributes:
         description: Its name and, for a fallback, the reason.
-        vectorized: Whether each sample of a group gives a row of its own, all in one pass.
-        by_layers: Whether it does so by the rules of the layers, and not by vmap.
+        vectorized: Whether each sample of a group gives its own row, all in one pass.
+        by_layers: Whether this uses the rules of the layers, and not vmap.
         activation_bytes: What a backward pass of one sample holds beside weights and gradients.
     """
 
@@ -52,7 +52,7 @@ class Engine:
     def rows_at_once(
         self, leaves: Mapping[str, Tensor], chunk_bytes: int, mini_batch: int = 1
     ) -> int:
-        """How many gradients, with their activations, go into one chunk."""
+        """Number of gradients, with their activations, per chunk."""
         if not self.vectorized:
             return 1
         gradient_bytes = sum(leaf.nbytes for leaf in leaves.values())
@@ -68,9 +68,10 @@ class Engine:
         mini_batch: int = 1,
         room: GradientRoom | None = None,
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield gradients ``{name: [rows, *shape]}``, one row for every mini-batch of the pieces.
+        """Yield gradients ``{name: [rows, *shape]}``, one row for every mini-batch of the parts.
 
-        Mini-batches of pieces that cannot be joined (padded to different lengths) go one by one.
+        Mini-batches of parts that cannot be joined (padded to different lengths) are processed one
+        by one.
         """
         whole = _of_whole_mini_batches(pieces, mini_batch) if self.vectorized else []
         for batch in whole:
@@ -100,8 +101,8 @@ def choose_engine(
 ) -> Engine:
     """Choose how to compute one gradient per sample or mini-batch.
 
-    The rules of the layers come first: one pass over all samples together, and a product for every
-    layer. vmap is next, and then a loop. Either of the two is taken where it runs and gives, on two
+    The rules of the layers come first: one pass over all samples, and a product for every
+    layer. vmap is next, and then a loop. Either of the two is used if it runs and gives, on two
     real samples, the gradients that plain autograd gives.
 
     Args:
@@ -111,7 +112,7 @@ def choose_engine(
         mini_batch: Samples of a gradient.
 
     Raises:
-        CalibrationError: If vmap is wanted and fails, or the loss depends on weights by which
+        CalibrationError: If vmap is forced and fails, or the loss depends on weights by which
             autograd has no gradient.
     """
     leaves, constants = functional.bind(None, functional.space.names)
@@ -119,7 +120,7 @@ def choose_engine(
     _refuse_unreached(functional.unreached(leaves, constants, samples[0]))
     if wanted is False:
         return Engine("sequential (vectorize=False)")
-    # Plain autograd first: what is wrong with the model itself is raised as it is.
+    # Plain autograd first: errors of the model itself are raised unchanged.
     measured = [
         _with_saved_bytes(
             partial(functional.mean_gradients, leaves, constants, [sample]), {**leaves, **constants}
@@ -129,7 +130,7 @@ def choose_engine(
     activation_bytes = max(size for _, size in measured)
     exact = [found for found, _ in measured]
     if wanted == "auto" and _rules_are_right(functional, leaves, constants, samples, exact):
-        # What comes out of the layers is held beside what goes in.
+        # Outputs of the layers are held in addition to their inputs.
         return Engine("layers", True, by_layers=True, activation_bytes=2 * activation_bytes)
     if mini_batch > 1 and wanted == "auto" and _has_convolutions(functional.model):
         return Engine("sequential (mini-batches through convolutions)")
@@ -179,10 +180,10 @@ def _largest_difference(found: Mapping[str, Tensor], exact: list[dict[str, Tenso
 
 
 def sequential_because(error: RuntimeError) -> Engine:
-    """The loop, in the place of a vmap that has raised ``error``.
+    """The loop, instead of a vmap that has raised ``error``.
 
     Raises:
-        RuntimeError: The error, if it does not come of vmap: memory that ran out, for one.
+        RuntimeError: The error, if vmap did not cause it, such as running out of memory.
     """
     _raise_unless_of_engine(error)
     logger.info("Gradients one by one, because vmap fails here: %s", reason_of(error))
@@ -203,8 +204,8 @@ def reason_of(error: Exception) -> str:
 def _two_samples(pieces: list[Batch]) -> list[Batch]:
     """Two samples as batches of one, with storage of their own, whose size is measured.
 
-    Unlike ones where they can be joined, because losses may run on equal rows alone; one sample
-    twice where there is no other, because a batch dimension of one hides broadcasting mistakes.
+    Unlike ones where they can be joined, because some losses run on equal rows only; one sample
+    twice if there is no other, because a batch dimension of one hides broadcasting mistakes.
     """
     batch = joined(pieces) or pieces[0]
     two = [cut(batch, 0, 1), cut(batch, 1, 2) if batch_size(batch) > 1 else cut(batch, 0, 1)]
@@ -228,7 +229,7 @@ def _has_convolutions(model: nn.Module) -> bool:
 def _with_saved_bytes(
     run: Callable[[], dict[str, Tensor]], weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], int]:
-    """Run a backward pass; returns its result and the bytes it saved, ``weights`` not counted."""
+    """Run a backward pass; returns its result and the bytes it saved, not counting ``weights``."""
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samples on which choices are made, and what happens where they have no finite loss."""
+"""Held-out samples for choices, and the handling of those without a finite loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ on the device."""
 
 @dataclass(frozen=True)
 class MeanLoss:
-    """A mean loss, over how many samples, and whether gradients were taken from these.
+    """A mean loss, its number of samples, and whether gradients were taken from these.
 
     ``value`` is infinite where the loss at these weights is not finite, and never NaN.
     """
@@ -32,14 +32,14 @@ class MeanLoss:
 
 
 class HeldOutSamples:
-    """Batches that losses are measured on.
+    """Batches to measure losses on.
 
     A sample without a finite loss at the model's own weights would make every loss NaN, so that
-    nothing could be chosen: it is left out, with a warning. Where the loss is finite at the model's
-    own weights and not at others, it is these weights that are bad.
+    nothing could be chosen: it is dropped, with a warning. Where the loss is finite at the model's
+    own weights and not at others, the other weights are at fault.
 
     Args:
-        batches: Gives the batches, the same at every call.
+        batches: Returns the batches, the same at every call.
         in_sample: Whether these are the calibration samples themselves.
     """
 

@@ -2,7 +2,7 @@
 
 A layer with inputs ``a`` and gradients ``g`` by its outputs has the gradients ``Σ_t g_nt a_ntᵀ`` by
 its weight, one for every sample ``n``: the pass over a batch has all of ``a`` and ``g``, and a
-product for every layer is all that is left to do.
+product for every layer remains.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def layer_gradients(
     mini_batch: int = 1,
     into: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of the losses of several mini-batches, each of which has its loss by itself.
+    """Gradients of the losses of several mini-batches, each with its own loss.
 
     Args:
         functional: The model.
@@ -36,7 +36,7 @@ def layer_gradients(
         constants: The other values of the state.
         batch: All samples.
         mini_batch: Samples of a gradient.
-        into: Where to write them, ``{name: [rows, *shape]}``; by default new tensors.
+        into: Tensors to write to, ``{name: [rows, *shape]}``; by default new tensors.
 
     Returns:
         ``{name: [rows, *shape]}``.
@@ -91,7 +91,7 @@ def _sum_of_losses(
 
 
 def _samples_of(output: Any, where: slice, samples: int) -> Any:
-    """Some samples of what a model returns, which may be a tensor or an object that holds some."""
+    """Some samples of a model's output, which may be a tensor or an object that holds some."""
 
     def chosen(tensor: Tensor) -> Tensor:
         return tensor[where] if tensor.ndim and len(tensor) == samples else tensor

@@ -29,11 +29,11 @@ _SUMMED = (
 
 
 def warn_unless_mean(loss_of: Callable[[Batch], Tensor], pieces: list[Batch]) -> None:
-    """Warn if single samples have gradients that are no parts of the gradient of a batch.
+    """Warn if single samples have gradients that do not average to the gradient of a batch.
 
     The loss of a pair lies between those of its two samples, ``(a l₁ + b l₂)/(a + b)``, where
-    samples have weights, and tells the ratio of these; where it lies elsewhere, the samples are
-    compared with one another. A ratio below two is not warned of.
+    samples have weights, and gives their ratio; where it lies elsewhere, the samples are
+    compared with each other. A ratio below two gives no warning.
 
     Args:
         loss_of: The mean loss of a batch, a scalar on the device.
@@ -62,7 +62,7 @@ def warn_unless_mean(loss_of: Callable[[Batch], Tensor], pieces: list[Batch]) ->
 
 
 def _kind(both: float, low: float, high: float) -> str:
-    """What the loss of two samples is beside their own: ``"mean"``, ``"sum"`` or ``"no mean"``."""
+    """How the loss of two samples relates to their own: ``"mean"``, ``"sum"`` or ``"no mean"``."""
     scale = _DISTINCT * max(abs(low), abs(high), abs(both))
     if not math.isfinite(both) or abs(both - (low + high) / 2) <= scale:
         return "mean"

@@ -1,4 +1,4 @@
-"""Where the gradients of a pass are written: into room of the caller's, or chunks of their own."""
+"""Memory for the gradients of a pass: the caller's, or new chunks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torchprune_bayes._numerics.remaining_vector import RemainingVector
 
 
 class GradientRoom:
-    """Gradients of single samples side by side, ``[rows, width]``, a chunk of rows at a time.
+    """Gradients of single samples, ``[rows, width]``, a chunk of rows at a time.
 
     Args:
         remaining: Which entries take part, and in which order.
         touched: Tensors of the range, each with its range of remaining entries, as
             :meth:`RemainingVector.overlap` gives them.
-        out: Room for all rows; ``None`` for a new tensor for every chunk.
+        out: Memory for all rows; ``None`` for a new tensor for every chunk.
 
     Attributes:
         done: Rows so far.
@@ -36,7 +36,7 @@ class GradientRoom:
     def views(self, count: int, like: Tensor) -> dict[str, Tensor] | None:
         """The next rows as ``{name: [count, *shape]}``, to be written to.
 
-        ``None`` where some entries of a tensor are left out, so that it has to be copied.
+        ``None`` if some entries of a tensor are left out, so that a copy is needed.
         """
         shapes = {name: mask.shape for name, mask in self._remaining.masks.items()}
         if any(high - low < shapes[name].numel() for name, low, high in self._touched):
@@ -60,7 +60,7 @@ class GradientRoom:
         return rows
 
     def go_back_to(self, done: int) -> None:
-        """Forget the rows after the first ``done``, which are to be written again."""
+        """Discard the rows after the first ``done``, which are written again."""
         self.done, self._opened = done, None
 
     def columns(self, rows: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The rows of one pass: gradients of samples or mini-batches, by the engine that can."""
+"""The rows of one pass: gradients of samples or mini-batches, by the engine that works."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchprune_bayes.calibration.functional import FunctionalModel
 
 
 class GradientRows:
-    """Computes gradients by the engine that was chosen, and by the loop where that one fails.
+    """Computes gradients by the engine that was chosen, and by the loop if that fails.
 
     Args:
         wanted: ``"auto"``, or force (``True``) or forbid (``False``) vmap.
@@ -29,11 +29,11 @@ class GradientRows:
         self.informative = False
 
     def anew(self) -> GradientRows:
-        """The same for another loss, for which nothing is known yet."""
+        """The same for another loss, which has not been checked yet."""
         return GradientRows(self._wanted, self._mini_batch)
 
     def choose(self, functional: FunctionalModel, pieces: list[Batch]) -> None:
-        """Choose the engine by a few samples.
+        """Choose the engine with a few samples.
 
         Raises:
             CalibrationError: See :func:`choose_engine`.
@@ -47,7 +47,7 @@ class GradientRows:
         constants: Mapping[str, Tensor],
         batch: Batch,
     ) -> None:
-        """Find out whether a batch has a gradient that is not zero; a few samples mostly tell."""
+        """Check whether a batch has a nonzero gradient; a few samples usually suffice."""
         for part in (cut(batch, 0, CHECKED_SAMPLES), batch):
             found = functional.mean_gradients(leaves, constants, [part])
             self.informative = any(bool(gradient.any()) for gradient in found.values())
@@ -55,7 +55,7 @@ class GradientRows:
                 return
 
     def at_once(self, leaves: Mapping[str, Tensor], chunk_bytes: int) -> int:
-        """How many gradients a quarter of the memory budget holds."""
+        """Number of gradients that fit into a quarter of the memory budget."""
         assert self.engine is not None
         return self.engine.rows_at_once(leaves, chunk_bytes, self._mini_batch)
 
@@ -67,10 +67,10 @@ class GradientRows:
         pieces: list[Batch],
         room: GradientRoom,
     ) -> list[Tensor]:
-        """Gradients ``[rows, D]`` in ``room``, one row for every mini-batch of the pieces.
+        """Gradients ``[rows, D]`` in ``room``, one row for every mini-batch of the parts.
 
-        vmap was tried on two samples; on others it may still fail, where a loss or a layer looks
-        at values. The loop takes over from there on.
+        vmap was tried on two samples; on others it may still fail, where a loss or a layer depends
+        on values. The loop takes over from there.
         """
         assert self.engine is not None
         inputs = functional, leaves, constants, pieces, self._mini_batch

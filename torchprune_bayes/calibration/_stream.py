@@ -27,11 +27,11 @@ from torchprune_bayes.seeds import derived_seed
 
 
 class Placed(Protocol):
-    """What knows a device."""
+    """An object with a device."""
 
     @property
     def device(self) -> torch.device:
-        """The device, as it is now."""
+        """The present device."""
 
 
 class SampleStream:
@@ -39,9 +39,9 @@ class SampleStream:
 
     Args:
         data: Any iterable of batches. One that can be iterated only once (an iterator) is kept
-            in memory as far as it was drawn.
+            in memory once drawn.
         seed: Seeds all generators while batches are drawn, those of a ``DataLoader`` included.
-        placed: Has the device whose generator is seeded beside the CPU's.
+        placed: Object with the device whose generator is seeded, in addition to the CPU's.
     """
 
     def __init__(self, data: Iterable[Batch], seed: int, placed: Placed | None = None) -> None:
@@ -55,7 +55,7 @@ class SampleStream:
         self._known: dict[str, int] = {}  # of the data, so shared by all draws
 
     def reseeded(self, seed: int) -> SampleStream:
-        """The same data, drawn in another way."""
+        """The same data, drawn with another seed."""
         other = copy.copy(self)
         other.seed = seed
         return other
@@ -63,11 +63,11 @@ class SampleStream:
     def pieces(self, group_sizes: Iterable[int]) -> Iterator[list[Batch]]:
         """Cut the stream into consecutive groups of ``group_sizes`` samples.
 
-        A group that spans several batches comes as several pieces, because batches that were
+        A group that spans several batches consists of several parts, because batches that were
         padded to different lengths cannot be joined.
 
         Yields:
-            One list of pieces per size; the last one may hold fewer samples if the data ends.
+            One list of parts per size; the last one may hold fewer samples if the data ends.
         """
         yield from grouped(self._batches(), group_sizes)
 
@@ -76,9 +76,9 @@ class SampleStream:
     ) -> Iterator[list[Batch]]:
         """As :meth:`pieces`, for the ``index``-th draw of ``samples`` samples.
 
-        Data that come in another order under another seed are drawn from their start: the seed
-        makes the draw. All other data are gone on in, from where the draw before has ended, and
-        from their start again where they end.
+        Data whose order depends on the seed are drawn from their start: the seed
+        determines the draw. Other data are continued from the end of the previous draw, and
+        restarted when they end.
 
         Args:
             index: Number of the draw; 0 is the first.
@@ -93,13 +93,13 @@ class SampleStream:
 
     @property
     def shuffles(self) -> bool:
-        """Whether the order of the data changes with the seed; found by drawing two batches."""
+        """Whether the order of the data changes with the seed; checked by drawing two batches."""
         if "shuffles" not in self._known:
             self._known["shuffles"] = self._has_random_order()
         return bool(self._known["shuffles"])
 
     def count(self, limit: int | None = None) -> int:
-        """Number of samples in the data, up to a limit, found by drawing them once."""
+        """Number of samples in the data, up to a limit, by drawing them once."""
         if limit is None:
             return samples_in(self._batches())
         return sum(samples_in(pieces) for pieces in self.pieces(sizes(limit, 1024)))
@@ -117,7 +117,7 @@ class SampleStream:
             skipped: Samples to pass over.
             wanted: Samples to return at most.
             size: Largest batch.
-            room_bytes: Size of all returned batches at most, save of the first sample.
+            room_bytes: Largest size of all returned batches, except for the first sample.
         """
         before = list(sizes(skipped, size))
         groups = self.pieces(chain(before, sizes(wanted, size)))
@@ -136,8 +136,8 @@ class SampleStream:
 
     def _batches(self) -> Iterator[Batch]:
         device = None if self._placed is None else self._placed.device
-        # All generators are swapped in only while a batch is drawn, so that a pass that is left
-        # half-way, in whatever manner, has nothing to put back.
+        # All generators are swapped in only while a batch is drawn, so that a pass that stops
+        # half-way, for any reason, has nothing to restore.
         randomness = IsolatedRandomness(self.seed, device, _generators_of(self.data))
         with randomness:
             batches = iter(self.data)
@@ -150,7 +150,7 @@ class SampleStream:
             yield batch
 
     def _going_on(self, skipped: int, samples: int, reserved: int) -> Iterator[Batch]:
-        """The batches after ``skipped`` samples, round and round, but for the reserved ones."""
+        """The batches after ``skipped`` samples, repeating the data, without the reserved ones."""
         round_of = f"round without {samples}:{samples + reserved}"
         skipped %= self._known.get(round_of, skipped + 1)
         while True:

@@ -1,4 +1,4 @@
-"""Batches as data loaders and Hugging Face collators give them, cut into samples."""
+"""Batches of data loaders and Hugging Face collators, cut into samples."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Batch = Any
 
 
 def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """Apply ``function`` to every tensor of a nest of mappings, tuples and lists.
+    """Apply ``function`` to every tensor of nested mappings, tuples and lists.
 
-    ``torch.utils._pytree`` would take a mapping that it does not know, as the ``BatchEncoding`` of
-    transformers, for a leaf, and the batch would stay whole without a word.
+    ``torch.utils._pytree`` would treat an unknown mapping, such as the ``BatchEncoding`` of
+    transformers, as a leaf, and the batch would silently not be cut.
 
     Example:
         >>> map_tensors({"ids": torch.zeros(2, 3), "name": "x"}, lambda t: t[0])
@@ -80,7 +80,7 @@ def samples_in(pieces: Iterable[Batch]) -> int:
 
 
 def grouped(batches: Iterable[Batch], group_sizes: Iterable[int]) -> Iterator[list[Batch]]:
-    """Cut batches into consecutive groups of ``group_sizes`` samples, each a list of pieces.
+    """Cut batches into consecutive groups of ``group_sizes`` samples, each a list of parts.
 
     Stops drawing with the last group; the last one may hold fewer samples if the batches end.
     """
@@ -102,7 +102,7 @@ def grouped(batches: Iterable[Batch], group_sizes: Iterable[int]) -> Iterator[li
 
 
 def joined(pieces: list[Batch]) -> Batch | None:
-    """One batch of the samples of all pieces; ``None`` where their shapes or keys differ."""
+    """One batch of the samples of all parts; ``None`` where their shapes or keys differ."""
     if len(pieces) == 1:
         return pieces[0]
     parts = [tensors_in(piece) for piece in pieces]

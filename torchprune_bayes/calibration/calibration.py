@@ -1,4 +1,4 @@
-"""Calibration: from a model, data and a loss to one stream of gradients."""
+"""Calibration: one stream of gradients from a model, data and a loss."""
 
 from __future__ import annotations
 
@@ -56,42 +56,44 @@ _FORWARD_BATCH_CPU = 128  # activations stay in the caches: twice as fast with a
 
 
 class Calibration:
-    """Data, model and loss from which methods take gradients; the model is never changed.
+    """Data, model and loss from which methods compute gradients; the model is never changed.
 
     Every pass runs the model in eval mode on copies of its buffers, draws the same samples in the
-    same order, and leaves gradients, modes, hooks and random states as they were. A wrapped model
-    (``DistributedDataParallel``, ``torch.compile``) is looked through.
+    same order, and does not change gradients, modes, hooks and random states. A wrapped model
+    (``DistributedDataParallel``, ``torch.compile``) is unwrapped.
 
     Args:
         model: The model to prune.
         data: Iterable of ``(input, target)`` batches or of mappings (Hugging Face). What a pass
-            draws depends on ``seed`` alone, so a shuffling ``DataLoader`` gives a random subset,
+            draws depends only on ``seed``, so a shuffling ``DataLoader`` gives a random subset,
             the same one every time.
         loss_fn: ``loss_fn(output, target)`` with mean reduction. For mappings the default is the
             model's own loss; a given one is called as ``loss_fn(output.logits, batch["labels"])``.
-            It must be the mean of the losses of the samples, or ``mini_batch`` large: what weights
-            or compares the samples of a batch is lost in gradients of single ones, and warned of.
+            It must be the mean of the losses of the samples, or ``mini_batch`` large: a loss that
+            weights or compares the samples of a batch has no per-sample gradients, which gives a
+            warning.
         params: ``(module, name)`` pairs, see :class:`~torchprune_bayes.params.ParameterSpace`.
-        num_samples: Samples to take gradients from; by default those of 1024 gradients, or all if
-            the data have fewer. ``"all"`` takes all, however many.
+        num_samples: Samples to compute gradients of; by default those of 1024 gradients, or all if
+            the data have fewer. ``"all"`` uses all.
         mini_batch: Samples averaged into one gradient (the papers' fisher mini-batch size m).
         seed: Seeds the drawing of samples and labels.
         fisher: ``"empirical"`` uses the data's labels, ``"true"`` draws labels from the model's
             own predictive distribution (a mean cross-entropy of labels, dense or binary ones too).
-        ignore_index: Label without a term in the loss, for all that counts or draws labels: the
-            true Fisher, :class:`~torchprune_bayes.LayerCurvature` and what is made of it.
-        vectorize: ``"auto"``: all samples at one time, by the rules of the layers or
-            ``torch.func.vmap``, where that is right; ``True`` forces vmap, ``False`` takes samples
-            one by one.
-        device: Where to compute; by default where the model is at the time. The model itself stays.
-        memory_mb: Budget in MiB for what is held beside the model at one time; ``"auto"`` takes
-            half of what is free. It bears on speed alone, not on results.
-        offload: Where a curvature keeps gradients: ``"device"``, the computing device, or the
-            CPU if that has no float64; ``"host"``, the CPU's memory; a folder, in which they take a
-            scratch file; or ``"auto"``, the first of these that has room.
-        gradient_dtype: Dtype in which they are kept, default that of the gradients;
-            ``torch.bfloat16`` takes half of the room and rounds them to eight bits.
-        check_deterministic: Whether it is verified that model and data repeat.
+        ignore_index: Label without a term in the loss, for everything that counts or draws labels:
+            the true Fisher, :class:`~torchprune_bayes.LayerCurvature` and methods based on it.
+        vectorize: ``"auto"``: all samples at once, by the rules of the layers or
+            ``torch.func.vmap``, if that is correct; ``True`` forces vmap, ``False`` processes
+            samples one by one.
+        device: Where to compute; by default the model's present device. The model itself is not
+            moved.
+        memory_mb: Budget in MiB for memory in addition to the model; ``"auto"`` uses
+            half of what is free. It affects speed only, not results.
+        offload: Where a curvature stores gradients: ``"device"``, the computing device, or the
+            CPU if that has no float64; ``"host"``, the CPU's memory; a folder for a
+            scratch file; or ``"auto"``, the first of these with enough room.
+        gradient_dtype: Dtype in which they are stored, default that of the gradients;
+            ``torch.bfloat16`` halves the memory and rounds them to eight bits.
+        check_deterministic: Whether to verify that model and data are deterministic.
         progress: Whether long passes show a progress bar.
 
     Attributes:
@@ -205,7 +207,7 @@ class Calibration:
 
     @property
     def num_samples(self) -> int:
-        """Samples that gradients are taken from; counts the data if the number was not given.
+        """Samples to compute gradients of; counts the data if the number was not given.
 
         Raises:
             CalibrationError: If the data holds no complete mini-batch.
@@ -224,9 +226,9 @@ class Calibration:
 
     @property
     def num_data(self) -> int:
-        """Samples that the model is taken to be trained on.
+        """Number of training samples of the model.
 
-        These are ``num_samples`` where that is a number, else all in the data.
+        These are ``num_samples`` if that is a number, otherwise all in the data.
         """
         return self._stream.length() if self._asked is None else self._asked
 
@@ -240,11 +242,11 @@ class Calibration:
         return self.space.pairs()
 
     def restricted(self, module: nn.Module, name: str) -> Calibration:
-        """The same calibration for one of its tensors alone."""
+        """The same calibration for one of its tensors only."""
         return self.with_space(self.space.restricted(module, name))
 
     def with_space(self, space: ParameterSpace) -> Calibration:
-        """The same calibration for other tensors of its model, or for the same under masks.
+        """The same calibration for other tensors of its model, or for the same ones with masks.
 
         Raises:
             AlignmentError: If the tensors belong to another model.
@@ -269,7 +271,7 @@ class Calibration:
     def reseeded(self, seed: int) -> Calibration:
         """The same calibration with another draw of the samples.
 
-        From data that come in the same order whatever the seed it draws the same samples; see
+        From data whose order does not depend on the seed it draws the same samples; see
         :meth:`redrawn`.
         """
         other = copy.copy(self)
@@ -281,9 +283,9 @@ class Calibration:
     def redrawn(self, index: int) -> Calibration:
         """The ``index``-th further draw of samples, unrelated to those of other seeds; 0 is this.
 
-        Data that shuffle are drawn under a seed of their own. All others are gone on in, past the
-        samples of the draws before and those that are held out, and from the start again where
-        they end; so a late draw passes over many samples.
+        Data that shuffle are drawn with a new seed. Others are continued, past the
+        samples of earlier draws and the held-out ones, and restarted when
+        they end; so a late draw skips many samples.
         """
         if not index:
             return self
@@ -314,8 +316,8 @@ class Calibration:
 
         Raises:
             ArgumentError: If there are no entries in the range.
-            CalibrationError: If there are fewer samples than asked, a gradient is not finite, or
-                all of them are zero.
+            CalibrationError: If there are fewer samples than requested, a gradient is not finite,
+                or all of them are zero.
         """
         place = float64_device(self.device)
         remaining = RemainingVector(self.space.masks()) if remaining is None else remaining
@@ -331,7 +333,8 @@ class Calibration:
         """Gradient of the mean loss over all calibration samples, by qualified name.
 
         Raises:
-            CalibrationError: If there are fewer samples than asked, or it is zero or not finite.
+            CalibrationError: If there are fewer samples than requested, or it is zero or not
+                finite.
         """
         leaves, constants = self._functional.bind(weights, self.space.names)
         total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -355,7 +358,7 @@ class Calibration:
     def fisher_batches(
         self, weights: Mapping[str, Tensor] | None = None, size: int = _EVALUATION_BATCH
     ) -> Iterator[Batch]:
-        """Yield what :meth:`batches` does, with the labels of a Fisher.
+        """Yield batches as :meth:`batches`, with the labels of a Fisher.
 
         These are the data's own, or with ``fisher="true"`` draws from the model at ``weights``.
 
@@ -384,8 +387,8 @@ class Calibration:
 
         These are up to 2000, or up to as many as there are gradients if these are more.
         Where the data ends with the calibration samples, these are used and ``in_sample`` says so.
-        The samples are drawn once and kept, up to an eighth of the memory budget. Those without a
-        finite loss at the model's own weights are left out with a warning.
+        The samples are drawn once and stored, up to an eighth of the memory budget. Those without a
+        finite loss at the model's own weights are dropped with a warning.
 
         Raises:
             CalibrationError: If there is no sample with a finite loss.
@@ -422,7 +425,7 @@ class Calibration:
         return loss_of
 
     def _groups(self, size: int) -> Iterator[list[Batch]]:
-        """Yield all calibration samples, on the device, ``size`` at a time, in pieces."""
+        """Yield all calibration samples, on the device, ``size`` at a time, in parts."""
         self.space.check_in_model()
         expected, found = self.num_samples, 0
         groups = sizes(expected, size)
@@ -467,7 +470,7 @@ class Calibration:
         total = self.num_samples
         with tqdm(total=total, unit="sample", disable=not self.progress) as bar:
             for pieces in self._groups(rows * self.mini_batch):
-                # Nothing of the model's may be swapped while the caller has the rows.
+                # The model must not be modified while the caller has the rows.
                 with preserved(self.model), randomness:
                     pieces = [targets.put_into(piece, leaves, constants) for piece in pieces]
                     ready = self._rows.compute(self._functional, leaves, constants, pieces, room)

@@ -1,4 +1,4 @@
-"""A calibration whose gradients are kept on disk, so that collecting them goes on when killed."""
+"""A calibration whose gradients are stored on disk, so that collecting them can resume."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from torchprune_bayes.errors import ArgumentError, CalibrationError
 
 
 class CheckpointedCalibration(Calibration):
-    """A calibration that keeps gradients in a folder, so that collecting goes on where it stopped.
+    """A calibration that stores gradients in a folder, so that collecting resumes where it stopped.
 
     Each part of a pass is written when it is done, and read again by any later pass over the same
     samples at the same weights and masks and with the same loss, in this process or another. What
     differs in any of them has gradients of its own beside these. A restarted pass draws the samples
-    that are done, without computing with them. Delete the folder when the curvature is fitted.
+    that are done, without computing on them. Delete the folder when the curvature is fitted.
 
     Args:
-        folder: Where to keep them; made if it is not there.
+        folder: Where to store them; created if it does not exist.
         args: Arguments of :class:`~torchprune_bayes.Calibration`.
         options: Arguments of :class:`~torchprune_bayes.Calibration`.
 
     Raises:
-        ArgumentError: With ``fisher="true"``, whose labels are drawn along the way; in a pass, if
+        ArgumentError: With ``fisher="true"``, whose labels are drawn during a pass; in a pass, if
             the folder cannot be written.
         CalibrationError: In a pass, if a part is damaged.
 
@@ -69,7 +69,7 @@ class CheckpointedCalibration(Calibration):
         span: tuple[int, int],
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """Stream the gradients, those that are kept first."""
+        """Stream the gradients, the stored ones first."""
         folder = self.folder / self._key(weights, remaining, span)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ class CheckpointedCalibration(Calibration):
         return hashlib.sha256(repr((options, parts)).encode()).hexdigest()[:24]
 
     def _data_digest(self) -> str:
-        """Of all samples of this draw, however they come in batches."""
+        """Of all samples of this draw, independent of batch sizes."""
         draw = self.seed, self._draw
         if draw not in self._data_digests:
             digest = hashlib.sha256()
@@ -131,13 +131,13 @@ class CheckpointedCalibration(Calibration):
         return self._data_digests[draw]
 
     def _loss_mark(self, weights: Mapping[str, Tensor] | None) -> str:
-        """What tells losses apart: the loss of a few samples, and the size of its gradient."""
+        """Identifies the loss: its value on a few samples, and the size of its gradient."""
         part = next(self.batches(CHECKED_SAMPLES))
         leaves, constants = self._functional.bind(weights, self.space.names)
         with preserved(self.model), self._randomness():
             found = self._functional.mean_gradients(leaves, constants, [part])
         norm = sum(float(gradient.double().square().sum()) for gradient in found.values()) ** 0.5
-        # Few digits: how many threads add up must not count.
+        # Few digits: the number of threads must not matter.
         return f"{float(self._losses_at(weights)(part)):.4e} {norm:.3e}"
 
 
@@ -162,7 +162,7 @@ def _read(path: Path, most_rows: int, columns: int) -> Tensor:
 
 
 def _without(pieces: list[Batch], skipped: int) -> Iterator[Batch]:
-    """The pieces but for their first samples."""
+    """The parts without their first samples."""
     for piece in pieces:
         samples = batch_size(piece)
         if skipped < samples:

@@ -1,4 +1,4 @@
-"""Labels drawn from the model itself, for the true Fisher."""
+"""Labels drawn from the model, for the true Fisher."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torchprune_bayes.errors import CalibrationError
 class FisherTargets:
     """The labels of one pass: the data's own, or for the true Fisher drawn from the model.
 
-    Draws replace labels by classes from the model's predictions; ignored labels stay. A language
-    model whose loss compares the logits at ``t`` with the label at ``t + 1`` gets its draws at
-    ``t + 1``. One uniform number is drawn per label, so that the draws do not depend on how the
-    samples are cut into batches.
+    Draws replace labels by classes from the model's predictions; ignored labels are kept. A
+    language model whose loss compares the logits at ``t`` with the label at ``t + 1`` gets its
+    draws at ``t + 1``. One uniform number is drawn per label, so that the draws do not depend on
+    how the samples are cut into batches.
 
     Args:
         functional: The model.

@@ -1,4 +1,4 @@
-"""A model as a function of its weights: losses and gradients that leave the model as it was."""
+"""A model as a function of its weights: losses and gradients that do not change the model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode; afterwards all its plain attributes are as they were.
+    """Put the model into eval mode; afterwards restore all its plain attributes.
 
     These are the modes; the tensors that PyTorch's pruning hooks and the like assign at every
     forward pass (``module.weight = weight_orig * weight_mask``), which would leave a graph of this
-    pass behind; and what a model notes down about its inputs, also in dictionaries and lists of its
-    own, such as the attention biases that LeViT keeps in evaluation mode; and its modules, which
-    BigBird exchanges when it sees a short sequence.
+    pass behind; and what a model stores about its inputs, also in its dictionaries and
+    lists, such as the attention biases that LeViT keeps in evaluation mode; and its modules, which
+    BigBird replaces for a short sequence.
     """
     held = [(module, dict(vars(module))) for module in model.modules()]
     contents = [
@@ -61,7 +61,7 @@ class FunctionalModel:
     Args:
         space: The tensors whose values can be given; keys below are their qualified names.
         loss_fn: ``loss_fn(output, target) -> scalar mean loss``; ``None`` takes ``output.loss``.
-        device: Where to compute; the model itself stays where it is. ``None`` computes where the
+        device: Where to compute; the model itself is not moved. ``None`` computes where the
             model is, and follows it.
 
     Half-precision weights, buffers and inputs are computed with in float32.
@@ -93,7 +93,7 @@ class FunctionalModel:
         return self.space[0].leaf.device if self._device is None else self._device
 
     def of(self, space: ParameterSpace, loss_fn: LossFunction | None) -> FunctionalModel:
-        """The same place for other tensors or another loss."""
+        """The same model for other tensors or another loss."""
         return FunctionalModel(space, loss_fn, self._device)
 
     def move(self, tensor: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class FunctionalModel:
         return self.loss_of(*self.output(leaves, constants, batch))
 
     def loss_of(self, output: Any, target: Any) -> Tensor:
-        """Mean loss of what :meth:`output` returned, a scalar."""
+        """Mean loss of the result of :meth:`output`, a scalar."""
         if self.loss_fn is None:
             loss = getattr(output, "loss", None)
         else:
@@ -160,7 +160,7 @@ class FunctionalModel:
         state = {**constants, **{leaf_names[name]: leaf for name, leaf in leaves.items()}}
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            # Weights that autocast has cast without gradients would stay without.
+            # Weights that autocast has cached without gradients would have none.
             torch.clear_autocast_cache()
             with _uncompiled(), without_checkpoints():
                 return functional_call(self.model, state, args, kwargs)
@@ -200,7 +200,7 @@ class FunctionalModel:
     def mean_gradients(
         self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], pieces: list[Batch]
     ) -> dict[str, Tensor]:
-        """Gradients of the mean loss over the samples of all ``pieces``, ``{name: shape}``."""
+        """Gradients of the mean loss over the samples of all ``parts``, ``{name: shape}``."""
         trainable = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
         samples = sum(batch_size(piece) for piece in pieces)
         total: dict[str, Tensor] = {}
@@ -215,11 +215,11 @@ class FunctionalModel:
     def unreached(
         self, leaves: Mapping[str, Tensor], constants: Mapping[str, Tensor], batch: Batch
     ) -> list[str]:
-        """Names of leaves that the loss of a batch depends on and has no gradient by.
+        """Names of leaves that the loss of a batch depends on but has no gradient for.
 
-        Somewhere the graph is cut: ``detach``, ``no_grad``, or a part that is computed again in
-        the backward pass. Found by moving all leaves without a gradient, each entry by its own
-        share, which changes nothing where the input just does not reach them.
+        Somewhere the graph is cut: ``detach``, ``no_grad``, or a part that is recomputed in
+        the backward pass. Detected by changing all leaves without a gradient, each entry by its own
+        share, which has no effect if the input does not reach them.
         """
         trainable = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
         with torch.enable_grad():
@@ -231,7 +231,7 @@ class FunctionalModel:
             again = self.loss(leaves, constants, batch)
             moved = {name: _moved(leaves[name]) for name in missing}
             other = self.loss({**leaves, **moved}, constants, batch)
-        # A loss that is not the same again is no sign; nor is one that is not finite.
+        # A loss that is not deterministic or not finite proves nothing.
         depends = bool(again == loss) and bool((other - loss).abs() > 1e-5 * loss.abs())
         return missing if depends else []
 
@@ -262,7 +262,7 @@ def _moved(value: Tensor) -> Tensor:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    # Compiled parts would be compiled again for these weights, and Dynamo traces hooks as well.
+    # Compiled parts would be compiled again for these weights, and Dynamo traces hooks too.
     # Where it was never loaded there are none, and loading it takes seconds.
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

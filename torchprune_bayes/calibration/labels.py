@@ -1,4 +1,4 @@
-"""How a loss reads logits and labels, found out from one evaluated batch."""
+"""How a loss reads logits and labels, determined from one evaluated batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LabelLayout:
         classes: Dimension of the classes in the logits: -1 for ``[B, ..., C]``, 1 for dense
             predictions ``[B, C, H, W]``; ``None`` for two classes with one logit per label, of the
             labels' shape.
-        shift: Places by which the loss moves labels against logits: 1 for language models.
+        shift: Positions by which the loss shifts labels against logits: 1 for language models.
         ignore_index: Label without a term in the loss; with one logit per label there is none.
 
     Example:
@@ -36,7 +36,7 @@ class LabelLayout:
     ignore_index: int = IGNORED
 
     def counted(self, labels: Tensor) -> Tensor:
-        """Where logits meet labels that count, boolean, shaped like the labels."""
+        """Mask of the labels that are not ignored, boolean, shaped like the labels."""
         if self.classes is None:
             return torch.ones_like(labels, dtype=torch.bool)
         counted = labels != self.ignore_index
@@ -47,7 +47,7 @@ class LabelLayout:
         return logits if self.classes is None else logits.movedim(self.classes, -1)
 
     def as_logits(self, values: Tensor) -> Tensor:
-        """What :meth:`classes_last` has laid out, as the logits are."""
+        """The inverse of :meth:`classes_last`."""
         return values if self.classes is None else values.movedim(-1, self.classes)
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -65,7 +65,7 @@ class LabelLayout:
         return below.sum(-1).clamp_max(logits.shape[-1] - 1)
 
     def as_labels(self, drawn: Tensor, labels: Tensor) -> Tensor:
-        """Drawn classes in the place of the labels that count; the others stay."""
+        """Drawn classes in place of the labels that are not ignored; the others are kept."""
         drawn = drawn.to(labels.dtype)
         if self.classes is None:
             return drawn
@@ -91,7 +91,7 @@ def layout_of(
 
     Args:
         loss: The loss of the batch, a scalar.
-        logits: What the model returned, or ``None``.
+        logits: The model's output, or ``None``.
         labels: Labels of the batch, or ``None``.
         ignore_index: Label without a term.
     """

@@ -1,4 +1,4 @@
-"""What a batch's loss is the mean of, found out on samples that differ."""
+"""The normalisation of a batch's loss, determined on samples that differ."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _ROUNDING = 1e-5
 
 
 def labels_in(batch: Batch) -> Any:
-    """Labels of a batch, if it has some: the entry ``"labels"`` of a mapping, else the target."""
+    """Labels of a batch, if any: the entry ``"labels"`` of a mapping, otherwise the target."""
     return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
 
 
 def counted_labels(labels: Any, ignore_index: int, shift: int = 0) -> Tensor | None:
-    """Labels of each sample that count, ``[B]``; ``None`` where labels are no classes.
+    """Number of labels of each sample that are not ignored, ``[B]``; ``None`` without classes.
 
     Example:
         >>> counted_labels(torch.tensor([[1, -100], [2, 3]]), -100)
@@ -39,7 +39,7 @@ def counted_labels(labels: Any, ignore_index: int, shift: int = 0) -> Tensor | N
 def differing_samples(batch: Batch, ignore_index: int, most: int) -> Batch:
     """Up to ``most`` samples that differ in the number of their labels, and in these.
 
-    Samples without labels that count are left out, unless there are no others.
+    Samples without such labels are left out, unless there are no others.
     """
     labels = labels_in(batch)
     counts = counted_labels(labels, ignore_index)
@@ -57,7 +57,7 @@ def differing_samples(batch: Batch, ignore_index: int, most: int) -> Batch:
 
 
 def differences_in(batch: Batch, ignore_index: int) -> frozenset[str]:
-    """In what the samples of a batch differ, ``"number of labels"`` and ``"labels"``."""
+    """How the samples of a batch differ, ``"number of labels"`` and ``"labels"``."""
     labels = labels_in(batch)
     counts = counted_labels(labels, ignore_index)
     if counts is None or batch_size(batch) < 2:
@@ -73,16 +73,16 @@ def normaliser_of(
     terms: Sequence[float],
     known: Normaliser = "terms",
 ) -> Normaliser | None:
-    """What the loss of several samples is the mean of.
+    """The rule by which the loss of several samples is a mean.
 
     Args:
         loss: The loss of all of them as one batch.
-        singles: The losses of each by itself.
-        terms: Labels of each that count.
-        known: The rule that is taken where both are right.
+        singles: The losses of each separately.
+        terms: Number of labels of each that are not ignored.
+        known: The rule to use if both fit.
 
     Returns:
-        The rule; ``None`` if neither is right.
+        The rule; ``None`` if neither fits.
 
     Example:
         >>> normaliser_of(2.5, [1.0, 3.0], [1, 3]), normaliser_of(2.0, [1.0, 3.0], [1, 3])
@@ -111,7 +111,7 @@ def common_normaliser(
 
     Args:
         groups: The loss, those of single samples, and the labels of these that count, of each.
-        known: The rule that is taken where both are right.
+        known: The rule to use if both fit.
 
     Example:
         >>> common_normaliser([(2.5, [1.0, 3.0], [1, 3]), (2.0, [1.0, 3.0], [1, 1])], "samples")

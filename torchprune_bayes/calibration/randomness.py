@@ -1,4 +1,4 @@
-"""Random numbers of a calibration's own, so that the caller's generators are left alone."""
+"""Private random states of a calibration, so that the caller's generators do not change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class DeviceGenerator:
-    """The default generator of one device that is not the CPU, whatever backend it has.
+    """The default generator of one device other than the CPU, for any backend.
 
     Args:
         module: The backend, ``torch.cuda`` for one.
@@ -37,12 +37,12 @@ class DeviceGenerator:
         return found
 
     def restore(self, state: Tensor) -> None:
-        """Put a state back."""
+        """Restore a state."""
         self._module.set_rng_state(state, *self._device)
 
 
 def _device_generator(device: torch.device) -> DeviceGenerator | None:
-    """The generator of a device; ``None`` for the CPU and for what has none, such as ``meta``."""
+    """The generator of a device; ``None`` for the CPU and devices without one (``meta``)."""
     if device.type in ("cpu", "meta"):
         return None
     module = torch.get_device_module(device)
@@ -53,12 +53,12 @@ class IsolatedRandomness:
     """A private state of the random generators, entered and left any number of times.
 
     Inside, torch's (the CPU's and that of another device), Python's and NumPy's generators
-    continue where they were left the last time; outside they are as the caller left them. So data
+    continue where they stopped last time; outside they are the caller's. So data
     can be drawn lazily, batch by batch, without the caller's code seeing a changed generator.
 
     Args:
         seed: Seed of all private states.
-        device: The device whose generator is isolated beside the CPU's.
+        device: The device whose generator is isolated in addition to the CPU's.
         generators: Further generators, such as a data loader's own.
 
     Example:

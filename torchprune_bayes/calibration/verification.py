@@ -1,4 +1,4 @@
-"""What is verified about the data, the model and the gradients while they are used."""
+"""Checks of the data, the model and the gradients while they are used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MOSTLY_ZERO = 2  # warned of from one in so many informative gradients on
 
 
 def check_num_samples(num_samples: int | str | None, mini_batch: int) -> int | None:
-    """The number of samples, if there is one; refused if it is no number of whole mini-batches.
+    """The number of samples, if given; refuse one that is not a multiple of a mini-batch.
 
     Raises:
         ArgumentError: If it is not a multiple of ``mini_batch``, or not positive.
@@ -75,20 +75,20 @@ class InformationCheck:
         self._informative: Tensor | int = 0
 
     def add(self, rows: Tensor) -> None:
-        """Look at gradients ``[rows, entries]``; nothing is read back from the device."""
+        """Count gradients ``[rows, entries]``; nothing is read back from the device."""
         self._rows += len(rows)
-        # Sooner than `any`, and NaN counts as information: it is refused elsewhere.
+        # Faster than `any`, and NaN counts as nonzero: it is refused elsewhere.
         zero = (rows.amax(dim=1) == 0) & (rows.amin(dim=1) == 0)
         self._informative = self._informative + (~zero).sum()
 
     def finish(self, *, warned: bool) -> bool:
-        """Refuse gradients that are all zero, and warn where most are.
+        """Refuse gradients that are all zero, and warn if most are.
 
         Args:
-            warned: Whether it was warned of before.
+            warned: Whether a warning was given before.
 
         Returns:
-            Whether it was warned of by now.
+            Whether a warning was given by now.
 
         Raises:
             CalibrationError: If all are zero.
@@ -109,7 +109,7 @@ class InformationCheck:
 
 
 def refuse_zero_gradients(which: str, ignore_index: int) -> None:
-    """Refuse gradients by which nothing can be decided.
+    """Refuse uninformative gradients.
 
     Raises:
         CalibrationError: Always.
@@ -123,7 +123,7 @@ def refuse_zero_gradients(which: str, ignore_index: int) -> None:
 
 
 class RepeatCheck:
-    """Warns, once each, where the model or the data do not give the same again.
+    """Warns, once each, if the model or the data are not deterministic.
 
     The model is run twice on the first sample of the first pass; the first sample of every later
     pass is compared with it.
@@ -147,7 +147,7 @@ class RepeatCheck:
         return other
 
     def begin_pass(self, sample: Batch) -> None:
-        """Look at the first sample of a pass, a batch of one on the device."""
+        """Check the first sample of a pass, a batch of one on the device."""
         if self._first is None:
             self._first = map_tensors(sample, Tensor.clone)
             self._compare("model", sample)

@@ -17,7 +17,7 @@ from torchprune_bayes.types import Masks
 
 @dataclass(frozen=True)
 class StoredFisher:
-    """What is in the file: gradients ``[N, D]``, masks in their order, and the settings."""
+    """Content of the file: gradients ``[N, D]``, masks in their order, and the settings."""
 
     rows: Tensor
     masks: Masks
@@ -39,7 +39,7 @@ class StoredFisher:
         """Read the file.
 
         Raises:
-            ArgumentError: If it is missing, damaged or another one.
+            ArgumentError: If it is missing, damaged or of another kind.
         """
         stored = read_tensors(path, "an empirical Fisher", device=device)
         with reading(path, stored.what):

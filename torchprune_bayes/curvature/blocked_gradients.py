@@ -22,11 +22,11 @@ _CACHED_BYTES = 1 << 23  # of blocks whose float64 copies stay in a processor's 
 
 @dataclass
 class SharedProducts:
-    """Products of the gradients that several dampings share.
+    """Products of the gradients that are shared by several dampings.
 
     Attributes:
         spaces: ``GGᵀ`` of batches of blocks, by their start.
-        kept: What was kept of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
+        kept: The kept entries of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
         weights: The weights ``[D]`` whose ``changes`` are known.
         changes: ``Gw`` of batches of blocks, by their start.
     """
@@ -37,7 +37,7 @@ class SharedProducts:
     changes: dict[int, Tensor] = field(default_factory=dict)
 
     def change(self, where: slice, gradients: Gradients, weights: Tensor) -> Tensor:
-        """``Gw`` of a batch of blocks, kept as long as it is asked of the same weights ``[D]``."""
+        """``Gw`` of a batch of blocks, cached for the same weights ``[D]``."""
         if self.weights is not weights:
             self.weights, self.changes = weights, {}
         if where.start not in self.changes:
@@ -46,7 +46,7 @@ class SharedProducts:
         return self.changes[where.start]
 
     def inner_of(self, keep: Tensor) -> Tensor | None:
-        """``G_K G_Kᵀ``, if it is known."""
+        """``G_K G_Kᵀ``, if it is cached."""
         if self.kept is None or not torch.equal(self.kept[0], keep):
             return None
         return self.kept[1]
@@ -60,8 +60,8 @@ class BlockedGradients:
         store: Their gradients ``[N, D]``.
         count: ``N``.
         blocks: Ranges ``(start, stop)`` of the blocks in this order.
-        budget: Memory for what is read and computed at one time.
-        products: What is kept from one sweep to the next.
+        budget: Memory budget for reading and computing.
+        products: Products that are cached between sweeps.
     """
 
     remaining: RemainingVector
@@ -110,10 +110,10 @@ class BlockedGradients:
         )
 
     def space_of(self, where: slice, gradients: Gradients) -> SampleSpace | None:
-        """``GGᵀ`` of a batch of blocks from :meth:`sweep`, kept for the sweeps to come.
+        """``GGᵀ`` of a batch of blocks from :meth:`sweep`, cached for later sweeps.
 
-        ``None`` where it would not be used, or where all would take more than their share of the
-        budget; that of a single block is always kept.
+        ``None`` if it would not be used, or if all would take more than their share of the
+        budget; that of a single block is always cached.
         """
         spaces = self.products.spaces
         if where.start in spaces:
@@ -129,12 +129,12 @@ class BlockedGradients:
         return spaces.setdefault(where.start, space)
 
     def kept_inner(self, gradients: Gradients, keep: Tensor, kept: int) -> Tensor | None:
-        """``G_K G_Kᵀ`` of a single block, kept for the next damping and the next restriction.
+        """``G_K G_Kᵀ`` of a single block, cached for the next damping and restriction.
 
         Args:
-            gradients: Those of the block.
+            gradients: Gradients of the block.
             keep: Boolean ``[1, B]``.
-            kept: How many entries that are.
+            kept: Number of kept entries.
         """
         if len(self.blocks) > 1 or kept <= self.count:
             return None

@@ -39,9 +39,9 @@ _FEWEST_SAMPLES = 64
 class EmpiricalFisher(BlockedGradients):
     """``F = λI + (1/N) Σ_n g_n g_nᵀ`` of the remaining weights, block by block.
 
-    The gradients are taken in one pass over the data and kept where there is room: on the device,
-    in the CPU's memory, or in a scratch file that goes with the object. Nothing of size ``B x B``
-    or ``D x D`` is stored, and results do not depend on where gradients are.
+    The gradients are computed in one pass over the data and stored where there is room: on the
+    device, in the CPU's memory, or in a scratch file that is deleted with the object. Nothing of
+    size ``B x B`` or ``D x D`` is stored, and results do not depend on where gradients are stored.
 
     Legend: ``D`` remaining entries, ``N`` gradients, ``B`` entries of a block.
 
@@ -49,8 +49,8 @@ class EmpiricalFisher(BlockedGradients):
         block_size: ``"full"`` (one block over all tensors), ``"tensor"`` (one per tensor), an int
             (contiguous blocks of at most that many entries), or ``"auto"``, the same as ``"full"``.
         across_tensors: Whether blocks of a given size may span several tensors.
-        active_only: Whether blocks are cut from the remaining entries alone (the papers' dynamic
-            variant); otherwise pruned entries take their place with gradients of zero.
+        active_only: Whether blocks are cut from the remaining entries only (the papers' dynamic
+            variant); otherwise pruned entries are included with zero gradients.
         centred: Whether the mean gradient is subtracted, ``F − ḡḡᵀ``.
         damping: ``λ``.
         layout: Another order of the entries, for patterns; then ``active_only`` is false.
@@ -98,7 +98,7 @@ class EmpiricalFisher(BlockedGradients):
         weights: Mapping[str, Tensor] | None = None,
         masks: Masks | None = None,
     ) -> EmpiricalFisher:
-        """Take gradients at ``weights`` of the entries that ``masks`` keep; returns itself.
+        """Compute gradients at ``weights`` of the entries that ``masks`` keep; returns itself.
 
         Args:
             calibration: Where gradients come from.
@@ -106,7 +106,7 @@ class EmpiricalFisher(BlockedGradients):
             masks: Remaining entries; default those of the model.
 
         Raises:
-            ArgumentError: If nothing is left to prune.
+            ArgumentError: If no entries remain.
             CalibrationError: If the data gave no usable gradients, or there is no room for them.
 
         Cost: one pass over the calibration data; ``4 N D`` bytes on the device, in memory or in a
@@ -167,7 +167,7 @@ class EmpiricalFisher(BlockedGradients):
         return other
 
     def to(self, device: torch.device) -> EmpiricalFisher:
-        """The same Fisher, computed with on another device, or on the CPU without float64."""
+        """The same Fisher, computing on another device, or on the CPU without float64."""
         device = float64_device(device)
         if device == self.store.device:
             return self
@@ -199,7 +199,7 @@ class EmpiricalFisher(BlockedGradients):
     def with_blocks_in_memory(self) -> EmpiricalFisher:
         """The same, cut further where the gradients of a block are more than the budget holds.
 
-        For searches that look at all gradients of a block over and over.
+        For searches that read all gradients of a block repeatedly.
         """
         room = max(self.budget.gradients_bytes // (self.store.dtype.itemsize * self.count), 1)
         largest = max(stop - start for start, stop in self.blocks)
@@ -217,14 +217,14 @@ class EmpiricalFisher(BlockedGradients):
     def directions(
         self, weights: Tensor, keep: Tensor, *, single: bool = False, descent: bool = True
     ) -> Directions:
-        """What the kept weights do when the others are set to zero, float64 ``[D]``.
+        """Update of the kept weights when the others are set to zero, float64 ``[D]``.
 
         Args:
             weights: ``[D]``.
             keep: Boolean ``[D]``.
             single: Whether the updates for removing each weight alone are added up, as the
                 WoodFisher paper does, instead of solving for all together.
-            descent: Whether the first-order part is wanted; else it is zero.
+            descent: Whether to compute the first-order part; otherwise it is zero.
         """
         parts, kept = [], self.kept_counts(keep)
         for where, gradients in self.sweep():
@@ -253,10 +253,10 @@ class EmpiricalFisher(BlockedGradients):
         return Directions(*(_joined(part) for part in zip(*parts, strict=True)))
 
     def held_out_errors(self, weights: Tensor, keep: Tensor, dampings: Sequence[float]) -> Tensor:
-        """How the joint update does on gradients that it did not see, for several dampings.
+        """Quality of the joint update on gradients that it did not use, for several dampings.
 
         By leaving out one gradient at a time, see :mod:`torchprune_bayes._numerics.leave_one_out`.
-        Up to 16 blocks, evenly spread, stand for all of them, and as many gradients for all as make
+        Up to 16 blocks, evenly spread, represent all of them, with as many gradients as make
         the cost that of one Gram matrix at most.
 
         Args:
@@ -335,7 +335,7 @@ class EmpiricalFisher(BlockedGradients):
         return float(torch.stack(sums).sum()) / (self.count * self.remaining.numel)
 
     def merge(self, other: EmpiricalFisher) -> EmpiricalFisher:
-        """Join the gradients of another fit of the same weights, such as another rank's.
+        """Merge the gradients of another fit of the same weights, such as another rank's.
 
         Raises:
             AlignmentError: If the two do not have the same remaining entries.
@@ -379,7 +379,7 @@ class EmpiricalFisher(BlockedGradients):
             device: Where the gradients are wanted, that of the model.
 
         Raises:
-            ArgumentError: If the file is missing, damaged or another one.
+            ArgumentError: If the file is missing, damaged or of another kind.
         """
         stored = StoredFisher.load(path, float64_device(device))
         with reading(path, "an empirical Fisher"):

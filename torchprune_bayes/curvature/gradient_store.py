@@ -1,4 +1,4 @@
-"""Where the gradients of one pass over the data are kept: on the device, in memory or in a file."""
+"""Storage for the gradients of one pass over the data: on the device, in memory or in a file."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torchprune_bayes.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Placement:
-    """Where gradients are kept, and in which dtype.
+    """Where gradients are stored, and in which dtype.
 
     Args:
         offload: ``"device"``, the computing device; ``"host"``, the CPU's memory; a folder, a
-            scratch file in it; or ``"auto"``: the first of the three that has room, with the
+            scratch file in it; or ``"auto"``: the first of the three with enough room, with the
             system's folder for temporary files.
-        dtype: ``float32``, or ``bfloat16``, which halves the room and rounds every gradient to
+        dtype: ``float32``, or ``bfloat16``, which halves the memory and rounds every gradient to
             eight bits; sums over gradients are exact in the same way with both.
-        room_bytes: What may be kept in memory with ``"auto"``.
+        room_bytes: Bytes that may be stored in memory with ``"auto"``.
     """
 
     offload: str | Path
@@ -33,7 +33,7 @@ class Placement:
     room_bytes: int
 
     def new(self, shape: tuple[int, int], device: torch.device) -> Tensor:
-        """Room for gradients.
+        """Memory for gradients.
 
         Args:
             shape: ``(N, D)``.
@@ -89,14 +89,14 @@ class GradientStore:
         device: torch.device,
         made_in: torch.dtype = torch.float32,
     ) -> GradientStore:
-        """Keep the rows of one pass.
+        """Store the rows of one pass.
 
         Args:
             chunks: Makes ``[rows, D]``, ``N`` rows in all, and writes them to its argument, unless
                 that is ``None``.
             shape: ``(N, D)``.
-            placement: Where they are kept.
-            device: Where they are made, and where columns are wanted later.
+            placement: Where they are stored.
+            device: Device on which they are made, and on which columns are read later.
             made_in: Dtype in which they are made.
         """
         rows, done = placement.new(shape, device), 0
@@ -134,7 +134,7 @@ class GradientStore:
         return part if self.active is None else part * self.active[start:stop]
 
     def to(self, device: torch.device) -> GradientStore:
-        """The same gradients where they are, read on another device."""
+        """The same stored gradients, read on another device."""
         active = None if self.active is None else self.active.to(device)
         return GradientStore(self.rows, device, self.columns, active)
 
@@ -143,7 +143,7 @@ class GradientStore:
 
         Args:
             keep: Boolean ``[D]``.
-            copy_bytes: How much a copy of them may take; above it the result is a view.
+            copy_bytes: Largest size of a copy of them; above it the result is a view.
         """
         chosen = keep.nonzero().squeeze(1).cpu()
         columns = chosen if self.columns is None else self.columns[chosen]
@@ -204,7 +204,7 @@ def _in_a_file(shape: tuple[int, int], dtype: torch.dtype, folder: Path) -> Tens
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Make a file of a size whose room is really there: writing to a full disk kills a process."""
+    """Make a file with allocated space: writing to a full disk would kill the process."""
     if hasattr(os, "posix_fallocate") and size:
         os.posix_fallocate(descriptor, 0, size)
     else:

@@ -51,7 +51,7 @@ def hessian_diagonal(
         By qualified name, float64 and shaped like the tensors; zero where pruned.
 
     Raises:
-        ArgumentError: If an exact diagonal is asked for more than 20,000 remaining weights.
+        ArgumentError: If an exact diagonal is requested for more than 20,000 remaining weights.
         CalibrationError: If an entry is not finite, or there are too few samples.
 
     Cost: per weight or probe about two passes for gradients of all samples; batches of 64 samples
@@ -90,7 +90,7 @@ def hessian_diagonal(
 
 
 def _vectors(calibration: Calibration, masks: Masks, probes: int | None) -> Iterator[Vectors]:
-    """Yield stacks of vectors ``z``, ``{name: [rows, *shape]}``; the sum of ``z ⊙ Hz`` is wanted.
+    """Yield stacks of vectors ``z``, ``{name: [rows, *shape]}``; whose ``z ⊙ Hz`` are summed.
 
     Unit vectors come for one tensor at a time: of their products no other part is needed.
     """

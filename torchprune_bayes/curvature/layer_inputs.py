@@ -1,4 +1,4 @@
-"""Second moments of what the layers of a model see, and new weights layer by layer."""
+"""Second moments of the inputs of a model's layers, and new weights layer by layer."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class LayerInputs:
 
     Args:
         calibration: Model and data.
-        ignore_padding: Whether tokens do not count that the batch's ``attention_mask`` leaves out;
-            it is looked up by the first dimensions of a layer's inputs, so that tokens which a
+        ignore_padding: Whether to ignore tokens that the batch's ``attention_mask`` leaves out;
+            it is matched to the first dimensions of a layer's inputs, so that tokens which a
             model has re-arranged, as mixtures of experts do, all count.
 
     Example:
@@ -58,7 +58,7 @@ class LayerInputs:
 
     @property
     def names(self) -> list[str]:
-        """The tensors that have inputs to speak of."""
+        """The tensors whose layers have inputs."""
         return list(self._layers)
 
     def moments(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, InputMoment]:
@@ -80,7 +80,7 @@ class LayerInputs:
         weights: Mapping[str, Tensor] | None = None,
         masks: Masks | None = None,
     ) -> dict[str, Tensor]:
-        """New weights layer by layer, in the order of the calls: later ones see what these give.
+        """New weights layer by layer, in call order: later ones see the outputs of earlier ones.
 
         Args:
             update: Called once for each tensor of :attr:`names`.
@@ -115,7 +115,7 @@ class LayerInputs:
 
 @dataclass
 class _Calls:
-    """What one sample's pass tells: which layers are called, in which order, with which inputs."""
+    """Trace of one sample's pass: which layers are called, in which order, with which inputs."""
 
     counts: dict[str, int] = field(default_factory=dict)
     stages: list[list[str]] = field(default_factory=list)
@@ -129,7 +129,7 @@ class _Calls:
 
 
 class _Run:
-    """Passes at weights that change on the way."""
+    """Passes at weights that change layer by layer."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class _Run:
         _, self._constants = self._functional.bind(None)
 
     def calls_of_one(self) -> _Calls:
-        """The calls that the first sample makes; layers that it does not reach come as listed."""
+        """Calls of the first sample; layers that it does not reach keep their listed order."""
         calls = _Calls()
         last: list[Tensor | None] = [None]
 
@@ -176,7 +176,7 @@ class _Run:
         update: Update,
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        """Gather the moments of some tensors; each is updated when its last token has come."""
+        """Gather the moments of some tensors; each is updated after its last token."""
         layers = self._inputs._layers
         moments = {name: InputMoment.of(layers[name][0], self.weights[name]) for name in names}
         for index, batch in enumerate(batches):

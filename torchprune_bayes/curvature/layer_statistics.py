@@ -1,4 +1,4 @@
-"""What :class:`~torchprune_bayes.curvature.LayerCurvature` has found: sums over samples."""
+"""Results of :class:`~torchprune_bayes.curvature.LayerCurvature`: sums over samples."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LayerStatistics:
         sums: Sums over the samples, in the calibration's dtype: ``"diagonal:<parameter>"``,
             ``"inputs:<layer>"`` and ``"outputs:<layer>"`` with ``"positions:<layer>"``, ``"terms"``
             and ``"loss:<kind>"``.
-        coverage: How gradients were found, by qualified name; empty after :meth:`load`.
-        kind: Of which matrix.
+        coverage: How gradients were computed, by qualified name; empty after :meth:`load`.
+        kind: Kind of the matrix.
     """
 
     calibration: Calibration | None = None
@@ -128,14 +128,14 @@ class LayerStatistics:
         Args:
             name: Qualified name of the parameter.
             damping: ``λ``, absolute; see :meth:`mean`.
-            pi: Whether Kronecker factors share the damping out by their mean eigenvalues.
+            pi: Whether Kronecker factors split the damping by their mean eigenvalues.
         """
         return self.inverses([name], damping, pi=pi)[name]
 
     def inverses(
         self, names: Collection[str], damping: float, *, pi: bool = True
     ) -> dict[str, KroneckerInverse | DiagonalInverse]:
-        """Damped inverses of several blocks, with one wait for the device instead of one for each.
+        """Damped inverses of several blocks, with one device synchronisation for all.
 
         Args:
             names: Qualified names of the parameters.

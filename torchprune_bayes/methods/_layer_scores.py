@@ -1,4 +1,4 @@
-"""What chooses the masks in the rounds of ``layerwise``."""
+"""Scores that choose the masks in the rounds of ``layerwise``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Scorer(Protocol):
 class TokenFisher:
     """``½ w² (F_ii + λ)`` with ``F_ii = (1/N) Σ_n Σ_t g_nt² a_nt²`` of the dense weights.
 
-    Tokens are taken as samples. The squares are found once, from one pass, and only the weights
+    Tokens count as samples. The squares are computed once, in one pass, and only the weights
     change between rounds: what layers are worth to the loss changes little while their outputs
     stay what they were. A tensor without any, such as an expert that no token reaches, is ranked by
     magnitude.
@@ -113,7 +113,7 @@ def _damped(diagonal: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
 
 
 class Registered:
-    """A registered method, with fresh scores in each round.
+    """A registered method, with new scores in each round.
 
     Args:
         name: Of a method of this package; one that also moves weights is asked not to.
@@ -162,7 +162,7 @@ class Registered:
         return self._kind(amount, **options)
 
     def decide(self, space: ParameterSpace, amount: Any, pattern: Pattern | None) -> Decision:
-        """What the method decides.
+        """Decision of the method.
 
         Raises:
             ArgumentError: If it moves weights.

@@ -1,4 +1,4 @@
-"""What methods share that prune layer by layer, from the inputs of each layer alone."""
+"""Base of methods that prune layer by layer, from the inputs of each layer only."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torchprune_bayes.types import Decision, Scores
 def obd_decision(
     target: Target, weights: Mapping[str, Tensor], diagonal: Mapping[str, Tensor], **info: Any
 ) -> Decision:
-    """Prune the smallest ``½ w_i² |H_ii|``; what is kept does not move.
+    """Prune the smallest ``½ w_i² |H_ii|``; kept weights do not move.
 
     Args:
         target: How many, among which.

@@ -1,4 +1,4 @@
-"""Which options of the OBS methods go together, and which curvature fits."""
+"""Checks of the combinations of options and curvature of the OBS methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchprune_bayes.types import Masks
 def check_steps(
     steps: int, stages: int | str, path: str, curvature: EmpiricalFisher | None
 ) -> None:
-    """Refuse impossible numbers of steps and stages, and steps without fresh gradients."""
+    """Refuse impossible numbers of steps and stages, and steps without new gradients."""
     check_count("steps", steps)
     if stages != "auto":
         check_count("stages", stages)

@@ -1,7 +1,7 @@
-"""One pruning step: score the remaining weights, choose, and move those that stay.
+"""One pruning step: score the remaining weights, choose, and update the kept ones.
 
 In plain words: a step has one set of gradients, taken at the weights where it begins. It may score
-and choose in several stages; each scores what is left, moved as far as it has been, while the
+and choose in several stages; each scores the remaining weights, with updates so far, while the
 update is always computed from the weights that the gradients belong to. Nothing here changes a
 model.
 
@@ -30,14 +30,14 @@ Update = Literal["none", "single", "joint"]
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step chose.
+    """Choices of a step.
 
     Attributes:
         sparsity: Share of all entries that is pruned after it.
         block_size: Blocks of the Fisher.
         damping: ``λ``.
         mean_square: Mean squared gradient, the unit of ``λ``; ``None`` where it was not needed.
-        scale: Share of the update that was taken.
+        scale: Applied share of the update.
         gradient_step: ``η``.
         loss: Held-out loss after it; ``None`` where nothing was to be chosen.
         in_sample: Whether that loss is one of the samples that the gradients are from.
@@ -64,7 +64,7 @@ class State:
 
     @classmethod
     def of(cls, space: ParameterSpace) -> State:
-        """The start: the model as it is."""
+        """The start, at the present model."""
         return cls(space.values(), space.masks())
 
     @property
@@ -76,7 +76,7 @@ class State:
         """The decision that the run leads to.
 
         Args:
-            moved: Whether weights were moved on purpose, so that there are updates to write.
+            moved: Whether weights were updated, so that there are values to write.
             info: Further plain values of the report.
         """
         steps = [asdict(report) for report in self.reports]
@@ -86,13 +86,13 @@ class State:
 
 @dataclass(frozen=True)
 class Step:
-    """Where a step begins.
+    """Start of a step.
 
     Attributes:
         index: From 0.
         fisher: Of gradients at ``weights``.
         weights: By qualified name.
-        masks: What remains.
+        masks: Remaining entries.
         target: How many entries are to go by the end of each stage of each step.
         stages: The stages of this step, counted over all steps.
         last: The report of the step before.
@@ -138,8 +138,8 @@ class Stage:
         step: The step.
         fisher: Of what remains before the stage, with the damping that is tried.
         index: Counted over all stages of all steps.
-        masks: What remains before it.
-        weights: Values of that, moved as far as they have been, ``[fisher.remaining.numel]``.
+        masks: Remaining entries before it.
+        weights: Their values with updates so far, ``[fisher.remaining.numel]``.
     """
 
     step: Step
@@ -160,12 +160,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Procedure:
-    """What one method does in a step.
+    """Procedure of one method in a step.
 
     Attributes:
         score: Importance score of every remaining entry, ``[D]`` of the stage's Fisher.
         select: Masks at the end of a stage, from the scores.
-        update: How the kept weights move.
+        update: Update of the kept weights.
         descends: Whether the kept weights may also move down the gradient.
         in_stages: Whether a step has all its stages, or ends with the first choice.
     """
@@ -190,15 +190,15 @@ def smallest(stage: Stage, scores: Scores) -> Masks:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a step would prune with one damping, and where the kept weights could move.
+    """Masks of a step at one damping, and possible updates of the kept weights.
 
     Attributes:
         step: The step.
-        fisher: With the damping and the blocks that were taken.
-        masks: What would be kept.
+        fisher: The Fisher with this damping and these blocks.
+        masks: Kept entries.
         scores: Those of the last stage.
-        moved: The weights once what is pruned is made up for, by name; zero where pruned.
-        newton: The move down the gradient, by name, if it may be taken.
+        moved: The weights after compensation, by name; zero where pruned.
+        newton: The gradient step, by name, if allowed.
         losses: Held-out losses measured so far, by the shares of both moves.
     """
 
@@ -232,11 +232,11 @@ def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
     Each stage scores the weights that the last one moved, with what remains of the same Fisher. The
     update is always that of everything that the step has pruned so far. With one block it is found
     from the remaining entries alone: after a joint update the kept weights are at a minimum of the
-    quadratic model, so that updates add up exactly. Blocks are cut anew for every stage, so that
+    quadratic model, so that updates add up exactly. Blocks are cut again for every stage, so that
     theirs do not.
 
     Args:
-        step: Where it begins.
+        step: Its start.
         damping: ``λ``.
         procedure: What the method does.
     """
@@ -260,7 +260,7 @@ def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
 
 
 def _whole_stage(step: Step, damping: float, index: int) -> Stage:
-    """A stage of everything that remains where the step begins."""
+    """A stage of all entries that remain at the start of the step."""
     fisher = step.fisher.restricted(step.masks, damping)
     return Stage(step, fisher, index, step.masks, step.flat)
 
@@ -268,7 +268,7 @@ def _whole_stage(step: Step, damping: float, index: int) -> Stage:
 def _moved(
     stage: Stage, masks: Masks, procedure: Procedure
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """The weights after making up for what is pruned, and the move down the gradient."""
+    """The weights after compensation, and the gradient step."""
     remaining, weights = stage.fisher.remaining, stage.weights
     keep = remaining.gather(masks)
     if procedure.update == "none":

@@ -53,7 +53,7 @@ class Pattern:
 
     @classmethod
     def n_of_m(cls, text: str) -> Pattern:
-        """Read ``"N:M"`` alone."""
+        """Read ``"N:M"`` only."""
         pattern = cls.parse(text)
         if pattern.takes_whole_groups:
             raise ArgumentError(f"Expected `pattern` like '2:4', got {text!r}.")
@@ -154,7 +154,7 @@ def kept_by(
         space: Masks, and layers for a pattern.
         scores: Not negative.
         amount: Fraction or number of the remaining entries to prune.
-        pattern: Which entries go together.
+        pattern: The pattern of groups.
         scope: ``"global"`` or ``"layer"``.
     """
     masks = space.masks()

@@ -1,4 +1,4 @@
-"""What methods share that take a Laplace posterior of a model's weights."""
+"""Base of methods that use a Laplace posterior of a model's weights."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class PosteriorPruning(PruningMethod):
     Args:
         amount: Fraction or number of the remaining entries to prune.
         calibration: Data, model and loss; by default the curvature's.
-        curvature: A curvature fitted at the model's weights, in the place of a pass over the data.
+        curvature: A curvature fitted at the model's weights, instead of a pass over the data.
         posterior: A posterior at the model's weights, fitted already.
-        model: The model of ``posterior`` or ``curvature``, in the place of a calibration.
-        prior: Structure of the prior of highest evidence, where there is no posterior.
+        model: The model of ``posterior`` or ``curvature``, instead of a calibration.
+        prior: Structure of the prior of highest evidence, if there is no posterior.
         fit: How the posterior is fitted, where there is none.
         scope: ``"global"`` or ``"layer"``.
 

@@ -35,7 +35,7 @@ class SwapSelection:
         objective: A key of ``OBJECTIVES``: what swaps must lower.
         search: :func:`swap_search` with its options.
         pattern: Groups that are swapped whole, or within which entries are.
-        update: What is done to the kept weights when masks are judged after an update.
+        update: Update of the kept weights when masks are compared after it.
         shared: Whether entries of different tensors may be swapped.
     """
 
@@ -52,7 +52,7 @@ class SwapSelection:
         """Masks of smallest loss among the start, random other starts, and those of the search.
 
         Args:
-            start: Masks to begin with.
+            start: Initial masks.
             starts: How many starts to compare, this one included.
             generator: For the random ones, on the CPU.
         """
@@ -126,7 +126,7 @@ class SwapSelection:
         return _Judged(keep, math.inf if math.isnan(loss) else loss)
 
     def _loss(self, keep: Tensor) -> float:
-        """Held-out loss of a mask; with a curvature alone, that of the quadratic model."""
+        """Held-out loss of a mask; with only a curvature, that of the quadratic model."""
         flat = moved = self._weights()
         if self.objective == "post_update" and self.update != "none":
             single = self.update == "single"
@@ -160,7 +160,7 @@ class SwapSelection:
 
 @dataclass(frozen=True)
 class _Judged:
-    """What a step would keep, and the loss that this means."""
+    """Masks of a step, and their loss."""
 
     keep: Tensor
     loss: float

@@ -126,7 +126,7 @@ class Target:
 
 
 def _count(groups: Sequence[Sequence[Tensor]]) -> list[int]:
-    """Remaining entries of each group of masks, fetched from the device together."""
+    """Remaining entries of each group of masks, in one read from the device."""
     place = groups[0][0].device
     totals = [
         torch.stack([torch.count_nonzero(m).to(place) for m in masks]).sum() for masks in groups

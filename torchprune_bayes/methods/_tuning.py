@@ -1,4 +1,4 @@
-"""Choosing the damping, the blocks, and how far to move, for one pruning step.
+"""Choice of damping, blocks and step length for one pruning step.
 
 In plain words: the spectrum of the Gram matrix, which is there anyway, tells for every damping how
 well the update would do on a gradient that it did not see. That says where to look. A few forward
@@ -72,7 +72,7 @@ class Move:
         return replace(self, loss=found.value, in_sample=found.in_sample)
 
     def after(self, state: State) -> State:
-        """The state that the move leads to."""
+        """The state after the move."""
         pruned = self.pruned
         total = sum(mask.numel() for mask in pruned.masks.values())
         report = StepReport(
@@ -90,7 +90,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is chosen for each step, and from what.
+    """Settings chosen for each step, and their candidates.
 
     Attributes:
         damping: ``λ``, or ``"auto"``.
@@ -103,11 +103,11 @@ class Tuning:
     gradient_steps: tuple[float, ...] = (0.0,)
 
     def best(self, step: Step, procedure: Procedure) -> Move:
-        """The move of smallest held-out loss that is found.
+        """The move of smallest held-out loss.
 
         Args:
-            step: Where to begin.
-            procedure: What the method does.
+            step: The start.
+            procedure: The method's procedure.
 
         Raises:
             CalibrationError: If no held-out loss is finite.
@@ -294,7 +294,7 @@ def best_by_coordinates(
     Args:
         move_at: Makes the move at one value of each axis.
         axes: Values in rising order.
-        start: Where to begin, a value of each axis.
+        start: Start, a value of each axis.
     """
     if len(axes[0]) == len(axes[1]) == 1:
         return move_at(*start)

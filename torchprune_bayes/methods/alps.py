@@ -31,7 +31,7 @@ class ALPS(LayerLocalPruning):
             with a pattern.
         calibration: Data and model; the loss is not used.
         damping: Relative to the mean of ``diag G``.
-        penalty: ``ρ`` of ADMM to begin with.
+        penalty: initial ``ρ`` of ADMM.
         iterations: Steps of ADMM at most.
         descent: Steps of conjugate gradients.
         options: ``pattern``, ``ignore_padding`` and ``scope``, as of Wanda; ``scope="global"``

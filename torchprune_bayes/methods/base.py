@@ -1,7 +1,7 @@
-"""What every method shares: deciding without a change, and the calls of PyTorch's pruning API.
+"""Base class of all methods: decisions without side effects, and PyTorch's pruning API.
 
 In plain words: ``decide`` is pure. ``compute_mask`` is what PyTorch calls; it knows the
-remaining values alone, so it checks that they are the calibration's, decides, writes the update of
+remaining values only, so it checks that they are the calibration's, decides, writes the update of
 the kept ones into the same ``Parameter`` objects, and lets go of model, data and curvature, because
 PyTorch keeps the method on the module and pickles it.
 """
@@ -34,8 +34,8 @@ class PruningMethod(BasePruningMethod):
     """Base class of the methods; works wherever a ``BasePruningMethod`` does.
 
     Laws, run over the whole registry by the contract tests: ``decide`` changes nothing; exactly
-    ``round(amount * remaining)`` entries go; entries pruned before stay pruned; the same seed gives
-    the same masks; dtype and device of tensors stay.
+    ``round(amount * remaining)`` entries are pruned; pruned entries remain pruned; the same seed
+    gives the same masks; dtype and device of tensors are kept.
 
     Args:
         amount: Fraction (float) or number (int) of the remaining entries to prune; with
@@ -129,7 +129,7 @@ class PruningMethod(BasePruningMethod):
         """PyTorch's pruning API: decide on the remaining entries ``t`` and return their mask.
 
         Args:
-            t: What PyTorch shows, the remaining entries where ``default_mask`` is one.
+            t: Values from PyTorch, the remaining entries where ``default_mask`` is one.
             default_mask: Shaped like ``t``, zero where an entry is pruned already.
 
         Returns:
@@ -155,7 +155,7 @@ class PruningMethod(BasePruningMethod):
         default_mask: Tensor | None = None,
         importance_scores: Tensor | None = None,
     ) -> Tensor:
-        """Return a pruned copy of ``t`` with its survivors updated; the model stays as it is.
+        """Return a pruned copy of ``t`` with the kept entries updated; the model is not changed.
 
         Args:
             t: A tensor of the calibration if it is the only one there; else a flat vector of the
@@ -181,7 +181,7 @@ class PruningMethod(BasePruningMethod):
 
         That is where the calibration computes, which need not be where the model is; without one
         where the tensors are, or the CPU if they are on several devices; and the CPU wherever there
-        is no float64. Scores stay there.
+        is no float64. Scores remain there.
 
         Args:
             space: The tensors, on any devices.
@@ -329,7 +329,7 @@ def check_decision(space: ParameterSpace, decision: Decision) -> None:
 
 
 def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -> None:
-    """Write new values into the same ``Parameter`` objects, so that optimizers stay valid."""
+    """Write new values into the same ``Parameter`` objects, so that optimizers remain valid."""
     if updates is None:
         return
     with torch.no_grad():
@@ -338,7 +338,7 @@ def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -
 
 
 def _beside(space: ParameterSpace, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What was found, where the tensors are; names that are not theirs as they are."""
+    """Move values to the devices of the tensors of the same names; others are unchanged."""
     places = {tensor.name: tensor.leaf.device for tensor in space}
     return {name: value.to(places.get(name, value.device)) for name, value in found.items()}
 

@@ -144,7 +144,7 @@ class BMRS(BasePruningMethod):
         scores = method._scores(module, name, gate, side)
         with all_or_nothing([(module, name), (module, "bias")], values=False), same_order(module):
             # PyTorch builds the method by calling its first argument; handing a made one over
-            # keeps the gate out of what stays on the module.
+            # does not store the gate on the module.
             hook = BasePruningMethod.apply.__func__(  # type: ignore[attr-defined]
                 lambda: method, module, name, importance_scores=scores
             )
@@ -191,7 +191,7 @@ def prune_gated(
 
     Masked are the weights that a gate scales, and those of the layer that makes the units where
     the site knows it, as ``torch.nn.utils.prune`` does: ``<name>_orig``, ``<name>_mask`` and a
-    hook. Masking weights alone would leave what biases and batch norms add behind them.
+    hook. Masking only weights would leave the contributions of biases and batch norms behind them.
 
     Args:
         model: A model with gates.
@@ -199,15 +199,15 @@ def prune_gated(
         amount: ``None`` closes what the criterion says; a fraction or number of the open gates is
             a cap on it.
         beyond: Close ``amount`` even where the criterion says no.
-        keep: Units that stay at each site.
+        keep: Units to keep at each site.
 
     Returns:
-        The masks of the units by site, ``True`` where a unit stays.
+        The masks of the units by site, ``True`` where a unit is kept.
 
     Raises:
         ArgumentError: If there are no gates or an argument has an impossible value.
 
-    Cost: a few evaluations of log Φ for each gate, and one pass over the weights beside the gates.
+    Cost: a few evaluations of log Φ for each gate, and one pass over the gated weights.
 
     Example:
         >>> from torchprune_bayes.gates import attach_gates

@@ -34,11 +34,11 @@ GRADIENT_STEPS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
     paper="arXiv:2203.04466",
 )
 class CBS(WoodFisher):
-    """Choose the weights to prune together, because the effects of some cancel one another.
+    """Choose the weights to prune jointly, because the effects of some cancel each other.
 
     `Combinatorial Brain Surgeon (Yu et al., 2022) <https://arxiv.org/abs/2203.04466>`_. CBS-S
     starts from a mask and swaps pruned against kept weights while the quadratic model of the loss
-    falls; of the masks on the way, the one with the smallest loss on held-out samples is taken,
+    falls; of the masks on the way, the one with the smallest loss on held-out samples is used,
     never one that is worse than the start. CBS-U then moves the kept weights by the exact solution
     for all pruned ones, ``(F⁻¹)_PP λ = w_P``, ``δ = −F⁻¹_{:,P} λ``.
 
@@ -66,7 +66,7 @@ class CBS(WoodFisher):
         options: As of :class:`~torchprune_bayes.WoodFisher`: ``calibration``, ``curvature``,
             ``block_size``, ``damping``, ``update``, ``update_scale``, ``steps``, ``path``,
             ``scope``, ``pattern``, and so on. In an N:M pattern entries are swapped within their
-            group, in a pattern of whole groups these are. Swaps stay within a block, so that the
+            group, in a pattern of whole groups these are. Swaps are within a block, so that the
             blocks' shares are those of the start.
 
     Raises:

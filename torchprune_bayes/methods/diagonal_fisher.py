@@ -23,7 +23,7 @@ class DiagonalFisher(CurvatureHolder[LayerCurvature]):
 
     `Fisher pruning (Theis et al., 2018) <https://arxiv.org/abs/1801.05787>`_, for single weights:
     near a minimum ``F_ii`` stands for the Hessian's diagonal, and ``½ w_i² F_ii`` for the rise of
-    the loss when weight ``i`` alone is removed. The weights that are kept do not move.
+    the loss when only weight ``i`` is removed. The weights that are kept do not move.
 
     It is the cheapest second-order baseline, and the scope matters more to it than to others: on
     MLPNet at 95 % sparsity accuracy is about 79 with one threshold over all layers and about 21

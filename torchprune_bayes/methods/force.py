@@ -62,6 +62,6 @@ class FORCE(SensitivityPruning):
         super().__init__(amount, steps=steps, **options)
 
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
-        """``|w ∂L/∂w̄|``, with the gradient at what is left."""
+        """``|w ∂L/∂w̄|``, with the gradient at the remaining weights."""
         calibration = self.required_calibration.redrawn(step)
         return absolute(sensitivities(calibration, weights, at=masked(weights, masks)))

@@ -42,7 +42,7 @@ def prune_global(
     method: type[prune.BasePruningMethod] | str,
     **options: Any,
 ) -> Decision:
-    """Prune tensors together, all or none: the atomic form of ``prune.global_unstructured``.
+    """Prune tensors jointly, all or none: the atomic form of ``prune.global_unstructured``.
 
     Gives the masks that PyTorch's call gives, and more: it takes any memory format and any
     iterable, counts tied tensors once and masks them at every place in ``params``, keeps no flat
@@ -65,7 +65,8 @@ def prune_global(
         AlignmentError: If ``params`` are not the calibration's, or a layer was replaced since they
             were listed.
         ArgumentError: If an option has an impossible value, or weights are not finite.
-        ArgumentTypeError: If the method is no unstructured pruning method, or something is missing.
+        ArgumentTypeError: If the method is not an unstructured pruning method, or an argument is
+            missing.
         ParameterError: If a tensor cannot be pruned.
 
     Cost: that of the method; beside PyTorch's masks, a byte per weight, and a copy of the weights
@@ -141,7 +142,7 @@ def bake(model: nn.Module) -> nn.Module:
     """Make all pruning of a model permanent: plain weights with zeros, no masks, no hooks.
 
     As ``prune.remove`` on every module, but parameters keep their order, so that the state of an
-    optimizer still fits. A tied tensor stays tied, and its zeros hold at all its places. Nothing
+    optimizer still fits. A tied tensor remains tied, and its zeros apply at all its places. Nothing
     keeps an optimizer from moving the zeros; see :func:`~torchprune_bayes.keep_sparse`.
 
     Args:
@@ -168,7 +169,7 @@ def detach_views(model: nn.Module) -> nn.Module:
 
     After pruning and after every training forward pass ``module.weight`` is a non-leaf tensor, on
     which ``deepcopy`` fails, and with it EMA, SWA and FLOP counters. The next forward pass makes
-    fresh views. Values do not change.
+    new views. Values do not change.
 
     Args:
         model: The model; changed in place.
@@ -241,8 +242,8 @@ def import_masks(model: nn.Module, path: str | Path) -> Masks:
     """Prune a model by the masks of a file that :func:`export_masks` wrote.
 
     Args:
-        model: A model with tensors of the same names and shapes; changed in place. What is pruned
-            in it already stays pruned.
+        model: A model with tensors of the same names and shapes; changed in place. Entries pruned
+            in it already remain pruned.
         path: The file.
 
     Returns:
@@ -268,7 +269,7 @@ def import_masks(model: nn.Module, path: str | Path) -> Masks:
 def unstructured_method(
     method: type[prune.BasePruningMethod] | str,
 ) -> type[prune.BasePruningMethod]:
-    """Look a class up by name if need be, and refuse what is no unstructured pruning method."""
+    """Look a class up by name if needed, and refuse anything but an unstructured pruning method."""
     kind = find_method(method).method if isinstance(method, str) else method
     if not (isinstance(kind, type) and issubclass(kind, prune.BasePruningMethod)):
         raise ArgumentTypeError(f"Expected a BasePruningMethod class, got {kind!r}.")

@@ -91,7 +91,7 @@ class GraSP(SensitivityPruning):
         self.temperature = temperature
 
     def score(self, step: int, weights: Mapping[str, Tensor], masks: Masks) -> Scores:
-        """``w ⊙ Hg`` of what is left."""
+        """``w ⊙ Hg`` of the remaining weights."""
         calibration = _tempered(self.required_calibration.redrawn(step), self.temperature)
         left = masked(weights, masks)
         size = _BATCH if self.batch_norm == "running" else _LARGEST_BATCH

@@ -23,7 +23,7 @@ class HessianDiagonal(PruningMethod):
 
     `Optimal brain damage (LeCun, Denker and Solla, 1989)
     <https://papers.nips.cc/paper/250-optimal-brain-damage>`_: with the Hessian ``H`` of the mean
-    calibration loss, at a minimum, the loss rises by ``½ w_i² H_ii`` when weight ``i`` alone is
+    calibration loss, at a minimum, the loss rises by ``½ w_i² H_ii`` when only weight ``i`` is
     removed. The weights that are kept do not move.
 
     An entry may be negative, away from a minimum or because it is an estimate, and counts by its

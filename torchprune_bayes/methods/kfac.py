@@ -31,13 +31,13 @@ class KFAC(CurvatureHolder[LayerCurvature]):
     """Prune by ``w_q²/(2F⁻¹_qq)`` with ``F = G ⊗ A`` in each layer, and move what remains.
 
     The K-FAC baseline of `WoodFisher (Singh and Alistarh, 2020)
-    <https://arxiv.org/abs/2004.14340>`_: as there, removing weight ``q`` alone and moving the
+    <https://arxiv.org/abs/2004.14340>`_: as there, removing only weight ``q`` and moving the
     others of its layer optimally costs ``w_q²/(2F⁻¹_qq)``, and the remaining weights take the sum
     of these updates. With Kronecker factors (:class:`~torchprune_bayes.curvature.LayerCurvature`)
     no matrix over the weights is formed: the diagonal of ``F⁻¹`` is ``diag(G⁻¹) diag(A⁻¹)ᵀ``, and
     the update of a weight matrix is ``−G⁻¹ V A⁻¹`` with ``V = w/diag F⁻¹`` where pruned, else zero.
     Weights without factors (grouped convolutions, input projections of ``nn.MultiheadAttention``)
-    have the diagonal of ``F`` alone, and do not move.
+    have only the diagonal of ``F``, and do not move.
 
     Args:
         amount: Fraction (float) or number (int) of the remaining entries to prune.
@@ -143,7 +143,7 @@ class _Step:
     method: KFAC
 
     def decide(self, damping: float) -> Decision:
-        """What the damping ``λ`` leads to."""
+        """Result at the damping ``λ``."""
         method = self.method
         inverses = self.curvature.inverses(self.weights, damping, pi=method.pi)
         ratios = {name: _over_diagonal(w, inverses[name]) for name, w in self.weights.items()}

@@ -38,13 +38,13 @@ class LaplaceEvidence(PosteriorPruning):
         calibration: Data, model and loss.
         posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted
             already.
-        model: The model of ``posterior`` or ``curvature``, in the place of a calibration; its
+        model: The model of ``posterior`` or ``curvature``, instead of a calibration; its
             :func:`~torchprune_bayes.prunable_parameters` in these are pruned.
-        tau: Evidence against the removal that is put up with; 0 is exact.
+        tau: Evidence against the removal that is tolerated; 0 is exact.
         prior: Structure of the prior to fit: ``"scalar"``, ``"layerwise"``, ``"unitwise"``,
             ``"diag"``.
         curvature: A :class:`~torchprune_bayes.LayerCurvature` at the model's weights, fitted
-            already, which takes the place of a pass over the data.
+            already, instead of a pass over the data.
         structure: Of the curvature to fit: ``"diagonal"`` or ``"kronecker"``.
         kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``.
         num_data: Samples the model was trained on; default ``Calibration.num_data``. The evidence
@@ -122,7 +122,7 @@ class LaplaceEvidence(PosteriorPruning):
 
 
 def delta_f_of(posterior: Posterior, space: ParameterSpace) -> Scores:
-    """Change of the log evidence when each weight is removed alone, float64 by name."""
+    """Change of the log evidence when each weight is removed by itself, float64 by name."""
     found: dict[str, Tensor] = {}
     for tensor in space:
         name, device = tensor.name, tensor.value.device

@@ -1,4 +1,4 @@
-"""Any scores, with every layer solved anew for what is left of it: the method for transformers."""
+"""Any scores, with every layer's remaining weights re-fit: the method for transformers."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _DESCENT = 10  # 5 and 20 give the same perplexities, within one percent
 
 @register("layerwise", title="global scores, layers solved anew in rounds", paper="")
 class Layerwise(PruningMethod):
-    """Choose masks by a method that only scores, and solve every layer anew, in rounds.
+    """Choose masks by a method that only scores, and re-fit every layer, in rounds.
 
     A global ranking knows which layers can spare most, and exact least squares on a layer's inputs
-    make up for what it loses; each round does both, at the weights that the last one left. After
+    compensate; each round does both, at the weights of the round before. After
     the masks are chosen, the rows of every layer are solved for the weights that change its outputs
     on the calibration tokens the least, as in `SparseGPT <https://arxiv.org/abs/2301.00774>`_ but
     for any mask and without an order of the columns; layer by layer, so that later ones see the
@@ -45,9 +45,9 @@ class Layerwise(PruningMethod):
         amount: Fraction (float) or number (int) of the remaining entries to prune; ``None`` with a
             pattern, which fixes it.
         calibration: Data, model and loss. Layers are solved on all tokens of all its samples.
-        scores: What chooses the masks. ``"token-fisher"``: ``½ w² (F_ii + λ)`` with the squared
-            gradients of single tokens, ``F_ii = (1/N) Σ_n Σ_t g_nt² a_nt²``, found once at the
-            dense weights. Or a registered method, such as ``"opd"``, ``"kfac"``,
+        scores: Scores that choose the masks. ``"token-fisher"``: ``½ w² (F_ii + λ)`` with the
+            squared gradients of single tokens, ``F_ii = (1/N) Σ_n Σ_t g_nt² a_nt²``, found once at
+            the dense weights. Or a registered method, such as ``"opd"``, ``"kfac"``,
             ``"diagonal-fisher"``, ``"magnitude"`` or ``"snip"``, which scores afresh in each round;
             one that also moves weights is asked not to.
         score_options: Options of that method; of ``"token-fisher"`` they are ``kind``
@@ -72,7 +72,7 @@ class Layerwise(PruningMethod):
 
     Warns:
         CalibrationWarning: If layers were only masked, because the samples do not reach them or
-            because they are no linear layers and no convolutions.
+            because they are neither linear layers nor convolutions.
 
     Cost: a backward pass for as many samples as have 2048 labels; then per round one forward pass
     with the activations of all samples (more passes where the calibration's memory budget does not
@@ -145,7 +145,7 @@ class Layerwise(PruningMethod):
         return Decision(masks, weights if rounds else None, scores, info)
 
     def _rounds(self, space: ParameterSpace, masks: Masks) -> list[tuple[Any, Pattern | None]]:
-        """What each round prunes of what the one before left."""
+        """Amount that each round prunes of the remaining entries."""
         if self.pattern is not None:
             dims = self.pattern.dims(space)
             self.pattern.target(masks, dims, self.amount, steps=1, scope=self.scope)  # checks

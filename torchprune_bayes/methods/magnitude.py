@@ -65,7 +65,7 @@ class Magnitude(PruningMethod):
 
 @register("layer-magnitude", title="smallest |w| of each tensor", paper="", needs_calibration=False)
 class LayerMagnitude(Magnitude):
-    """:class:`Magnitude` with ``scope="layer"``: the fraction ``amount`` of every tensor goes."""
+    """:class:`Magnitude` with ``scope="layer"``: prune ``amount`` of every tensor."""
 
     def __init__(self, amount: float | int | Mapping[str, int], *, scope: str = "layer") -> None:
         super().__init__(amount, scope=scope)

@@ -1,4 +1,4 @@
-"""What PyTorch keeps on a pruned module: finding it, ordering it, putting it back.
+"""PyTorch's pruning state on a module: reading, ordering and restoring it.
 
 For a tensor ``weight`` these are the parameter ``weight_orig``, the buffer ``weight_mask``, the
 plain attribute ``weight`` (their product) and one forward pre-hook.

@@ -37,14 +37,14 @@ class OPD(PosteriorPruning):
         calibration: Data, model and loss.
         posterior: A :class:`~torchprune_bayes.laplace.Posterior` at the model's weights, fitted
             already; of SpaM, or :func:`~torchprune_bayes.laplace.posterior_from_laplace`.
-        model: The model of ``posterior`` or ``curvature``, in the place of a calibration; its
+        model: The model of ``posterior`` or ``curvature``, instead of a calibration; its
             :func:`~torchprune_bayes.prunable_parameters` in these are pruned.
         mode: ``"opd"``; ``"obd"``, ``s H_ii θ_i²``, leaves the prior out; ``"posterior"`` takes
-            ``P_ii`` alone.
+            only ``P_ii``.
         prior: Structure of the prior to fit: ``"scalar"``, ``"layerwise"``, ``"unitwise"``,
             ``"diag"``.
         curvature: A :class:`~torchprune_bayes.LayerCurvature` at the model's weights, fitted
-            already, which takes the place of a pass over the data.
+            already, instead of a pass over the data.
         structure: Of the curvature to fit: ``"diagonal"`` or ``"kronecker"``.
         kind: ``"monte_carlo"``, ``"ggn"`` or ``"empirical"``, see
             :func:`~torchprune_bayes.laplace.fit_posterior`.

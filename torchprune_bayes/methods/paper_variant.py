@@ -15,7 +15,7 @@ class PaperVariant:
 
     Args:
         across_tensors: Whether blocks of a given size may span several tensors.
-        active_only: Whether blocks are cut from the remaining entries alone.
+        active_only: Whether blocks are cut from the remaining entries only.
         centred: Whether the mean gradient is subtracted from the gradients.
         flops_power: Scores are divided by the FLOPs per weight to this power.
         threshold: Whether the code's threshold, by which one weight more is pruned, and the epsilon
@@ -37,8 +37,8 @@ class PaperVariant:
         """The variant that an option ``compat`` names.
 
         Args:
-            compat: A variant, a mapping of its fields, ``"paper"`` for the threshold alone, or
-                ``None`` for what is recommended.
+            compat: A variant, a mapping of its fields, ``"paper"`` for only the threshold, or
+                ``None`` for the recommended behaviour.
 
         Raises:
             ArgumentError: If it is something else.

@@ -1,4 +1,4 @@
-"""Random pruning: PyTorch's own method, registered as it is."""
+"""Random pruning: PyTorch's own method, registered unchanged."""
 
 from __future__ import annotations
 

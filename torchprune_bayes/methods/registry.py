@@ -44,7 +44,7 @@ def register(
         needs_calibration: Whether it takes ``calibration=``.
 
     Raises:
-        ArgumentError: If the name is taken.
+        ArgumentError: If the name is already registered.
     """
 
     def add(method: Method) -> Method:

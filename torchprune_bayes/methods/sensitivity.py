@@ -31,7 +31,7 @@ class SensitivityPruning(StepwisePruning):
 
     Args:
         amount: Fraction or number of the remaining entries to prune.
-        batch_norm: What batch norms normalise by, see :func:`normalising_by`.
+        batch_norm: Statistics of batch norms, see :func:`normalising_by`.
         options: Arguments of :class:`StepwisePruning`.
     """
 

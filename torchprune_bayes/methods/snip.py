@@ -25,7 +25,7 @@ class IterativeSNIP(SensitivityPruning):
 
     Iterative SNIP (`de Jorge et al., 2020 <https://arxiv.org/abs/2006.09081>`_, section 5): with a
     share ``ρ`` of the weights to keep, ``ρ^{t/T}`` are left after step ``t`` of ``T``. The
-    sensitivities are those of what is left, each time on another draw of the data.
+    sensitivities are those of the remaining weights, each time on another draw of the data.
 
     Args:
         amount: Fraction (float) or number (int) of the remaining entries to prune.

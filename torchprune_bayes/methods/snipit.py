@@ -33,7 +33,7 @@ class SNIPit(SensitivityPruning):
     is the relative change of the loss ``L`` for a relative change of a gate ``c = 1`` on the
     weight. With the target sparsity ``κ`` it is computed ``S + 2`` times, each time on what is
     left and on another draw of the data, and pruned to ``k_i = κ − (κ − 0.5)·2^{−i}`` for
-    ``i = 0, ..., S`` and then to ``κ``. Nothing returns, and the weights that are kept do not move.
+    ``i = 0, ..., S`` and then to ``κ``. Pruned weights do not return, and kept weights do not move.
     A target of at most ``start`` takes one step.
 
     The paper prunes before training, or while training. The latter is a
@@ -44,14 +44,14 @@ class SNIPit(SensitivityPruning):
         amount: Fraction (float) or number (int) of the remaining entries to prune; ``κ`` is the
             sparsity that results, of all entries.
         calibration: Data, model and loss. The paper takes 2560 samples.
-        steps: ``S``, how often what is missing is halved.
+        steps: ``S``, how often the missing sparsity is halved.
         path: ``"halving"``, the paper's; or ``"geometric"``, ``"linear"`` or ``"cubic"`` in
             ``steps`` steps.
         start: First sparsity of the paper's path.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         min_keep_per_tensor: Remaining entries that each tensor keeps as far as the count allows. At
             high sparsity a global ranking may else empty a layer, and with it the network.
-        batch_norm: What batch norms normalise by while scoring. ``"running"``, as in the published
+        batch_norm: Statistics of batch norms while scoring. ``"running"``, as in the published
             code: their running statistics. Before training these are mean 0 and variance 1, so
             that nothing is normalised, unless ``torch.optim.swa_utils.update_bn`` has filled them.
             ``"batch"``: the batch, as in training, with gradients through its statistics. Batches

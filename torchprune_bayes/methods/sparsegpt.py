@@ -23,8 +23,8 @@ class SparseGPT(LayerLocalPruning):
 
     `SparseGPT (Frantar and Alistarh, 2023) <https://arxiv.org/abs/2301.00774>`_: with the second
     moment ``G`` of a layer's inputs, damped, and the upper Cholesky factor ``U`` of ``G⁻¹``, the
-    columns are gone through once. The mask of a block of columns is chosen when the sweep gets
-    there, by the smallest ``w_j²/U_jj²``; what is pruned is made up for by the columns to come.
+    columns are processed once. The mask of a block of columns is chosen when the sweep reaches
+    it, by the smallest ``w_j²/U_jj²``; pruned weights are compensated by later columns.
     Layers are pruned in the order of the model's calls.
 
     Args:
@@ -32,7 +32,7 @@ class SparseGPT(LayerLocalPruning):
             with a pattern.
         calibration: Data and model; the loss is not used.
         damping: Relative to the mean of ``diag G``, the paper's ``percdamp``.
-        block_size: Columns whose mask is chosen together.
+        block_size: Columns whose mask is chosen at once.
         options: ``pattern``, ``ignore_padding`` and ``scope``, as of Wanda; ``scope="global"``
             shares the count out by ``w²/(G⁻¹)_jj`` of the dense weights.
 

@@ -1,4 +1,4 @@
-"""Pruning in steps: score what is left, prune a part of it, and score again."""
+"""Pruning in steps: score the remaining weights, prune a part, and score again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATHS = ("halving", "geometric", "linear", "cubic")
 
 @dataclass(frozen=True)
 class RankedGroup:
-    """Tensors that are ranked together, and how far each step goes.
+    """Tensors that are ranked jointly, and the goal of each step.
 
     Attributes:
         names: The tensors.
@@ -46,13 +46,13 @@ class RankedGroup:
 
 
 class StepwisePruning(PruningMethod):
-    """Base class of the methods that score, prune a part and score again what is left.
+    """Base class of the methods that score, prune a part, and score the remaining weights again.
 
     Args:
         amount: Fraction or number of the remaining entries to prune.
         calibration: Data, model and loss.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` each on its own.
-        steps: Number of steps; for the path ``"halving"`` how often what is missing is halved.
+        steps: Number of steps; for the path ``"halving"`` how often the missing sparsity is halved.
         path: How the sparsity grows over the steps.
         start: First sparsity of the path ``"halving"``.
         min_keep_per_tensor: Remaining entries that each tensor keeps as far as the count allows.
@@ -162,7 +162,7 @@ def ranked_groups(
         left = sum(int(remaining[name].sum()) for name in names)
         wanted = amount[names[0]] if isinstance(amount, Mapping) else amount
         total, gone = count_to_prune(wanted, left), entries - left
-        # A fraction is taken as it is, not as the count makes it: the path is that of the papers.
+        # A fraction is used as given, not rounded to a count: the path is that of the papers.
         share = total / max(left, 1) if isinstance(wanted, numbers.Integral) else float(wanted)
         initial = gone / entries
         sparsities = path(min(initial + share * (1.0 - initial), 1.0), initial)
@@ -203,7 +203,7 @@ def _steps_that_prune(groups: list[RankedGroup]) -> list[int]:
 
 
 def _report(before: Masks, after: Masks) -> dict[str, Any]:
-    """What a step did, in plain values."""
+    """Report of a step, in plain values."""
     entries = sum(mask.numel() for mask in after.values())
     kept = sum(int(mask.sum()) for mask in after.values())
     revived = sum(int((after[name] & ~mask).sum()) for name, mask in before.items())

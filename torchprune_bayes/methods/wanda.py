@@ -28,7 +28,7 @@ class Wanda(LayerLocalPruning):
         amount: Fraction of the remaining entries to prune, or the number in each tensor; ``None``
             with a pattern.
         calibration: Data and model; the loss is not used.
-        compare: ``"output"``, the paper's, or ``"layer"``, all weights of a layer together.
+        compare: ``"output"``, the paper's, or ``"layer"``, all weights of a layer jointly.
         options: ``pattern="N:M"`` keeps ``N`` of every ``M`` inputs of an output;
             ``ignore_padding`` says whether tokens that the ``attention_mask`` leaves out do not
             count; ``scope`` is ``"layer"``, as in the paper, or ``"global"``, which shares the
@@ -82,7 +82,7 @@ class Wanda(LayerLocalPruning):
         elif self.compare == "layer":
             keep = smallest_k([scores], count, [remaining])[0]
         else:
-            # Ties go by index; what is pruned already comes before everything.
+            # Ties go by index; pruned entries come first.
             order = scores.masked_fill(~remaining, -1.0).argsort(dim=1, stable=True)
             gone = (~remaining).sum(1) + torch.tensor(
                 shares(count, remaining.sum(1).tolist()), device=remaining.device

@@ -51,9 +51,9 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
     """Prune the weights whose removal raises a local quadratic model of the loss the least.
 
     `WoodFisher (Singh and Alistarh, 2020) <https://arxiv.org/abs/2004.14340>`_: with the damped
-    empirical Fisher ``F = λI + (1/N) Σ g gᵀ`` in the place of the Hessian, removing weight ``q``
+    empirical Fisher ``F = λI + (1/N) Σ g gᵀ`` instead of the Hessian, removing weight ``q``
     and moving the others optimally costs ``ρ_q = w_q²/(2F⁻¹_qq)``. The weights with the smallest
-    ``ρ`` are pruned, and the others take the update that makes up for them.
+    ``ρ`` are pruned, and the others take the compensating update.
 
     The Fisher is inverted exactly in the space of the samples, so a block may be a layer or the
     whole network. Two things matter more than anything else. *Stages* re-score the remaining
@@ -74,10 +74,11 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             update does best on gradients left out of it, and then on held-out samples
             (:mod:`torchprune_bayes.methods._tuning`).
         update: ``"none"`` only selects; ``"single"`` adds up the updates for removing each weight
-            alone, as the paper does; ``"joint"`` solves for all of them together.
+            individually, as in the paper; ``"joint"`` solves for all of them jointly.
         update_scale: Share of the update to take, or ``"auto"``, a line search on held-out loss.
         steps: Steps, each with new gradients.
-        stages: Parts of each step, or ``"auto"``: 4 for one step with the joint update, else 1.
+        stages: Parts of each step, or ``"auto"``: 4 for one step with the joint update, otherwise
+            1.
         path: Sparsity over the steps, ``"cubic"``, ``"geometric"`` or ``"linear"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         flops_target: Share of the dense FLOPs of these tensors to keep.
@@ -159,7 +160,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         self._new_fisher(None)  # checks its options
 
     def decide(self, space: ParameterSpace) -> Decision:
-        """Choose masks and new weights of those that stay; the model is not changed.
+        """Choose masks and new values of the kept weights; the model is not changed.
 
         Args:
             space: The calibration's parameters.

@@ -28,7 +28,7 @@ class WoodTaylor(WoodFisher):
     `WoodFisher (Singh and Alistarh, 2020), section on WoodTaylor
     <https://arxiv.org/abs/2004.14340>`_: minimising ``η ḡᵀδ + ½ δᵀFδ`` subject to ``δ_q = −w_q``
     gives ``ρ_q = (w_q − ηu_q)²/(2F⁻¹_qq)`` with ``u = F⁻¹ḡ``, up to a constant that the published
-    code subtracts layer by layer. The weights that stay take the optimal joint update, which
+    code subtracts layer by layer. The kept weights take the optimal joint update, which
     contains a damped natural-gradient step ``η``. The local model does not hold for a full step, so
     ``η`` is found on held-out samples; scores then use ``η = 0``.
 
@@ -66,7 +66,7 @@ class WoodTaylor(WoodFisher):
             check_fraction("gradient_step", gradient_step)
         self.gradient_step = gradient_step
         steps = GRADIENT_STEPS if isinstance(gradient_step, str) else (float(gradient_step),)
-        # The line search is over the gradient step; the compensation is taken whole.
+        # The line search is over the gradient step; the compensation is applied fully.
         whole = self.tuning.scales[-1:]
         self.tuning = replace(self.tuning, gradient_steps=steps, scales=whole)
         self.procedure = replace(self.procedure, descends=steps != (0.0,))

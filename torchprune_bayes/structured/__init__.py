@@ -1,8 +1,9 @@
-"""Structured pruning: channels, hidden units and heads, cut out for good.
+"""Structured pruning: channels, hidden units and heads are removed.
 
 In plain words: find the units of a model (:func:`find_groups`), let an importance score them, and
-:func:`shrink` removes the least important ones and checks that the smaller model computes what the
-whole one computes with the same units zeroed. Importances work in torch-pruning's own pruners too.
+:func:`shrink` removes the least important ones and verifies that the smaller model computes what
+the whole one computes with the same units zeroed. Importances work in torch-pruning's own pruners
+too.
 
 Example:
     >>> import torch

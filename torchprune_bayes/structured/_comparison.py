@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart, and where they part."""
+"""Comparison of the outputs of two models, and where they begin to differ."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torchprune_bayes.errors import NumericalError
 
 
 def compare(masked: Sequence[Tensor], shrunk: Sequence[Tensor]) -> tuple[float, int]:
-    """Return the largest difference, relative to the largest output, and how many were compared.
+    """Return the largest difference, relative to the largest output, and the entries compared.
 
     Raises:
-        NumericalError: If shapes differ, or what is finite does.
+        NumericalError: If shapes differ, or entries that are finite do.
     """
     shapes = [[tuple(tensor.shape) for tensor in outputs] for outputs in (masked, shrunk)]
     if shapes[0] != shapes[1]:
@@ -42,7 +42,7 @@ def compare(masked: Sequence[Tensor], shrunk: Sequence[Tensor]) -> tuple[float, 
 def compare_inner(
     masked: Mapping[str, list[Tensor]], shrunk: Mapping[str, list[Tensor]]
 ) -> tuple[float, int]:
-    """Compare modules whose outputs keep their shapes, where the model itself returns nothing."""
+    """Compare modules whose outputs keep their shapes, for models that return nothing finite."""
     largest, count = 0.0, 0
     for name, outputs in masked.items():
         others = shrunk.get(name, [])
@@ -55,7 +55,7 @@ def compare_inner(
 def first_other(
     masked: Mapping[str, list[Tensor]], shrunk: Mapping[str, list[Tensor]], tolerance: float
 ) -> str:
-    """Name the first module that returns something else in the same shape."""
+    """Return the name of the first module with a different output of the same shape."""
     for name, outputs in masked.items():
         others = shrunk.get(name, [])
         if [tensor.shape for tensor in outputs] == [tensor.shape for tensor in others]:

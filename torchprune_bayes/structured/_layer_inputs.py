@@ -1,4 +1,4 @@
-"""What a layer reads, as rows of one matrix product: patches of a convolution, vectors of others.
+"""Inputs of a layer as rows of a matrix product: patches of a convolution, vectors otherwise.
 
 In plain words: every layer that reads units computes ``rows @ matrix.T + bias``. Here are the rows,
 the matrix, and the way back from a matrix to a weight.
@@ -53,9 +53,9 @@ def rows_of(
     Args:
         module: A layer that :func:`is_readable`.
         inputs: Its input, with the samples along the first dimension.
-        per_sample: Rows of each sample at most; if it has more (positions of a convolution or a
-            sequence), so many are drawn.
-        generator: Draws them.
+        per_sample: Largest number of rows per sample; if it has more (positions of a convolution or
+            a sequence), that many are drawn.
+        generator: Random generator for the draw.
 
     Cost: a convolution's patches are copied.
     """
@@ -85,7 +85,7 @@ def _index(skipped: int, rest: Iterable[Any]) -> Any:
 def _drawn(
     size: int, wanted: int, generator: torch.Generator, device: torch.device
 ) -> Tensor | None:
-    """So many of ``size`` places, or ``None`` for all of them."""
+    """Random indices below ``size``, or ``None`` for all of them."""
     if size <= wanted:
         return None
     return torch.randperm(size, generator=generator)[:wanted].to(device)
@@ -97,7 +97,7 @@ def _samples_at_once(module: Any, inputs: Tensor, per_sample: int) -> int:
 
 
 def _windows(module: Any, inputs: Tensor) -> Tensor:
-    """Views of what lies under the kernel, ``[samples, channels, *taps, *positions]``."""
+    """Views of the entries under the kernel, ``[samples, channels, *taps, *positions]``."""
     if isinstance(module, _ConvTransposeNd):
         once = (1,) * len(module.kernel_size)
         return windows(_spread(module, inputs), module.kernel_size, module.dilation, once)

@@ -1,7 +1,7 @@
-"""The sizes that layers note down about themselves, read off their tensors.
+"""The size attributes of layers, derived from their tensors.
 
-In plain words: after a cut, ``nn.Linear.out_features`` and the like must say what the weight says.
-Some are only printed, others steer the forward pass (``groups``, ``num_groups``, ``nf``).
+In plain words: after a cut, ``nn.Linear.out_features`` and the like must agree with the weight.
+Some are only printed, others affect the forward pass (``groups``, ``num_groups``, ``nf``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def layer_sizes(name: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> 
         tensors: Its own parameters and buffers after the cut, by local name.
 
     Returns:
-        Attribute values; empty for a module that keeps no sizes.
+        Attribute values; empty for a module without size attributes.
 
     Raises:
         ParameterError: If the layer packs several matrices into one tensor, or its tensors do not

@@ -1,4 +1,4 @@
-"""What a shrunk model looks like, as plain JSON: sizes, ties, and numbers on modules."""
+"""Description of a shrunk model as plain JSON: sizes, ties, and numbers on modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Manifest:
         tensors: Sizes and types by qualified name, one entry for each distinct tensor.
         aliases: Further names of tied tensors, each with the name under which it is stored.
         attributes: Numbers by module and attribute.
-        sha256: Of all this and the file of tensors; ``None`` where it is not known.
+        sha256: Checksum of all this and the file of tensors; ``None`` if not known.
     """
 
     tensors: Mapping[str, TensorRecord]
@@ -49,7 +49,7 @@ class Manifest:
     sha256: str | None = None
 
     def to_json(self) -> str:
-        """Write the manifest down.
+        """Serialise the manifest.
 
         Example:
             >>> manifest = Manifest({"w": TensorRecord((2, 3), "float32")})
@@ -72,11 +72,11 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Read a manifest, whoever wrote it.
+        """Read and validate a manifest.
 
         Raises:
-            ArgumentError: If the text is no JSON, is of another format or version, or holds
-                anything but names, sizes and whole numbers.
+            ArgumentError: If the text is not JSON, is of another format or version, or holds
+                anything other than names, sizes and whole numbers.
         """
         try:
             content = json.loads(text)
@@ -164,7 +164,7 @@ def _values(entry: Any) -> dict[str, Value]:
 
 
 def _is_scale(name: str, value: Any) -> bool:
-    """Whether it is a scale of attention, which follows the dimensions of heads."""
+    """Whether it is a scale of attention, which depends on the dimensions of heads."""
     return name in SCALES and type(value) is float and math.isfinite(value)
 
 

@@ -1,10 +1,10 @@
-"""Queries and keys without some of their dimensions: what is lost of their products is made up for.
+"""Removing dimensions of queries and keys, with compensation of their products.
 
-In plain words: in a product ``q·k`` each side reads the other. When dimensions ``Z`` go and ``K``
-stay, one side (say the keys) is predicted from its dimensions that stay, ``k_Z ≈ B k_K``, and the
-other takes this over: ``q_K + Bᵀ q_Z``, which is linear, so that the layer
-that makes it is changed once and for all. This is the least squares of
-:func:`~torchprune_bayes.structured.repair` for units that a product reads.
+In plain words: in a product ``q·k`` each side reads the other. When dimensions ``Z`` are removed
+and ``K`` remain, one side (say the keys) is predicted from its remaining dimensions, ``k_Z ≈ B
+k_K``, and the other absorbs this: ``q_K + Bᵀ q_Z``, which is linear, so that the layer that
+produces it is changed. This is the least squares of :func:`~torchprune_bayes.structured.repair` for
+units that a product reads.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torchprune_bayes.wiring.groups import HeadPart
 
 
 class Side(NamedTuple):
-    """A layer that makes queries or keys: their positions along its outputs, ``[d, heads, n]``.
+    """A layer that produces queries or keys: their positions along its outputs, ``[d, heads, n]``.
 
-    There are several for each head where a fused layer makes both, or queries share a key.
+    There are several per head if a fused layer produces both, or queries share a key.
     """
 
     module: nn.Module
@@ -39,11 +39,11 @@ class Pairs:
 
     Args:
         model: The model.
-        groups: Its groups; those without queries and keys are passed over.
+        groups: Its groups; those without queries and keys are skipped.
 
     Attributes:
-        readers: Take the moments of the inputs of the layers that are predicted from.
-        fits: What the last predictions came to, by the name of the layer that takes them over.
+        readers: Collect the moments of the inputs of the predicting layers.
+        fits: Fits of the last predictions, by the name of the layer that absorbs them.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
@@ -63,7 +63,7 @@ class Pairs:
     def without(
         self, groups: Sequence[UnitGroup], gone: Mapping[str, Tensor], damping: float | str
     ) -> Tensors:
-        """Layers without the dimensions that go; the readers must have seen the inputs.
+        """Tensors of layers without the removed dimensions; the readers must have seen the inputs.
 
         Args:
             groups: Groups of the model.
@@ -89,7 +89,7 @@ class Pairs:
         damping: float | str,
         tensors: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """A layer whose queries, or keys, take over what the other side loses."""
+        """A layer whose queries, or keys, absorb what the other side loses."""
         halves = self.readers[given.module].halves
         if halves is None:  # the layer is not called
             return {}
@@ -116,7 +116,7 @@ class Pairs:
 
 
 def _of_outputs(side: Side, inputs: Moments) -> list[Moments]:
-    """Moments of the queries or keys of each head, all that share it, from the layer's inputs'."""
+    """Moments of the queries or keys of each head, from those of the layer's inputs."""
     weight, bias = side.module._parameters["weight"], side.module._parameters.get("bias")
     assert weight is not None
     matrix = wide(as_matrix(side.module, weight.detach()))
@@ -136,13 +136,13 @@ def _of_outputs(side: Side, inputs: Moments) -> list[Moments]:
 
 
 def _sides(model: nn.Module, group: UnitGroup) -> list[tuple[Side, Side]]:
-    """The side that is predicted and the one that takes over, of each product of a group."""
+    """The predicted side and the absorbing side of each product of a group."""
     pairs = (_pair(model, group, part) for part in group.parts)
     return [pair for pair in pairs if pair is not None]
 
 
 def _pair(model: nn.Module, group: UnitGroup, part: HeadPart) -> tuple[Side, Side] | None:
-    """Both sides of a product; ``None`` if they are read by a layer, or made in another way."""
+    """Both sides of a product; ``None`` if a layer reads them, or they are produced otherwise."""
     pieces = [group.slices[place] for place in part.slices]
     sides = []
     for piece in pieces:

@@ -1,4 +1,4 @@
-"""Layers that read units: watching their inputs, fitting them, and trying other tensors in them."""
+"""Layers that read units: recording their inputs, fitting them, and trying other tensors."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Statistics(NamedTuple):
 def matched(norm: Any, before: Statistics, now: Statistics) -> dict[str, Tensor]:
     """Return running statistics with which a batch norm's outputs keep their mean and variance.
 
-    Where the norm's statistics are those of its inputs, as in a trained network, this is taking
-    them again. Where they are not (before training, or on other data) it changes nothing that the
-    inputs did not.
+    Where the norm's statistics are those of its inputs, as in a trained network, this is
+    recomputing them. Where they are not (before training, or on other data) it changes nothing that
+    the inputs did not.
 
     Args:
         norm: The batch norm.
-        before: Statistics of its inputs that its running statistics go with.
+        before: Statistics of its inputs that correspond to its running statistics.
         now: Statistics of its inputs now.
     """
     mean, variance = (wide(norm._buffers[key]) for key in ("running_mean", "running_var"))
@@ -72,8 +72,8 @@ class Reader:
         path: Qualified name of the layer.
         module: The layer.
         dim: Dimension of the weight along its inputs.
-        norm: The batch norm that takes its output as it is, if there is one.
-        halves: Moments of two halves of its inputs, once they were watched.
+        norm: The batch norm that directly reads its output, if there is one.
+        halves: Moments of two halves of its inputs, once they were recorded.
     """
 
     name: str
@@ -101,11 +101,11 @@ class Reader:
         return halves * float64 * size * (size + 1)
 
     def observe(self, inputs: Tensor, samples: int) -> None:
-        """Count inputs in, every other sample for either half.
+        """Add inputs to the moments, alternate samples for either half.
 
         Args:
-            inputs: What the layer is called with.
-            samples: How many samples there are in all; many rows of few samples are thinned out.
+            inputs: Inputs of the layer.
+            samples: Total number of samples; many rows of few samples are subsampled.
         """
         size = self.weight.shape[self.dim] * taps_of(self.module)
         if self.halves is None:
@@ -176,7 +176,7 @@ def readers_of(
 def rows_that_go(
     model: nn.Module, groups: Sequence[UnitGroup], gone: Mapping[str, Tensor]
 ) -> dict[nn.Module, Rows]:
-    """Dimensions of queries and keys that go, which no layer reads, by the layer that makes them.
+    """Removed dimensions of queries and keys, which no layer reads, by producing layer.
 
     Args:
         model: The model.
@@ -204,10 +204,11 @@ def without_rows(module: nn.Module, rows: Rows, tensors: Mapping[str, Tensor]) -
 
 @contextmanager
 def installed(tensors: Tensors) -> Iterator[None]:
-    """Let modules use other parameters and buffers whenever a calibration calls them.
+    """Make modules use other parameters and buffers whenever a calibration calls them.
 
-    A calibration runs its model on values of its own, which it takes away after each pass; so what
-    is put in when a module is called stays until the pass ends. ``tensors`` may grow meanwhile.
+    A calibration runs its model on its own values, which it removes after each pass; so what
+    is installed when a module is called remains until the pass ends. ``tensors`` may grow
+    meanwhile.
     """
 
     def install(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -224,10 +225,10 @@ def installed(tensors: Tensors) -> Iterator[None]:
 
 
 def survey(calibration: Calibration, sample: Batch, readers: Sequence[Reader]) -> int:
-    """Look at one sample: note which readers feed a batch norm; return the largest layer's bytes.
+    """Run one sample: record which readers feed a batch norm; return the largest layer's bytes.
 
     Args:
-        calibration: With the model as it is.
+        calibration: With the present model.
         sample: A batch of one.
         readers: Their ``norm`` is set.
     """
@@ -254,7 +255,7 @@ def survey(calibration: Calibration, sample: Batch, readers: Sequence[Reader]) -
 
 @contextmanager
 def watched(readers: Iterable[Reader], samples: int) -> Iterator[None]:
-    """Let readers observe what they are called with, of so many samples in all."""
+    """Let readers record their inputs, of a total number of samples."""
 
     def watching(reader: Reader) -> Any:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -272,10 +273,10 @@ def watched(readers: Iterable[Reader], samples: int) -> Iterator[None]:
 
 
 def first_samples(calibration: Calibration, most: int) -> Iterator[Batch]:
-    """Yield the first samples of a calibration, so many at most, in its batches.
+    """Yield the first samples of a calibration, up to a number, in its batches.
 
     Raises:
-        CalibrationError: If there are none, or fewer than it says.
+        CalibrationError: If there are none, or fewer than expected.
     """
     left = most
     for batch in calibration.batches():

@@ -1,4 +1,4 @@
-"""How a model is shrunk: what scores units, what shares the loss out, and what makes up for it."""
+"""How a model is shrunk: importance, allocation between groups, and repair."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Repairing: TypeAlias = Literal["auto", "least_squares", "none"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """All choices but how much is removed.
+    """All choices except the amount to remove.
 
     Attributes:
         importance: Scores the units.
-        calibration: Data for curves and repair, ``None`` where there is none.
-        allocation: What units of different groups are compared by.
-        repair: Whether the layers behind are fitted anew.
-        evaluations: Points of all measured curves together.
+        calibration: Data for curves and repair, ``None`` if there are none.
+        allocation: How units of different groups are compared.
+        repair: How the consumer layers are re-fit.
+        evaluations: Total number of points of all measured curves.
         min_keep: Units that every group keeps.
         round_to: Multiple for the units left in a group that loses some.
     """
@@ -65,12 +65,12 @@ class Recipe:
         min_keep: int,
         round_to: int,
     ) -> Recipe:
-        """Fill in what was not said.
+        """Fill in defaults.
 
         Raises:
             ArgumentError: If an option is impossible, or needs a calibration that is missing.
-            ArgumentTypeError: If there is neither an importance nor a calibration.
-            AlignmentError: If the calibration is of another model.
+            ArgumentTypeError: If neither an importance nor a calibration is given.
+            AlignmentError: If the calibration belongs to another model.
         """
         from torchprune_bayes.structured._torch_pruning_importance import as_unit_importance
         from torchprune_bayes.structured.importances import ConsumerGateFisherImportance
@@ -115,15 +115,15 @@ class Recipe:
         resource: Resource | None,
         step: int,
     ) -> tuple[Ranking, list[LossCurve]]:
-        """Rank all units together, and return the curves that were measured for it.
+        """Rank all units together, and return the curves measured for it.
 
         Args:
-            model: The model as it is.
+            model: The present model.
             groups: Its groups.
             scores: Scores by the name of the group.
             costs: Costs of the model at the start.
-            resource: What the units are paid in; ``None`` compares scores themselves.
-            step: How many steps went before; later ones draw other samples.
+            resource: Resource that prices units; ``None`` compares the scores themselves.
+            step: Number of earlier steps; later ones draw other samples.
         """
         curves: list[LossCurve] = []
         values: Mapping[str, Tensor] | None = None

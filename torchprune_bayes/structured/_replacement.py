@@ -1,4 +1,4 @@
-"""Putting other tensors and numbers into a model, and putting the old ones back."""
+"""Replacing tensors and numbers in a model, and restoring the old ones."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ Write: TypeAlias = tuple["dict[str, Any] | _ClassOf", str, Any, Any]
 
 @dataclass(frozen=True)
 class Change:
-    """What was replaced in a model; the old objects are kept, so that it can be undone.
+    """A replacement in a model that keeps the old objects, so that it can be undone.
 
     Attributes:
         parameters: The old and the new parameter by first qualified name.
-        names: First qualified names of all tensors that were replaced, buffers too.
+        names: First qualified names of all replaced tensors, buffers included.
     """
 
     parameters: Mapping[str, tuple[nn.Parameter, nn.Parameter]]
@@ -45,12 +45,12 @@ class Change:
     _writes: tuple[Write, ...]
 
     def undo(self) -> None:
-        """Put the old tensors and numbers back."""
+        """Restore the old tensors and numbers."""
         for table, key, _, old in self._writes:
             table[key] = old
 
     def redo(self) -> None:
-        """Put the new tensors and numbers in place."""
+        """Install the new tensors and numbers."""
         for table, key, new, _ in self._writes:
             table[key] = new
 
@@ -59,12 +59,12 @@ class Change:
 def as_it_was_on_error(
     models: Sequence[nn.Module], optimizer: Optimizer | None = None
 ) -> Iterator[None]:
-    """Put the very objects back into models and an optimizer if the body fails, at any line.
+    """Restore the same objects in models and an optimizer if the body fails, at any line.
 
     Args:
-        models: Their parameters, buffers and attributes are exchanged in the body, not written to;
-            what is no module is passed over.
-        optimizer: Its lists of parameters and its state are exchanged.
+        models: Their parameters, buffers and attributes are replaced in the body, not written to;
+            other objects are skipped.
+        optimizer: Its lists of parameters and its state are replaced.
 
     Cost: a reference for each of these.
     """
@@ -100,7 +100,7 @@ def replacement(
     cut: Callable[[str, Tensor], Tensor],
     attributes: Mapping[str, Mapping[str, float]],
 ) -> Change:
-    """Replace tensors under all their names, and set the numbers that follow.
+    """Replace tensors under all their names, and set the dependent numbers.
 
     Args:
         model: The model.
@@ -109,10 +109,10 @@ def replacement(
         attributes: Numbers by module and attribute.
 
     Returns:
-        The change, done.
+        The change, which is done already.
 
     Raises:
-        ParameterError: If a layer cannot take its new tensors, or has no such number. Nothing has
+        ParameterError: If a layer cannot hold its new tensors, or has no such number. Nothing has
             changed then.
     """
     names: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""What shrinking did to a model, in numbers and as a table."""
+"""Report of a shrinking, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Amount:
 
     @property
     def sparsity(self) -> float:
-        """The fraction that is gone, zero where there was nothing.
+        """The removed fraction, zero if there was nothing.
 
         Example:
             >>> Amount(before=8, after=6).sparsity
@@ -35,11 +35,11 @@ class Amount:
 
 @dataclass(frozen=True)
 class GroupChange:
-    """What a group lost.
+    """Sizes of a group before and after.
 
     Attributes:
         name: The group.
-        kind: What its units are.
+        kind: Kind of its units.
         units: Units before and after.
     """
 
@@ -50,26 +50,26 @@ class GroupChange:
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What :func:`~torchprune_bayes.structured.shrink` did.
+    """Report of :func:`~torchprune_bayes.structured.shrink`.
 
     Attributes:
         target: What the sparsity counts.
-        sparsity: The sparsity that was asked for, ``None`` for ``target="evidence"``.
+        sparsity: The requested sparsity, ``None`` for ``target="evidence"``.
         units: Units of all groups.
         parameters: Parameters of the model.
         flops: FLOPs of one forward pass on the example inputs; ``None`` without these.
-        groups: What each group lost.
-        plan: Which indices of which tensors stay, from the first model to the last.
+        groups: Sizes of each group.
+        plan: Indices of the tensors that are kept, from the first model to the last.
         difference: Largest difference between the outputs of the shrunk model and of the whole one
             with the same units zeroed, relative to the largest output, on copies with moved weights
             and on two inputs; ``None`` if not verified.
-        steps: How many steps removed something.
-        left_out: Groups that cannot be cut, by the layer that makes their units, each with the
+        steps: Number of steps that removed something.
+        left_out: Groups that cannot be cut, by the layer that produces their units, each with the
             reason.
         measured: For ``target="latency"`` nanoseconds of one forward pass, for ``"memory"`` bytes.
         curves: The loss curves that the last step measured, see
             :class:`~torchprune_bayes.structured.curves.LossCurve`.
-        repairs: What the repair of each step did.
+        repairs: Report of the repair of each step.
     """
 
     target: str
@@ -104,7 +104,7 @@ class ShrinkReport:
         return "\n".join([*lines, *self._whole()])
 
     def _whole(self) -> Iterator[str]:
-        """Yield a line for what is left whole, one for layers that differ in a number alone."""
+        """Yield a line for what is kept whole, one for layers that differ in a number only."""
         alike: dict[tuple[str, str], list[str]] = {}
         for name, why in self.left_out.items():
             plain = re.sub(r"\d+", "0", name), re.sub(r"\d+", "0", why)

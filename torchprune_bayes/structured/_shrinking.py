@@ -1,4 +1,4 @@
-"""A model on its way to a smaller one, step by step, and back if something fails."""
+"""Shrinking a model step by step, with restoration if something fails."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Target: TypeAlias = Literal["params", "channels", "flops", "latency", "memory", 
 
 
 class Shrinking:
-    """Cuts a model in steps and keeps what was there, so that all can be undone.
+    """Cuts a model in steps and keeps the old tensors, so that everything can be undone.
 
     Args:
         model: The model, without wrappers; changed in place.
         groups: Its groups.
-        recipe: How units are scored, ranked and made up for, anew in every step.
+        recipe: How units are scored, ranked and compensated, again in every step.
         costs: Costs of the whole model, counted.
-        measured: The same, measured, where the target is.
+        measured: Measured costs, if the target is measured.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Shrinking:
         self._prepared = False
 
     def step(self, target: Target, sparsity: float | None) -> None:
-        """Score what is left and remove what it takes to reach a sparsity of the whole."""
+        """Score the remaining units and remove as many as a sparsity of the whole needs."""
         importance = self.recipe.importance
         if importance.needs_recalibration or not self._prepared:
             importance.prepare(self.model, self.groups)
@@ -104,7 +104,7 @@ class Shrinking:
     def difference(
         self, plan: ShrinkPlan, example_inputs: Any, forward_fn: ForwardFunction | None
     ) -> float:
-        """Compare the whole model after the cut with itself, with zeros in place of what is gone.
+        """Compare the whole model after the cut with itself, with zeros for removed entries.
 
         Raises:
             ArgumentError: If there is nothing to compare.
@@ -118,7 +118,7 @@ class Shrinking:
             self._redo()
 
     def undo(self) -> None:
-        """Put everything back that was there at the start."""
+        """Restore everything from the start."""
         for change in reversed(self.changes):
             change.undo()
 

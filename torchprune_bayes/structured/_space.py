@@ -15,7 +15,7 @@ from torchprune_bayes.structured.slicing import first_names
 def space_of(
     model: nn.Module, pieces: Sequence[UnitSlice]
 ) -> tuple[ParameterSpace, dict[str, str]]:
-    """Return the parameters that pieces lie in, frozen ones too, and their names by any name.
+    """Return the parameters that contain slices, frozen ones too, and their names by any name.
 
     Args:
         model: The model, without wrappers.
@@ -33,7 +33,7 @@ def space_of(
 
 @contextmanager
 def _thawed(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let frozen parameters pass for trainable: a layer that does not train can still be cut."""
+    """Treat frozen parameters as trainable: a layer that does not train can still be cut."""
     frozen = [tensor for tensor in tensors if not tensor.requires_grad]
     for tensor in frozen:
         tensor.requires_grad_(True)

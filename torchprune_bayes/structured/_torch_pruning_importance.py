@@ -17,7 +17,7 @@ from torchprune_bayes.wiring.groups import UnitGroup, UnitSlice
 
 
 class HostImportance(UnitImportance):
-    """Lets an importance of torch-pruning's score groups, put into its own form for it.
+    """Scores groups with an importance of torch-pruning, after conversion to its format.
 
     Args:
         importance: Called with a ``torch_pruning.dependency.Group``. Its weights and ``.grad`` are
@@ -52,7 +52,7 @@ def as_torch_pruning_group(group: UnitGroup, model: nn.Module) -> Any:
     """Return a ``torch_pruning.dependency.Group`` with the layers of a group.
 
     Entries of the first layer are its roots, in the order of the units. Layers with several
-    matrices in a tensor and single parameters are left out, as torch-pruning's importances do.
+    matrices in a tensor and single parameters are left out, as in torch-pruning's importances.
 
     Args:
         group: The group.

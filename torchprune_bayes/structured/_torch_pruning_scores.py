@@ -1,4 +1,4 @@
-"""Scores in the form that torch-pruning's regularising pruners can compute with."""
+"""Scores in the form for torch-pruning's regularising pruners."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _DEPTH = 6  # frames between the question and the importance: estimate_importanc
 def asked_by_regulariser() -> bool:
     """Whether the scores are for a pruner's ``regularize`` rather than for its ranking.
 
-    The two want other answers for a group that is to be left alone, NaN and ``None``, and ask in
-    the same way; so this looks at who asks.
+    The two need different results for a group to skip, NaN and ``None``, but call in
+    the same way; so this inspects the caller.
     """
     frame = sys._getframe(1)
     for _ in range(_DEPTH):
@@ -28,11 +28,11 @@ def asked_by_regulariser() -> bool:
 
 
 def for_regulariser(scores: Tensor | None, units: int) -> Tensor:
-    """Scores whose square roots can be scaled to [0, 1], or NaN for a group to be left alone.
+    """Scores whose square roots can be scaled to [0, 1], or NaN for a group to skip.
 
     ``GroupNormPruner`` takes roots, subtracts them from the largest and divides by their range. So
     scores of any sign are moved to begin at zero; where there are none, or they are all the same or
-    not finite, nothing can be told apart, and NaN is what it leaves alone.
+    not finite, nothing can be ranked, and NaN is what it skips.
 
     Args:
         scores: ``[units]`` or ``None``.

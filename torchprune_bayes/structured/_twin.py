@@ -1,4 +1,4 @@
-"""A copy of a model that is cut and compared with itself, in which nothing hides a wrong wiring."""
+"""A copy of a model that is cut and compared with itself, prepared so that wrong wiring shows."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _Look = TypeVar("_Look")
 
 
 class Twin:
-    """A copy of a model that can be cut, compared with itself, and put back.
+    """A copy of a model that can be cut, compared with itself, and restored.
 
     Args:
         model: The model, without wrappers.
         example_inputs: What it is called with.
         forward_fn: How to call it otherwise.
         dtype: Floating point type of the copy.
-        seed: Decides how its weights are moved; from seed 1 on its inputs are other ones too.
+        seed: Seed of the noise on its weights; from seed 1 on its inputs differ too.
 
     Attributes:
         model: The copy.
@@ -78,7 +78,7 @@ class Twin:
         )
 
     def difference(self, plan: ShrinkPlan, *, put_back: bool = True) -> tuple[float, int]:
-        """Compare the copy after a cut with itself before it, with zeros in place of what goes.
+        """Compare the copy after a cut with itself before it, with zeros for removed entries.
 
         Outputs that rounding alone would change as much, such as the best boxes of a detector whose
         scores are close to each other, are no evidence: there what the modules inside return
@@ -249,7 +249,7 @@ def _input(
     seed: int,
     generator: torch.Generator,
 ) -> Any:
-    """An input in the type of the copy; from seed 1 on, another one of the same kind."""
+    """An input in the type of the copy; from seed 1 on, a different one of the same kind."""
     if not isinstance(leaf, Tensor):
         return leaf
     leaf = leaf.to(place or leaf.device)
@@ -266,7 +266,7 @@ def _input(
 def _watched(
     model: nn.Module, inner: dict[str, list[Tensor]], running: list[str]
 ) -> Iterator[None]:
-    """Collect what the innermost modules return, and keep track of which modules run."""
+    """Collect the outputs of the innermost modules, and keep track of which modules run."""
 
     def leave(name: str, module: nn.Module, output: Any) -> None:
         running.pop()

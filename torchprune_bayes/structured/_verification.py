@@ -1,8 +1,8 @@
-"""Whether a shrunk model computes what the whole one computes with the same units zeroed.
+"""Verification that a shrunk model equals the whole one with the same units zeroed.
 
-In plain words: the question is put to a copy of the model in single precision, or double where that
-does not decide, with weights moved a little, so that neither coarse numbers nor scales that start
-at zero hide a wrong wiring. It is put twice, with other inputs and weights the second time.
+In plain words: the check runs on a copy of the model in single precision, or double where that
+does not decide, with noise on the weights, so that neither low precision nor scales that start
+at zero hide wrong wiring. It runs twice, with different inputs and weights the second time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_equal(
 
     Args:
         model: The model before the cut, without wrappers; it is copied.
-        plan: What stays.
+        plan: The plan of the cut.
         example_inputs: What the model is called with.
         forward_fn: How to call it otherwise.
 
@@ -88,9 +88,9 @@ def failing_groups(
     example_inputs: Any,
     forward_fn: ForwardFunction | None,
 ) -> dict[str, str]:
-    """Cut some units out of every group of a copy and tell which groups that breaks, and how.
+    """Cut some units out of every group of a copy and find which groups that breaks, and how.
 
-    All groups are tried at once; only if that fails are they told apart by halving.
+    All groups are tried at once; only if that fails are they separated by halving.
 
     Args:
         model: The model, without wrappers; it is copied.
@@ -116,7 +116,7 @@ def failing_groups(
         if not changed and _failure(twins(), suspects, put_back=False) is None:
             return reasons
         result = _failing(twins(), suspects)
-        # Rounding is no reason for a model not to run.
+        # Rounding does not keep a model from running.
         reasons |= {name: why for name, why in result.items() if not why.startswith(_CHANGED)}
         changed = {name: why for name, why in result.items() if why.startswith(_CHANGED)}
         suspects = [group for group in suspects if group.name in changed]
@@ -126,7 +126,7 @@ def failing_groups(
 
 
 def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
-    """Take out the groups at the place where a cut fails, until none fails any more."""
+    """Remove the groups at the place where a cut fails, until none fails."""
     reasons: dict[str, str] = {}
     rest = list(groups)
     while rest and (failure := _failure(twin, rest)) is not None:
@@ -141,15 +141,15 @@ def _failing(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
 
 
 def _make(group: UnitGroup) -> tuple[object, ...]:
-    """What groups have in common that the same code makes: names but for numbers."""
+    """What groups of the same code have in common: names without numbers."""
     return tuple((re.sub(r"\d+", "0", piece.name), piece.dim) for piece in group.slices)
 
 
 def _alike(twin: Twin, groups: Sequence[UnitGroup]) -> dict[str, str]:
-    """Tell which groups fail that are made like one that does: as a rule all, or none of them.
+    """Find which groups fail that are built like a failing one: usually all or none.
 
-    If they fail together and so do the first, the middle and the last on their own, all count as
-    failing; if not, they are told apart.
+    If they fail jointly and so do the first, the middle and the last on their own, all count as
+    failing; if not, they are separated.
     """
     if not groups or _failure(twin, groups) is None:
         return {}

@@ -1,4 +1,4 @@
-"""One forward pass in which every layer that reads removed units is fitted as it is reached."""
+"""One forward pass that re-fits every layer that reads removed units when it is reached."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _LEAST_SAMPLES, MOST_SAMPLES = 256, 4096
 
 @dataclass(frozen=True)
 class LayerRepair:
-    """How well a layer's outputs can be had without the units that go.
+    """How well a layer's outputs are approximated without the removed units.
 
     Attributes:
         name: The layer.
-        cut_error: Mean squared change of its outputs when the units are cut off, summed over the
-            outputs, with the mean of what leaves in the bias where there is one.
+        cut_error: Mean squared change of its outputs when the units are removed, summed over the
+            outputs, with their mean contribution in the bias where there is one.
         error: The same after the fit.
-        damping: The ridge that was taken, see :func:`repair`.
+        damping: The ridge that was used, see :func:`repair`.
     """
 
     name: str
@@ -64,7 +64,7 @@ class _Norm:
     parts: list[Tensor] = field(default_factory=list)
 
     def observe(self, inputs: Tensor, samples: int) -> None:
-        """Count inputs in."""
+        """Add inputs to the statistics."""
         rows = wide(inputs.transpose(0, 1).flatten(1))
         count = torch.full_like(rows[:, 0], rows.shape[1])
         self.parts.append(torch.stack([count, rows.sum(1), rows.square().sum(1)]))
@@ -78,7 +78,7 @@ class _Norm:
 
 
 class _ReachedError(Exception):
-    """Leaves a forward pass at the layer that was waited for."""
+    """Ends a forward pass at the awaited layer."""
 
 
 def _noting(norm: _Norm) -> Any:
@@ -91,12 +91,12 @@ def _noting(norm: _Norm) -> Any:
 
 
 class Walk:
-    """Forward passes that settle one layer after the other, in the order in which they are called.
+    """Forward passes that re-fit one layer after the other, in the order of their calls.
 
-    With a single batch this is one pass: a layer is settled when the pass comes to it, and the pass
-    goes on with its new weights. With several batches each layer takes a pass over all of them that
-    ends there, because its fit needs them all. Dimensions of queries and keys that go, which are
-    read by no layer, are zero from the start, and what takes their place stands in ``tensors``.
+    With a single batch this is one pass: a layer is re-fit when the pass reaches it, and the pass
+    continues with its new weights. With several batches each layer takes a pass over all of them
+    that ends there, because its fit needs them all. Removed dimensions of queries and keys, which
+    are read by no layer, are zero from the start; ``tensors`` holds their compensation.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Walk:
         self.fits: list[LayerRepair] = []
 
     def run(self) -> None:
-        """Settle all layers that are called."""
+        """Re-fit all layers that are called."""
         batches = self._batches()
         self._whole = len(batches) == 1
         self._take_reference(batches)
@@ -153,7 +153,7 @@ class Walk:
         }
 
     def _take_reference(self, batches: Sequence[Batch]) -> None:
-        """Note what each batch norm is given before anything has changed."""
+        """Record the inputs of each batch norm before any change."""
         norms = [site for site in self._sites if isinstance(site, _Norm)]
         if not norms:
             return
@@ -208,7 +208,7 @@ class Walk:
         site.halves = None
 
     def _batches(self) -> list[Batch]:
-        """As many samples as fit into memory at once, as one batch; a least number in any case."""
+        """As many samples as fit into memory at once, as one batch; with a minimum number."""
         pieces = list(first_samples(self._calibration, MOST_SAMPLES))
         readers = [site for site in self._sites if isinstance(site, Reader)]
         largest = survey(self._calibration, cut(pieces[0], 0, 1), readers)

@@ -1,8 +1,8 @@
-"""How many units each group loses: what the units of different groups are compared by.
+"""How many units each group loses: the comparison of units of different groups.
 
-In plain words: scores say in which order the units of one group go. An allocation gives each place
-in that order a number that may be compared between groups; the units with the smallest numbers go
-first, wherever they are.
+In plain words: scores say in which order the units of one group are removed. An allocation gives
+each place in that order a number that is comparable between groups; the units with the smallest
+numbers are removed first, whatever their group.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ALLOCATIONS = ("measured", "global", "layer", "isomorphic")
 
 
 def unit_prices(costs: Costs, groups: Sequence[UnitGroup], resource: Resource) -> dict[str, float]:
-    """Return how much of a resource one unit of each group takes, with all others as they are.
+    """Return the cost of one unit of each group in a resource, with all others unchanged.
 
     Args:
         costs: Costs of the model at the start, counted or measured.
         groups: The groups as they are now.
-        resource: What is counted.
+        resource: The resource.
 
     Example:
         >>> from torchprune_bayes.structured import UnitCosts, find_groups
@@ -49,7 +49,7 @@ def unit_prices(costs: Costs, groups: Sequence[UnitGroup], resource: Resource) -
 
 
 def per_price(values: Mapping[str, Tensor], prices: Mapping[str, float]) -> dict[str, Tensor]:
-    """Divide values by what a unit costs; units that cost nothing are worth keeping for ever."""
+    """Divide values by what a unit costs; units without cost are never removed."""
     return {
         name: wide(value) / prices[name]
         if prices[name] > 0.0
@@ -61,7 +61,7 @@ def per_price(values: Mapping[str, Tensor], prices: Mapping[str, float]) -> dict
 def isomorphic_ranks(
     model: nn.Module, groups: Sequence[UnitGroup], scores: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return, for each unit, its rank among the units of all groups that are wired alike.
+    """Return, for each unit, its rank among the units of all groups with the same wiring.
 
     `Isomorphic Pruning (Fang et al., 2024) <https://arxiv.org/abs/2407.04616>`_: scores are
     compared within a class of groups with the same layers in the same places, and every class loses
@@ -90,7 +90,7 @@ def isomorphic_ranks(
 
 
 def _wiring(model: nn.Module, group: UnitGroup) -> tuple[object, ...]:
-    """What a group looks like without its sizes: layers, tensors and dimensions, sorted."""
+    """Structure of a group without its sizes: layers, tensors and dimensions, sorted."""
     pieces = []
     for piece in group.slices:
         path, _, local = piece.name.rpartition(".")

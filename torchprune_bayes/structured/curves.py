@@ -1,9 +1,9 @@
-"""Loss curves: how the loss rises while one group loses its units, measured on calibration data.
+"""Loss curves: the rise of the loss as one group loses its units, measured on calibration data.
 
-In plain words: scores are local; what half of a layer is really worth is found by trying. For each
-group a few numbers of units are removed, worst first, the layers that read them are fitted anew,
-and the loss is taken. The curves are made convex, and their slopes are what units of different
-groups are compared by.
+In plain words: scores are local; the importance of half of a layer is measured. For each
+group a few numbers of units are removed, least important first, the layers that read them are
+re-fit, and the loss is evaluated. The curves are made convex, and their slopes compare units of
+different groups.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class LossCurve:
 
     Attributes:
         group: Name of the group.
-        units: Units it has.
-        removed: How many units were removed at each point, ascending, from 0.
+        units: Number of its units.
+        removed: Numbers of removed units at the points, ascending, from 0.
         loss: The loss there; the first one is that of the whole model.
     """
 
@@ -68,8 +68,8 @@ class LossCurve:
         """Rise of the convex curve for each further unit, float64 ``[units]``, never falling.
 
         The curve is replaced by its lower convex hull, with no point below the start. Between the
-        middles of the hull's segments the slope is interpolated, so that a segment does not go as a
-        whole; past the last point it stays the last slope.
+        middles of the hull's segments the slope is interpolated, so that a segment is not removed
+        as a whole; past the last point the last slope is used.
 
         Example:
             >>> LossCurve("0", 4, (0, 2, 4), (1.0, 1.0, 3.0)).slopes()
@@ -102,10 +102,10 @@ def measure_curves(
 
     Args:
         calibration: Data, model and loss, of which the first 512 samples are used for the fits, and
-            for the losses as many as 60 points on 256 samples come to, 256 to 512. There is a
+            for the losses 256 to 512, as many as cost 60 points on 256 samples. There is a
             progress bar if its ``progress`` says so.
         groups: Groups of its model.
-        orders: For each group, its units in the order in which they go; groups that are missing
+        orders: For each group, its units in the order of removal; groups that are missing
             have no curve.
         evaluations: Largest number of points, shared between the groups, eight each at most and
             one each at least.
@@ -160,7 +160,7 @@ def measure_curves(
 
 
 def points_on(points: int) -> tuple[int, int]:
-    """How many samples the fits of all points take at most, and how many the loss of each does.
+    """Largest number of samples for the fits of all points, and for the loss of each.
 
     Example:
         >>> points_on(60), points_on(30)
@@ -197,7 +197,7 @@ class _Trials:
         return total / samples if total == total else float("inf")
 
     def parts(self, groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
-        """Divide groups such that the moments of what reads a part fit into memory at once."""
+        """Divide groups such that the moments of each part fit into memory at once."""
         room, held = self._calibration.memory.factor_bytes, 0
         parts: list[list[UnitGroup]] = [[]]
         for group in groups:
@@ -211,7 +211,7 @@ class _Trials:
         return parts
 
     def watch(self, groups: Sequence[UnitGroup]) -> None:
-        """Take the moments of all that reads some groups, in the whole model."""
+        """Collect the moments of all readers of some groups, in the whole model."""
         self._readers, _ = readers_of(self._calibration.model, groups)
         readers = list(self._readers.values())
         survey(self._calibration, cut(self._batches[0], 0, 1), readers)
@@ -220,7 +220,7 @@ class _Trials:
             self._mean_loss(self._batches, {})
 
     def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
-        """Readers that do without some units, with the batch norms directly behind them."""
+        """Re-fit readers without some units, and the batch norms directly behind them."""
         rows = rows_that_go(self._calibration.model, [group], {group.name: gone})
         result = self._pairs.without([group], {group.name: gone}, self._damping)
         keeps: dict[str, Tensor] = {}
@@ -251,7 +251,7 @@ def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
 
 
 def _batch_size(calibration: Calibration, sample: Batch) -> int:
-    """How many samples run at once: on a CPU so few that activations stay near its caches."""
+    """Number of samples per batch: on a CPU so few that activations fit into its caches."""
     if calibration.device.type != "cpu":
         return _MOST_SAMPLES
     return min(max(_ACTIVATION_BYTES // survey(calibration, sample, []), 1), _CPU_BATCH)
@@ -263,7 +263,7 @@ def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def _counts(removable: int, points: int) -> tuple[int, ...]:
-    """Numbers of units to remove, evenly spread, the last one all that may go."""
+    """Numbers of units to remove, evenly spread, the last one all that may be removed."""
     points = min(points, _POINTS, removable)
     return tuple(round(removable * (index + 1) / points) for index in range(points))
 

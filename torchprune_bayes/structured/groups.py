@@ -1,4 +1,4 @@
-"""The vocabulary of everything structured; it lives with what finds the groups."""
+"""Types of structured pruning, re-exported from the package that finds groups."""
 
 from torchprune_bayes.wiring.groups import (
     AttributeRule,

@@ -1,8 +1,8 @@
-"""Dimensions inside of heads as units: queries with keys, and values with what reads them.
+"""Dimensions inside of heads as units: queries with keys, and values with their readers.
 
 In plain words: attention views its projections as heads of one size, so all heads of a layer lose
-the same number of dimensions, but each may lose those that matter least to it. A unit is therefore
-one dimension of every head. Which ones these are is decided by scores before anything is removed:
+the same number of dimensions, but each may lose its least important ones. A unit is therefore
+one dimension of every head. These are chosen by scores before anything is removed:
 the best dimension of each head makes the first unit, and so on.
 """
 
@@ -53,13 +53,13 @@ def dimensions_of(
     """Find the dimensions inside of heads that can be removed.
 
     Queries and keys on the one hand and values on the other are removed separately where the module
-    lets them have different sizes, and otherwise the same number of both, whichever they are. Each
-    candidate is tried on a copy of the model.
+    lets them have different sizes, and otherwise the same number of both, chosen independently.
+    Each candidate is tried on a copy of the model.
 
-    The scale ``1/√d`` of attention stays that of the whole model. Modules that compute it from the
-    number of dimensions get the queries and keys that stay multiplied by ``(d'/d)^¼`` each. Where
-    neither this nor leaving them alone gives the outputs of the whole model with zeros in place of
-    what goes, they are left whole.
+    The scale ``1/√d`` of attention is that of the whole model. Modules that compute it from the
+    number of dimensions get the remaining queries and keys multiplied by ``(d'/d)^¼`` each. Where
+    neither this nor no scaling gives the outputs of the whole model with zeros for
+    removed dimensions, they are kept whole.
 
     Args:
         model: The model, without wrappers.
@@ -68,7 +68,7 @@ def dimensions_of(
         forward_fn: How to call it otherwise.
 
     Returns:
-        The groups that take the place of those of heads; and what is left whole, with the reason,
+        The groups that replace those of heads; and what is kept whole, with the reason,
         by the name of the layer.
 
     Cost: three to about twenty forward passes, and a few copies of the model.
@@ -86,7 +86,7 @@ def dimensions_of(
     removable: dict[str, UnitGroup] = {}
     why: dict[str, str] = {}
     for turn in range(max(map(len, attentions.values()), default=0)):
-        # Parts of one module would make up for each other.
+        # Parts of one module could hide each other's failures.
         alone = [result[turn] for result in attentions.values() if turn < len(result)]
         works, fails = _tried(model, alone, (_NAMES[0], ()), example_inputs, forward_fn)
         removable |= works
@@ -115,7 +115,7 @@ def arranged(
         importance: Scores each dimension of each head on its own.
 
     Returns:
-        The groups, in which the entries that a unit has in one head may be others.
+        The groups, with a unit's entries in each head reordered.
 
     Cost: one preparation of the importance, if there is such a group.
     """
@@ -178,13 +178,13 @@ def _is_read(group: UnitGroup) -> bool:
 
 
 def _layer(group: UnitGroup) -> str:
-    """The first layer that makes the units."""
+    """The first layer that produces the units."""
     maker = next(piece for piece in group.slices if piece.role == "producer")
     return maker.name.rpartition(".")[0]
 
 
 def _stays(group: UnitGroup, wiring: Wiring) -> tuple[str, str]:
-    """The first layer that makes the heads, and why their queries and keys stay."""
+    """The first layer that produces the heads, and why their queries and keys are kept."""
     layer = _layer(group)
     sides = [side for side in wiring.sides if side.name.rpartition(".")[0] == layer]
     given = (
@@ -239,7 +239,7 @@ def _tried(
 
 
 def _form(model: nn.Module, group: UnitGroup, sizes: Sequence[str], *, rescaled: bool) -> UnitGroup:
-    """A group with the numbers on modules that follow it, and with rescaled queries and keys."""
+    """A group with its dependent numbers on modules, and with rescaled queries and keys."""
     unread = {id(piece) for piece in group.unread}
     rescaled = rescaled and bool(unread)
     parts = tuple(

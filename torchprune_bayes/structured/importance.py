@@ -20,14 +20,14 @@ else:
 
 
 class UnitImportance(_HostImportance):
-    """Says how much each unit of a group matters; what matters least is removed first.
+    """Scores the importance of each unit of a group; the least important are removed first.
 
     Subclasses write :meth:`score`. Instances are given to
     :func:`~torchprune_bayes.structured.shrink`, or to torch-pruning as
     ``tp.pruner.BasePruner(model, example_inputs, importance=...)``.
 
     Attributes:
-        threshold: Scores below it speak for removal whatever the sparsity; zero for evidences,
+        threshold: Scores below it mean removal whatever the sparsity; zero for evidences,
             ``None`` where scores have no absolute meaning.
         joint: Whether a score estimates what the loss, or the evidence, loses with the unit as a
             whole, in the same measure for units of any kind. Such scores are divided by what the
@@ -48,7 +48,7 @@ class UnitImportance(_HostImportance):
     needs_recalibration: bool = False
 
     def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
-        """Gather what the scores need; the model must come out as it went in.
+        """Gather what the scores need; the model must not be changed.
 
         Args:
             model: The model, without wrappers.
@@ -71,7 +71,7 @@ class UnitImportance(_HostImportance):
     def update(
         self, model: nn.Module, groups: Sequence[UnitGroup], kept: Kept
     ) -> dict[str, Tensor] | None:
-        """Return new values for what stays, to make up for what is about to be cut off.
+        """Return new values for remaining entries, to compensate for the removal.
 
         Args:
             model: The model before the cut.
@@ -91,7 +91,7 @@ class UnitImportance(_HostImportance):
 
         Returns:
             One score for each of ``group[0].idxs``, in their order; ``None`` where the group cannot
-            be told apart unit by unit or :meth:`score` has nothing to say; torch-pruning skips it.
+            be split into units or :meth:`score` returns ``None``; torch-pruning skips it.
             For the regularising pruners see
             :func:`~torchprune_bayes.structured._torch_pruning_scores.for_regulariser`.
         """

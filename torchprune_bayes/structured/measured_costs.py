@@ -1,8 +1,8 @@
-"""Latency and memory as functions of the units that are left, measured on this machine.
+"""Latency and memory as functions of the remaining units, measured on this machine.
 
-In plain words: how long a model of certain sizes takes is found by cutting a copy to these sizes
-and running it in turn with the whole one. Prices of units come from halving one group at a time;
-the number of units that must go for a wanted latency is found by trying.
+In plain words: the latency of a model of certain sizes is measured by cutting a copy to these sizes
+and running it alternately with the whole one. Prices of units come from halving one group at a
+time; the number of units to remove for a target latency is found by search.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _PAIRS, _LEAST_PRICE = 9, 1e-3
 
 @dataclass
 class MeasuredCosts:
-    """Latency or memory of a model with so many units left in each group.
+    """Latency or memory of a model with given numbers of remaining units in each group.
 
     ``"latency"`` is in nanoseconds: the median time of nine forward passes of the whole model,
-    times the median ratio of pairs in which the smaller and the whole model run in turn, so that
-    whatever else the machine does falls on both. Repeated measurements of one model differ by a few
-    percent, and so does what a wanted latency reaches; measure on an idle machine, with the number
+    times the median ratio of pairs in which the smaller and the whole model alternate, so that
+    other load on the machine affects both. Repeated measurements of one model differ by a few
+    percent, and so does the latency that is reached; measure on an idle machine, with the number
     of threads and the batch that the model will have.
 
     ``"memory"`` is in bytes and exact: parameters and buffers, and the inputs and outputs of the
@@ -68,7 +68,7 @@ class MeasuredCosts:
             self._whole = median(self._seconds() for _ in range(_PAIRS))
 
     def total(self, resource: Resource, left: Units) -> float:
-        """Return what a model takes that has so many units left.
+        """Return the cost of a model with these remaining units.
 
         Raises:
             ArgumentError: If the resource is another one.
@@ -89,7 +89,7 @@ class MeasuredCosts:
         return self._seen[key]
 
     def prices(self, left: Units) -> dict[str, float]:
-        """Return what one unit of each group takes, from halving the group, others as they are.
+        """Return the cost of one unit of each group, from halving the group alone.
 
         A price is at least a thousandth of an even share, because a difference may drown in noise.
         """

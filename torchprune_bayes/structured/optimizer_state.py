@@ -2,8 +2,8 @@
 
 In plain words: shrinking gives a model new, smaller parameters. An optimizer that was training it
 still holds the old ones, with their momenta. Here the new parameters take their places, in the same
-parameter groups, and every momentum keeps the entries of the channels and heads that survived. From
-there on the survivors move exactly as they would have moved in the masked model.
+parameter groups, and every momentum keeps the entries of the channels and heads that remain. From
+then on they change exactly as they would in the masked model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def slice_optimizer(
     plan: ShrinkPlan,
     parameters: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
 ) -> None:
-    """Let an optimizer go on with the parameters of the shrunk model.
+    """Let an optimizer continue with the parameters of the shrunk model.
 
     Parameter groups keep their identity, order and settings; the new parameters stand where the old
     ones stood. State of the parameter's shape (momentum of SGD; both moments of Adam and AdamW, and
@@ -57,7 +57,7 @@ def slice_optimizer(
         plan: The cut that led from the old parameters to the new ones.
         parameters: Old and new parameter by the name that the plan uses, as given by
             :func:`apply_plan` in ``Change.parameters``. Those that the optimizer does not hold are
-            passed over.
+            skipped.
 
     Raises:
         ParameterError: If some state cannot be cut along, such as the factored moments of Adafactor

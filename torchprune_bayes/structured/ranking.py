@@ -1,7 +1,7 @@
-"""Choosing which units stay, exactly: the least important go until a sparsity is reached.
+"""Exact choice of units: the least important are removed until a sparsity is reached.
 
 In plain words: all units are ranked together, the least important first, and the fewest from the
-front are removed with which the model is as small as was asked. What a floor protects is not
+front are removed that make the model as small as requested. Units protected by a floor are not
 ranked.
 """
 
@@ -31,7 +31,7 @@ class Ranking:
         group: For each block, the index of its group.
         size: For each block, its number of units.
         score: For each block, the mean score of its units, or of the values given instead.
-        order: For each group, its units in the order in which they go.
+        order: For each group, its units in the order of removal.
     """
 
     groups: Sequence[UnitGroup]
@@ -54,7 +54,7 @@ class Ranking:
         return self.best(self.left(blocks))
 
     def best(self, left: Mapping[str, int]) -> dict[str, Tensor]:
-        """Return the so many units of each group that go last, for groups that lose some."""
+        """Return the units to keep of each group that loses some, given their numbers."""
         return {
             group.name: self.order[group.name][group.units - left[group.name] :].sort().values
             for group in self.groups

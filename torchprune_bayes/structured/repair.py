@@ -1,9 +1,9 @@
-"""Making up for removed units: every layer that read them is fitted anew on the units that stay.
+"""Compensation for removed units: re-fit the consumer layers on the remaining units.
 
 In plain words: a forward pass on calibration data stops at each layer that reads removed units.
 What it read from them is predicted from its other inputs by least squares, the prediction is added
-to its weights and its bias, and the pass goes on with these. So a later layer is fitted on what it
-will really be given. Batch norms behind take their statistics anew on the way.
+to its weights and its bias, and the pass continues with these. So a later layer is fitted on the
+inputs that it will really get. Statistics of batch norms behind it are recomputed on the way.
 
 He, Zhang and Sun, 2017, "Channel Pruning for Accelerating Very Deep Neural Networks",
 https://arxiv.org/abs/1707.06168, for all layers that read a unit, in one pass.
@@ -44,15 +44,15 @@ logger = logging.getLogger("torchprune_bayes")
 
 @dataclass(frozen=True)
 class Repair:
-    """New values that make up for units about to be cut off.
+    """New values that compensate for units about to be removed.
 
     Attributes:
         values: By first qualified name, with the shapes before the cut: weights (zero where they
-            read what goes), biases, and statistics of batch norms.
-        layers: What was fitted, in the order of the forward pass.
-        skipped: Layers that read what goes and are cut without a fit, because the forward pass
-            does not call them as modules, or they are no plain matrix product.
-        seconds: How long it took.
+            read removed units), biases, and statistics of batch norms.
+        layers: Fits, in the order of the forward pass.
+        skipped: Layers that read removed units and are cut without a fit, because the forward pass
+            does not call them as modules, or they are not a plain matrix product.
+        seconds: Duration.
     """
 
     values: dict[str, Tensor]
@@ -68,21 +68,22 @@ def repair(
     *,
     damping: float | str = "auto",
 ) -> Repair:
-    """Fit all layers that read units about to be removed, on the units that stay.
+    """Fit all layers that read units about to be removed, on the remaining units.
 
     Each layer ``y = Wx + b`` gets ``W' = W_K + W_Z G_ZK (G_KK + λI)⁻¹`` and the bias
     ``b + (W - W')·mean(x)``, where ``G`` is the covariance of its inputs on the calibration
-    samples (of a convolution: of the patches under its kernel), ``K`` what stays and ``Z`` what
-    goes. A layer without a bias takes mean products in place of covariances, unless a batch norm
-    directly behind it swallows the mean. Layers are fitted in the order of the forward pass, each
-    on the inputs that the repaired layers before it give. Running statistics of batch norms are
-    taken again, such that the outputs of each have the mean and variance that they had before.
+    samples (of a convolution: of the patches under its kernel), ``K`` the remaining and ``Z`` the
+    removed inputs. A layer without a bias takes mean products in place of covariances, unless a
+    batch norm directly behind it removes the mean. Layers are fitted in the order of the forward
+    pass, each on the inputs that the repaired layers before it give. Running statistics of batch
+    norms are recomputed, such that the outputs of each have the mean and variance that they had
+    before.
 
     Dimensions of queries and keys are read by each other: of one side ``k_Z ≈ B k_K`` is fitted, on
-    the inputs in the whole model and without a mean, and the layer of the other makes
+    the inputs in the whole model and without a mean, and the layer of the other produces
     ``q_K + Bᵀ q_Z``.
 
-    The model is not changed: hand ``values`` to
+    The model is not changed: pass ``values`` to
     :func:`~torchprune_bayes.structured.apply_plan`. :func:`~torchprune_bayes.structured.shrink`
     does all this itself.
 
@@ -90,12 +91,12 @@ def repair(
         calibration: Data and model, without the labels; of its samples the first 4096, or as many
             as fit into its memory at once, but 256 in any case.
         groups: The groups of its model.
-        kept: The units that stay.
+        kept: The units to keep.
         damping: ``λ`` relative to the mean diagonal of ``G_KK``; ``"auto"`` chooses one of five
             values for each layer by predicting half of the samples from the other half.
 
     Returns:
-        The new values, and how well they do.
+        The new values, and the quality of the fits.
 
     Raises:
         ArgumentError: If an argument has an impossible value or does not fit the model.
@@ -152,16 +153,16 @@ def repair(
 
 @dataclass(frozen=True)
 class RepairReport:
-    """What a repair did to the loss.
+    """Effect of a repair on the loss.
 
     Attributes:
         layers: The layers that were fitted, in the order of the forward pass.
         skipped: Layers that were cut without a fit.
         loss_cut: Mean loss of the shrunk model without the repair.
-        loss_repaired: And with it.
-        samples: Held-out samples that these were taken from.
+        loss_repaired: Mean loss with it.
+        samples: Held-out samples for these losses.
         in_sample: Whether there were none, so that they are those of the fit.
-        seconds: How long the fits took.
+        seconds: Duration of the fits.
     """
 
     layers: tuple[LayerRepair, ...]
@@ -197,7 +198,7 @@ def cut_with(
         found: The repair for this plan.
 
     Returns:
-        The cut, done, and what the losses were.
+        The cut, which is done, and the losses.
     """
     change = apply_plan(calibration.model, plan)
     try:
@@ -238,7 +239,7 @@ def _without_dimensions(
     gone: Mapping[str, Tensor],
     damping: float | str,
 ) -> Tensors:
-    """Layers without the queries and keys that go, fitted on the inputs in the whole model."""
+    """Layers without the removed queries and keys, fitted on the inputs in the whole model."""
     batches = list(first_samples(calibration, MOST_SAMPLES)) if pairs.readers else []
     samples = sum(batch_size(batch) for batch in batches)
     with watched(pairs.readers.values(), samples), torch.no_grad():
@@ -248,14 +249,14 @@ def _without_dimensions(
 
 
 def _of_product(name: str, fits: Sequence[Fit]) -> LayerRepair:
-    """What was lost of queries, or keys, in all heads together."""
+    """Error of the queries, or keys, summed over all heads."""
     dampings = [fit.damping for fit in fits]
     cut, left = sum(fit.cut_error for fit in fits), sum(fit.error for fit in fits)
     return LayerRepair(name, cut, left, sum(dampings) / len(dampings))
 
 
 def _gone(groups: Sequence[UnitGroup], kept: Kept) -> dict[str, Tensor]:
-    """The units that go, by the name of their group."""
+    """The removed units, by the name of their group."""
     found = {}
     for group in groups:
         if group.name in kept:
@@ -268,7 +269,7 @@ def _gone(groups: Sequence[UnitGroup], kept: Kept) -> dict[str, Tensor]:
 def _keeps(
     model: nn.Module, groups: Sequence[UnitGroup], kept: Kept, readers: Mapping[str, Reader]
 ) -> dict[str, Tensor]:
-    """Which inputs stay, of the readers that lose some."""
+    """Which inputs are kept, for the readers that lose some."""
     plan = plan_of(model, groups, kept)
     keeps = {}
     for name, reader in readers.items():

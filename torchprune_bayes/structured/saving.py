@@ -2,7 +2,7 @@
 
 In plain words: a shrunk model no longer fits the constructor or config it came from. The folder
 holds its tensors as safetensors and a small JSON manifest with their sizes and the numbers on
-modules that changed. To load, build the original model and hand it over: its tensors are replaced
+modules that changed. To load, build the original model and pass it: its tensors are replaced
 by those of the file and the numbers are set. Nothing is pickled, and a folder written by
 ``save_pretrained`` can hold both files as well, since their names are their own.
 """
@@ -54,12 +54,12 @@ def save_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: The shrunk model; wrappers are looked through.
-        folder: Created if it does not exist; other files in it stay. Whoever is killed at any
-            moment leaves a folder that loads, the older model or this one.
+        folder: Created if it does not exist; other files in it are kept. A process that is killed
+            at any moment leaves a folder that loads, the older model or this one.
 
     Raises:
         ArgumentError: If the folder cannot be written.
-        ParameterError: If a module is pruned with a mask or keeps state that is no tensor.
+        ParameterError: If a module is pruned with a mask or keeps state that is not a tensor.
 
     Cost: one copy of the tensors that are not contiguous or overlap others; the file is read once
     for its checksum.
@@ -91,11 +91,11 @@ def save_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_shrunk(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Turn a model fresh from its original constructor into the shrunk one that was saved.
+    """Turn a newly built model into the shrunk one that was saved.
 
     Args:
         model: Built as the original was, before it was shrunk; changed in place. Its devices,
-            modes and ``requires_grad`` stay. Build optimizers afterwards.
+            modes and ``requires_grad`` are kept. Build optimizers afterwards.
         folder: Where :func:`save_shrunk` wrote.
 
     Returns:

@@ -54,24 +54,25 @@ def shrink(
     heads: Heads | None = None,
     scope: Literal["global", "layer"] | None = None,
 ) -> ShrinkReport:
-    """Remove the least important channels, hidden units or heads of a model for good.
+    """Remove the least important channels, hidden units or heads of a model.
 
-    With a calibration in the place of the importance, the recommended way, units are scored by
-    :class:`~torchprune_bayes.structured.ConsumerGateFisherImportance`, shared out between groups by
-    measured loss curves, and made up for by least squares.
+    With a calibration instead of an importance, the recommended way, units are scored by
+    :class:`~torchprune_bayes.structured.ConsumerGateFisherImportance`, allocated to groups by
+    measured loss curves, and compensated by least squares.
 
-    The units go in order until exactly as many are gone as it takes: with one unit (or one block of
+    Units are removed in order until the sparsity is just reached: with one unit (or one block of
     ``round_to``) of any group put back, the sparsity would not be reached. Then the shrunk model is
     compared with the whole one in which the same units are zeroed. If this or anything else fails,
-    the model is as it was.
+    the model is restored.
 
     Args:
-        model: The model; changed in place. ``DataParallel`` and ``torch.compile`` are looked
-            through. Cut parameters are new objects, so hand over an optimizer, or build it after.
+        model: The model; changed in place. ``DataParallel`` and ``torch.compile`` are
+            unwrapped. Cut parameters are new objects, so pass the optimizer, or build it
+            afterwards.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments; ``None``
             for a model of a known family, without FLOPs and verification.
         importance: A calibration, an importance of this library, or one of torch-pruning's.
-        sparsity: Fraction of the whole, in [0, 1), that is to be gone.
+        sparsity: Fraction of the whole, in [0, 1), to remove.
         target: What the sparsity counts: ``"params"`` or ``"flops"`` of the whole model, with the
             classifier and all else that cannot be removed; ``"channels"``, that is, units of all
             groups that are not ignored; or ``"latency"`` or ``"memory"`` of a forward pass on the
@@ -79,25 +80,25 @@ def shrink(
             :class:`~torchprune_bayes.structured.MeasuredCosts` for how exactly.
             ``"evidence"`` takes no sparsity and removes all units
             that score below ``importance.threshold``.
-        steps: In how many equal steps, each with new scores, curves and repair, or the sparsities
-            after each step. Every step costs what one costs. With a calibration in the place of the
+        steps: Number of equal steps, each with new scores, curves and repair, or the sparsities
+            after each step. Every step costs what one costs. With a calibration instead of an
             importance three steps were better than one on a small ViT.
         calibration: Data, model and loss for curves and repair; by default those of the importance,
             where it has some.
-        allocation: What units of different groups are compared by. ``"global"``: their scores,
+        allocation: How units of different groups are compared. ``"global"``: their scores,
             divided by what a unit costs in the target's resource where a score speaks for the unit
             as a whole (``importance.joint``). ``"measured"``: the slopes of loss curves, measured
             for one group after the other and made convex, divided by the cost, see
             :func:`~torchprune_bayes.structured.curves.measure_curves`. ``"layer"``: all groups lose
-            the same fraction of their units. ``"isomorphic"``: so do all classes of groups that are
-            wired alike. The default is ``"measured"`` with a calibration in the place of the
-            importance, else ``"global"``.
-        repair: ``"least_squares"`` fits all layers that read what goes on the units that stay, and
-            takes statistics of batch norms anew, see :func:`~torchprune_bayes.structured.repair`;
-            the weights are kept as they are if the loss on held-out samples is higher after it.
-            ``"auto"`` does so where there is a calibration and the importance moves no weights
-            itself; ``"none"`` does not.
-        evaluations: Points of all measured curves together, each one evaluation of the loss.
+            the same fraction of their units. ``"isomorphic"``: so do all classes of groups with
+            the same wiring. The default is ``"measured"`` with a calibration instead of an
+            importance, otherwise ``"global"``.
+        repair: ``"least_squares"`` re-fits all layers that read removed units on the remaining
+            ones, and recomputes statistics of batch norms, see
+            :func:`~torchprune_bayes.structured.repair`; the weights are left unfitted if the loss
+            on held-out samples is higher after it. ``"auto"`` does so if there is a calibration and
+            the importance moves no weights itself; ``"none"`` does not.
+        evaluations: Total points of all measured curves, each one evaluation of the loss.
         min_keep: Units that every group keeps.
         round_to: Multiple for the number of units left in a group that loses some.
         ignored: Modules, names of modules, or names of groups to leave whole.
@@ -108,17 +109,17 @@ def shrink(
         verify: Whether to compare with the masked model.
         heads: ``"whole"`` removes heads of attention as a whole; ``"dimensions"`` keeps all heads
             and removes dimensions inside of them, equally many in all heads of a layer, but from
-            each head those that matter least to it. Queries and keys are chosen apart from values.
-            What cannot be had so, such as heads with rotary embeddings, is left whole and named in
-            ``left_out``; ``"either"`` removes whole heads there. Products keep their scale: queries
-            and keys are multiplied by ``(d'/d)^¼`` where a module divides by the square root of
-            what is left of ``d``. The default is ``"either"`` for ``target="flops"`` with a
-            calibration in the place of the importance, else ``"whole"``: per FLOP dimensions lose
-            less, and whole heads save a little more time.
+            each head its least important ones. Queries and keys are chosen separately from values.
+            Heads that do not allow this, such as those with rotary embeddings, are kept whole and
+            named in ``left_out``; ``"either"`` removes whole heads there. Products keep their
+            scale: queries and keys are multiplied by ``(d'/d)^¼`` where a module divides by the
+            square root of the remaining ``d``. The default is ``"either"`` for ``target="flops"``
+            with a calibration instead of an importance, otherwise ``"whole"``: per FLOP dimensions
+            lose less, and whole heads save a little more time.
         scope: The former name of ``allocation``, deprecated.
 
     Returns:
-        Sizes before and after, the plan, and the difference that was found.
+        Sizes before and after, the plan, and the difference from the masked model.
 
     Raises:
         ArgumentError: If an argument has an impossible value, or floors and ignored layers do not

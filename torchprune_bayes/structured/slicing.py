@@ -1,8 +1,8 @@
-"""Cutting units out of a model: from kept units to kept indices of tensors to smaller tensors.
+"""Removing units from a model: from kept units to kept indices of tensors to smaller tensors.
 
-In plain words: a plan says which indices along which dimension of which tensor stay. Applying it
-puts smaller parameters and buffers in place of the old ones, which are not touched, and sets the
-sizes that layers note down about themselves. So a cut can be undone by putting the old ones back.
+In plain words: a plan says which indices along which dimension of which tensor are kept. Applying
+it puts smaller parameters and buffers in place of the old ones, which are not touched, and sets the
+size attributes of layers. So a cut can be undone by putting the old ones back.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torchprune_bayes.wiring.tensors import all_tensors
 
 @dataclass(frozen=True)
 class ShrinkPlan:
-    """Which indices of which tensors stay.
+    """The indices of tensors that are kept.
 
     Attributes:
         kept: For each tensor that is cut, by its first qualified name, and each dimension along
-            which it is cut: the indices that stay, ascending.
+            which it is cut: the kept indices, ascending.
         shapes: The shapes of these tensors before the cut.
         attributes: For each module, by qualified name, the numbers that the groups' rules set.
         factors: For each tensor that is rescaled, and each dimension, a factor for each index
@@ -46,10 +46,10 @@ class ShrinkPlan:
     factors: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what stays of a tensor that is shaped like ``name`` before the cut.
+        """Return the kept part of a tensor that is shaped like ``name`` before the cut.
 
-        The same holds for a parameter, its gradient and its optimizer state, but for the factors
-        of what is :meth:`rescaled`. A tensor that the plan does not mention comes back as it is;
+        The same holds for a parameter, its gradient and its optimizer state, except for the factors
+        of :meth:`rescaled` ones. A tensor that the plan does not mention comes back as it is;
         otherwise the result shares no memory.
         """
         for dim, indices in self.kept.get(name, {}).items():
@@ -57,7 +57,7 @@ class ShrinkPlan:
         return tensor
 
     def rescaled(self, name: str, tensor: Tensor, power: int = 1) -> Tensor:
-        """Return a tensor after the cut with the factors of what stays, the same if none.
+        """Return a tensor after the cut with the factors of its kept entries, if any.
 
         A parameter takes its factors as they are. A gradient takes their inverse, the power -1,
         since the loss depends on a rescaled parameter the less the larger it has become.
@@ -70,11 +70,11 @@ class ShrinkPlan:
         return tensor
 
     def gradient(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what stays of a gradient, by the rescaled parameter where it is rescaled."""
+        """Return the kept part of a gradient, with respect to the rescaled parameter."""
         return self.rescaled(name, self.cut(name, tensor), -1)
 
     def expand(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor of the shape before the cut: ``tensor`` where it stays, zero elsewhere.
+        """Return a tensor of the shape before the cut: ``tensor`` at kept entries, zero elsewhere.
 
         A right inverse of :meth:`cut`: cutting the result gives ``tensor`` again.
         """
@@ -85,7 +85,7 @@ class ShrinkPlan:
         return tensor
 
     def masked(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a copy in which what would be cut off is zero: what it is cut to, expanded."""
+        """Return a copy with zeros at the entries that the cut removes."""
         return self.mask_(name, tensor.clone())
 
     def mask_(self, name: str, tensor: Tensor) -> Tensor:
@@ -98,12 +98,12 @@ class ShrinkPlan:
 
 
 def plan_of(model: nn.Module, groups: Sequence[UnitGroup], kept: Kept) -> ShrinkPlan:
-    """Work out which indices of which tensors stay.
+    """Compute which indices of which tensors are kept.
 
     Args:
         model: The model that the groups belong to; wrappers are looked through.
         groups: The groups, with the model's present numbering.
-        kept: The units that stay, by the name of their group; a missing group stays whole.
+        kept: The units that stay, by the name of their group; a missing group is kept whole.
 
     Returns:
         The plan. Tensors that lose nothing are not in it.
@@ -162,14 +162,14 @@ def apply_plan(
     """Cut a model in place.
 
     Parameters that are cut are replaced by new ones with the same ``requires_grad``, type, device,
-    memory format and attributes, and with what stays of their gradient; buffers likewise. All
+    memory format and attributes, and with the kept part of their gradient; buffers likewise. All
     others stay the same objects. Tied tensors stay tied, and layers get their new sizes.
 
     Args:
         model: The model; wrappers are looked through.
         plan: The plan, made for the model as it is.
         values: New values of tensors, by first qualified name and with the shapes before the cut,
-            such as weights that make up for what is cut off. The old tensors are not written to.
+            such as weights that compensate for the removal. The old tensors are not written to.
 
     Returns:
         What was replaced, with ``undo`` and ``redo``.
@@ -225,7 +225,7 @@ def groups_after(groups: Sequence[UnitGroup], plan: ShrinkPlan, kept: Kept) -> l
 
 
 def zero_units(model: nn.Module, plan: ShrinkPlan) -> None:
-    """Zero everything that a plan would cut off, in place: parameters, norms and their statistics.
+    """Zero everything that a plan removes, in place: parameters, norms and their statistics.
 
     The model keeps its shapes and then computes what the cut model computes.
 

@@ -1,4 +1,4 @@
-"""Shrinking a model in stages, between which it trains: how much is due of what is left."""
+"""Shrinking a model in stages, between which it trains: the sparsity due of the remaining model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torchprune_bayes.structured._report import ShrinkReport
 
 @dataclass
 class Stages:
-    """Counts what is left of the whole model over several calls of ``shrink``.
+    """Tracks the remaining fraction of the whole model over several calls of ``shrink``.
 
-    ``shrink`` takes a sparsity of the model that it is given. A schedule speaks of the model at the
-    start of all. With ``"channels"`` a group that is down to one unit does not count any more, so
-    that a little less than what is due may go.
+    ``shrink`` takes a sparsity of the model that it is given. A schedule refers to the model at the
+    start. With ``"channels"`` a group that is down to one unit does not count any more, so
+    that slightly less than the due amount may be removed.
 
     Attributes:
-        left: Fraction of the target, of the model at the start, that is left.
+        left: Fraction of the target, of the model at the start, that remains.
 
     Example:
         >>> stages = Stages(left=0.8)
@@ -34,17 +34,17 @@ class Stages:
         """Return the sparsity, of the model as it is, that leads to one of the whole.
 
         Args:
-            sparsity: Fraction of the model at the start that is to be gone.
+            sparsity: Fraction of the model at the start to remove.
 
         Returns:
-            ``None`` if that much is gone already.
+            ``None`` if that much is removed already.
         """
         check_fraction("sparsity", sparsity, closed=False)
         wanted = 1.0 - (1.0 - sparsity) / self.left
         return wanted if wanted > 1e-9 else None
 
     def count(self, report: ShrinkReport) -> None:
-        """Take note of what a call of ``shrink`` has removed."""
+        """Record what a call of ``shrink`` has removed."""
         amounts = {"params": report.parameters, "flops": report.flops, "channels": report.units}
         amount = amounts.get(report.target, report.measured)
         if amount is not None and amount.before:

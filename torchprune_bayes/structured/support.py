@@ -40,16 +40,16 @@ def check_shrinkable(
     forward_fn: ForwardFunction | None = None,
     heads: Heads = "whole",
 ) -> Units:
-    """Find out whether :func:`~torchprune_bayes.structured.shrink` can do it, without a score.
+    """Check that :func:`~torchprune_bayes.structured.shrink` can shrink a model.
 
     For what is to be shrunk during or after a long training: unknown wirings, masks, wrappers and
-    floors that do not allow the sparsity are found before it. The model comes out as it went in.
+    floors that do not allow the sparsity are detected before it. The model is not changed.
 
     Args:
         model: The model; ``DataParallel`` and ``torch.compile`` are looked through.
         example_inputs: As for ``shrink``.
-        sparsity: Of the whole, to be reached in the end; ``None`` does not look at it. Neither are
-            ``"latency"`` and ``"memory"``, which would take measurements.
+        sparsity: Of the whole, to be reached in the end; ``None`` does not check it. Not checked
+            are ``"latency"`` and ``"memory"``, which need measurements.
         target: What the sparsity counts.
         ignored: As for ``shrink``.
         groups: As for ``shrink``.
@@ -90,7 +90,7 @@ which ignored layers and floors allow, got 0.9.
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """Return the model inside of its wrappers, if its parameters may be exchanged.
+    """Return the model inside of its wrappers, if its parameters can be replaced.
 
     Raises:
         ParameterError: If it is wrapped for distributed training, masked or parametrized.
@@ -119,7 +119,7 @@ def units_to_remove(
     """Find the units of a model, or take those that are known.
 
     Raises:
-        ArgumentError: If there are none, and some are to go.
+        ArgumentError: If there are none, but some are to be removed.
     """
     if groups is None:
         units = find_units(

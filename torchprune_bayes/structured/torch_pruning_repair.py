@@ -22,7 +22,7 @@ from torchprune_bayes.structured.slicing import first_names, plan_of
 def repairing(
     pruner: Any, calibration: Calibration, *, damping: float | str = "auto"
 ) -> Iterator[list[Repair]]:
-    """Make up for what a pruner of torch-pruning removes in the body of a ``with`` statement.
+    """Compensate for what a pruner of torch-pruning removes in the body of a ``with`` statement.
 
     On leaving, the layers that read removed channels get the weights and biases of
     :func:`~torchprune_bayes.structured.repair`, and batch norms their statistics, fitted on the
@@ -39,7 +39,7 @@ def repairing(
 
     Raises:
         AlignmentError: If the calibration is of another model.
-        ParameterError: On leaving, if it cannot be told which units are gone; the model is then as
+        ParameterError: On leaving, if the removed units cannot be determined; the model is then as
             the pruner left it.
 
     Cost: that of the repair; the tensors before are held during the body.
@@ -106,7 +106,7 @@ class _State:
         ]
 
     def restore(self) -> None:
-        """Put them back."""
+        """Restore them."""
         for module, attributes, parameters, buffers in self._held:
             vars(module).clear()
             vars(module).update(attributes)
@@ -120,7 +120,7 @@ class _State:
 
 
 def _converted(group: Any, graph: Any, model: nn.Module) -> UnitGroup | None:
-    """A group of torch-pruning's, seen from a layer that reads it where its makers pack several.
+    """A group of torch-pruning's, seen from a layer that reads it if its producers pack several.
 
     One dimension of a head is three rows of a packed projection and one column of what reads it.
     """

@@ -1,1 +1,1 @@
-"""How a curvature is fitted: losses of samples, passes, what they note, and sums of it."""
+"""Fitting a curvature: per-sample losses, passes, their records, and sums over them."""

@@ -1,4 +1,4 @@
-"""The batches of a fit, and samples of them that tell what a loss does."""
+"""The batches of a fit, and samples of them that identify the loss."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def whole_mini_batches(
 
 
 def first_of(batches: Iterator[Batch], mini_batch: int) -> list[Batch]:
-    """The first batch, or more where it holds one sample, which proves nothing alone."""
+    """The first batch, or more if it holds one sample, which proves nothing."""
     head = [next(batches)]
     if batch_size(head[0]) < 2 * mini_batch:
         head += islice(batches, MOST_EXAMPLES - 1)
@@ -55,7 +55,7 @@ def first_of(batches: Iterator[Batch], mini_batch: int) -> list[Batch]:
 
 
 def examples_of(batch: Batch, ignore_index: int, most: int, mini_batch: int) -> Batch:
-    """Samples, or mini-batches, that differ and have labels that count."""
+    """Samples, or mini-batches, that differ and have labels that are not ignored."""
     if mini_batch > 1:
         return cut(batch, 0, most * mini_batch)
     return differing_samples(batch, ignore_index, most)

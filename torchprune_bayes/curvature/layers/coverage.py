@@ -1,4 +1,4 @@
-"""Which parameters the rules of layers are right about, found out on two samples."""
+"""Parameters for which the rules of layers are correct, checked on two samples."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def unverified_routes(space: ParameterSpace) -> Routes:
 
 
 def verified_routes(passes: Passes, two: Batch, *, couples: bool = False) -> Routes:
-    """Routes that give what autograd gives for two samples by themselves.
+    """Routes that agree with autograd on two separate samples.
 
-    What no rule is right about is tried in one copy per sample, which suits parameters that the
-    model broadcasts; what is left is differentiated sample by sample. Layers whose rule is right
-    about the two together have Kronecker factors all the same.
+    Parameters without a correct rule are tried in one copy per sample, which suits those that the
+    model broadcasts; the rest is differentiated sample by sample. Layers whose rule is correct
+    for the batch of two still have Kronecker factors.
 
     Args:
         passes: The model.
         two: A batch of two samples.
-        couples: Whether the loss of several is not made of theirs, so that no rule applies.
+        couples: Whether a batch's loss is not a mean of per-sample losses, so that no rule applies.
 
     Cost: about ten passes over two samples, and two gradients.
     """
@@ -58,7 +58,7 @@ def verified_routes(passes: Passes, two: Batch, *, couples: bool = False) -> Rou
 
 
 def coverage_of(routes: Routes, names: Iterable[str]) -> dict[str, str]:
-    """In words, how the gradients by every parameter are found."""
+    """Description of how the gradients of every parameter are computed."""
     kinds: dict[str, dict[str, None]] = {name: {} for name in names}
     for layer in routes.layers:
         for name in layer.names.values():
@@ -96,7 +96,7 @@ def _squares_by_rules(passes: Passes, two: Batch, layers: Sequence[Layer]) -> di
 
 
 def _right_as_a_whole(passes: Passes, two: Batch, layers: Sequence[Layer]) -> list[Layer]:
-    """Those whose factors are right: their products give the gradient of the whole batch."""
+    """Layers with correct factors: their products give the gradient of the whole batch."""
     if passes.losses.average:  # then samples have weights, and it matters which is which
         return []
     kept = []
@@ -127,7 +127,7 @@ def _agreeing(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: M
         agreement = _AUTOCAST_AGREEMENT if half else _AGREEMENT[expected.dtype]
         room = agreement * expected.norm() + zero
         right.append((square - expected).norm() <= room)
-    # Fetched from the device together.
+    # One read from the device.
     return {name for name, is_so in zip(found, torch.stack(right).tolist(), strict=True) if is_so}
 
 
@@ -142,7 +142,7 @@ def _restricted(layers: Sequence[Layer], names: set[str]) -> list[Layer]:
 def _expandable(
     passes: Passes, two: Batch, names: Sequence[str], exact: Mapping[str, Tensor]
 ) -> dict[str, int]:
-    """Parameters that may be given in one copy per sample, tried together where shaped alike."""
+    """Parameters that may be given in one copy per sample, tried jointly if of equal shape."""
     expanded: dict[str, int] = {}
     moving = torch.stack([exact[name].any() for name in names]).tolist() if names else []
     names = [

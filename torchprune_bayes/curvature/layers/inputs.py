@@ -1,4 +1,4 @@
-"""What layers see in one pass, and their weights as matrices that multiply it."""
+"""Inputs of layers in one pass, and their weights as matrices that multiply them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Update = Callable[[str, "InputMoment"], Tensor | None]
 
 @dataclass
 class InputMoment:
-    """``Σ x xᵀ`` over all tokens (or patches of images) that a layer was given.
+    """``Σ x xᵀ`` over all tokens (or patches of images) of a layer's inputs.
 
     Attributes:
         module: The layer.
         total: ``[groups, n, n]``, float32 or the calibration's dtype; convolutions have groups.
-            It is handed on where there is float64.
-        tokens: How many.
+            It may be reused where there is float64.
+        tokens: Number of tokens.
     """
 
     module: nn.Module
@@ -36,7 +36,7 @@ class InputMoment:
 
     @classmethod
     def of(cls, module: nn.Module, weight: Tensor) -> InputMoment:
-        """Of no tokens yet."""
+        """Moments of no tokens."""
         groups = getattr(module, "groups", 1)
         n = matrix_of(module, weight).shape[-1]
         return cls(module, torch.zeros(groups, n, n, dtype=weight.dtype, device=weight.device))
@@ -81,11 +81,11 @@ def has_inputs(module: nn.Module, name: str) -> bool:
 
 
 class Finished(Exception):  # noqa: N818  # no error
-    """Ends a pass in which all is done that it was for."""
+    """Ends a pass whose purpose is fulfilled."""
 
 
 class _Input(NamedTuple):
-    """What a layer is given; the same object may have been changed in place since."""
+    """The input of a layer; the same object may have been changed in place since."""
 
     tensor: Tensor
     version: int
@@ -99,14 +99,14 @@ class _Input(NamedTuple):
 
 @dataclass
 class Gathering:
-    """Adds up what the layers see in one pass.
+    """Adds up the inputs of the layers in one pass.
 
     Attributes:
-        moments: By tensor; those that are finished are taken out.
+        moments: Moments by tensor; finished ones are removed.
         layers: The layers that each tensor is a weight of.
-        real: The tokens that count, ``[B, T]``; ``None`` for all.
+        real: The tokens that are not ignored, ``[B, T]``; ``None`` for all.
         missing: Calls to come, as far as they are known; the pass ends with the last of them.
-        finish: What is done with a tensor whose last call has come.
+        finish: Called with a tensor after its last call.
     """
 
     moments: Mapping[str, InputMoment]
@@ -117,7 +117,7 @@ class Gathering:
     _last: tuple[_Input, Tensor, int] | None = None
 
     def see(self, name: str, x: Tensor) -> None:
-        """Note the inputs of one call."""
+        """Record the inputs of one call."""
         if name not in self.moments:
             return
         moment = self.moments[name]
@@ -147,7 +147,7 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def _rows(module: nn.Module, x: Tensor, real: Tensor | None) -> Tensor:
-    """What a layer's weight is multiplied with, ``[groups, tokens, n]``."""
+    """The input that a layer's weight multiplies, ``[groups, tokens, n]``."""
     if _is_convolution(module):
         unbatched = x.ndim == len(cast("nn.Conv2d", module).kernel_size) + 1
         found = patches(cast("nn.Conv2d", module), x.unsqueeze(0) if unbatched else x)
@@ -166,7 +166,7 @@ def watched(
     names: Collection[str],
     see: Callable[[str, Tensor], None],
 ) -> Iterator[None]:
-    """Show ``see`` the inputs of all calls of some tensors' layers."""
+    """Pass to ``see`` the inputs of all calls of some tensors' layers."""
 
     def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(name, [*args, *kwargs.values()][0])

@@ -1,4 +1,4 @@
-"""What is differentiated: the loss itself, or products with its second derivative's square root."""
+"""What is differentiated: the loss, or products with the root of its second derivative."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Evaluated:
     """A batch that went through the model.
 
     Attributes:
-        output: What the model returned.
+        output: Output of the model.
         logits: The tensor in it, ``[B, ..., C]``.
         target: The labels.
         loss: Mean loss, a scalar with a graph.
@@ -43,15 +43,15 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class SampleLosses:
-    """How a batch's mean loss is made of losses of samples, and these of the model's output.
+    """Decomposition of a batch's mean loss into per-sample losses of the model's output.
 
     Attributes:
         loss_fn: ``loss_fn(output, target)``, or ``None`` for the model's own.
         layout: How the loss reads logits and labels, where it is a mean log-likelihood of these.
         average: Whether the loss of a sample is the mean of its terms, and not their sum.
         ignore_index: Label without a term in the loss.
-        group: Samples of a mini-batch, which is taken for one sample.
-        normaliser: What the batch's loss is the mean of.
+        group: Samples of a mini-batch, which counts as one sample.
+        normaliser: The rule by which the batch's loss is a mean.
     """
 
     loss_fn: LossFunction | None
@@ -62,7 +62,7 @@ class SampleLosses:
     normaliser: Normaliser = "terms"
 
     def evaluated(self, output: Any, target: Any, loss: Tensor, batch: Batch) -> Evaluated:
-        """Count the terms of a batch and note what it gave."""
+        """Count the terms of a batch and record its results."""
         labels = labels_in(batch)
         target = labels if target is None else target
         logits = getattr(output, "logits", output)
@@ -72,7 +72,7 @@ class SampleLosses:
         return Evaluated(output, logits, target, loss, terms)
 
     def weights(self, terms: Tensor) -> Tensor:
-        """``[B]``: what turns the gradient of the mean loss, sample by sample, into the sample's.
+        """``[B]``: factors that turn the gradients of the mean loss into those of single samples.
 
         The batch's loss is ``Σ_n ℓ_n / M`` with sums ``ℓ_n`` over the ``m_n`` terms of a sample,
         ``M = Σ m_n``; wanted are the gradients of ``ℓ_n``, or of the averages ``ℓ_n / m_n``.
@@ -87,7 +87,7 @@ class SampleLosses:
         ``S z`` with ``S Sᵀ`` the second derivative and independent signs ``z``.
 
         Raises:
-            CalibrationError: If the loss is no log-likelihood, and the output not ``[B, C]``.
+            CalibrationError: If the loss is not a log-likelihood, and the output not ``[B, C]``.
         """
         if self.layout is not None:
             return self._drawn_residuals(self.layout, batch, generator)
@@ -99,8 +99,8 @@ class SampleLosses:
         """``S [B, C, C]`` with ``S_n S_nᵀ = ∂²ℓ_n/∂f_n²``; outputs ``[B]`` have ``C = 1``.
 
         Args:
-            batch: What the model gave.
-            instead: What the error recommends.
+            batch: The evaluated batch.
+            instead: Recommendation in the error.
 
         Raises:
             CalibrationError: If the output is not ``[B, C]`` or ``[B]``, or there is no
@@ -176,7 +176,7 @@ def cotangents(
     draws: int,
     generator: torch.Generator,
 ) -> Iterator[Tensor | None]:
-    """What the outputs' gradients are set to, one backward pass each; ``None`` for the loss's own.
+    """Output gradients, one backward pass each; ``None`` for the loss's own.
 
     The squares, or outer products, of the gradients of all passes are to be summed.
     """

@@ -1,4 +1,4 @@
-"""Whether the loss of a batch is made of losses of its samples as it is assumed to be."""
+"""Check that the loss of a batch is the assumed mean of per-sample losses."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MOST_EXAMPLES = 8
 class NormalisationCheck:
     """Compares the losses of single samples with that of a batch, on samples that differ.
 
-    Samples that are alike would prove nothing: class weights cancel among samples of one class, and
+    Equal samples would prove nothing: class weights cancel among samples of one class, and
     a mean over tokens is one over sequences where all have equally many. So a later batch is
-    compared as well if its samples are the first to differ in some way, and until there were eight,
-    because two alone may agree by chance.
+    compared as well if its samples are the first to differ in some way, and until eight are
+    compared, because two alone may agree by chance.
 
     Args:
-        passes: The model; its ``losses`` are changed to what is found.
+        passes: The model; its ``losses`` are updated with the result.
 
     Attributes:
-        found_late: Whether the last batch showed what all batches before it were silent about, so
-            that what was summed of these has to be summed again.
-        couples: Whether mini-batches have losses that do not make up that of a batch. Their
-            gradients are then taken one by one.
+        found_late: Whether the last batch revealed what earlier ones could not, so
+            that their sums have to be recomputed.
+        couples: Whether the losses of mini-batches do not add up to that of a batch. Their
+            gradients are then computed one by one.
 
     Cost: at most three times a forward pass of thrice 8 samples, or mini-batches.
     """

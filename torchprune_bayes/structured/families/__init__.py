@@ -1,12 +1,12 @@
 """Transformers that are supported without tracing: their heads and hidden units are written down.
 
-In plain words: tracing cannot see where one head ends and the next begins, what belongs together in
-a fused projection, or which numbers on a module must follow. For the families listed here this is
-known, so a :class:`Family` reads it off the blocks. The residual stream is left as it is, because
-the norms on it take their statistics over all of its entries.
+In plain words: tracing cannot see where one head ends and the next begins, which rows correspond in
+a fused projection, or which numbers on a module must change. For the families listed here this is
+known, so a :class:`Family` derives it from the blocks. The residual stream is not pruned, because
+the norms on it compute their statistics over all of its entries.
 
 Modules are recognised by the full name of their class, so that neither timm nor transformers is
-imported. Served are: timm's ViT, DeiT and Swin; Hugging Face's GPT-2, DistilBERT, BERT, RoBERTa,
+imported. Supported are: timm's ViT, DeiT and Swin; Hugging Face's GPT-2, DistilBERT, BERT, RoBERTa,
 ViT, and Llama, Mistral, Qwen2 and Qwen3 (multi-head and grouped-query attention), whichever head
 sits on top of them.
 
@@ -47,7 +47,7 @@ class Family:
     """An architecture whose blocks are known.
 
     Attributes:
-        name: What users call it.
+        name: Its name for users.
         models: Class paths of the modules that hold the blocks.
         block: Class path of a block.
         groups_of_block: Lists the groups of one block, given its qualified name.
@@ -125,13 +125,13 @@ FAMILIES = (
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """Tell which family a model belongs to.
+    """Return the family of a model.
 
     Args:
         model: Any module; wrappers are looked through.
 
     Returns:
-        The family, or ``None`` for a model without any of the known blocks, which is to be traced.
+        The family, or ``None`` for a model without any of the known blocks, which has to be traced.
 
     Raises:
         ParameterError: If the model mixes several families.

@@ -1,4 +1,4 @@
-"""What the families share: reading a block strictly, and writing its heads and hidden units down.
+"""What the families share: strict checks of a block, and lists of its heads and hidden units.
 
 In plain words: a block is read only if it is built of exactly the layers whose forward pass was
 read when the family was written. Anything else, such as cross attention, adapters or hooks, is
@@ -39,7 +39,7 @@ class Projection:
     has_bias: bool
 
     def rows(self, positions: Tensor) -> tuple[UnitSlice, ...]:
-        """Return the slices of the weight and the bias that make the units' output."""
+        """Return the slices of the weight and the bias that produce the units' output."""
         weight = UnitSlice(f"{self.name}.weight", self.output_dim, positions, "producer")
         if not self.has_bias:
             return (weight,)
@@ -82,7 +82,7 @@ def refuse(block: nn.Module, prefix: str, path: str, reason: str) -> None:
     """Refuse a block that has a submodule ``path`` other than an identity.
 
     Raises:
-        ParameterError: If it has.
+        ParameterError: If it has one.
     """
     module: nn.Module | None = block
     for part in path.split("."):
@@ -138,12 +138,12 @@ def projection(block: nn.Module, prefix: str, path: str) -> Projection:
 
 
 def spans(units: int, width: int, copies: int = 1) -> Tensor:
-    """Return the positions of units that lie side by side, ``width`` entries each.
+    """Return the positions of contiguous units with ``width`` entries each.
 
     Args:
         units: Number of units.
         width: Entries per unit.
-        copies: How often the whole row of units is repeated, 3 for a fused query, key and value.
+        copies: Number of repetitions of the whole row of units, 3 for a fused query, key and value.
 
     Returns:
         Long tensor of shape (units, copies * width).
@@ -167,7 +167,7 @@ def group(
     extra: Sequence[UnitSlice] = (),
     attributes: Sequence[AttributeRule] = (),
 ) -> UnitGroup:
-    """Build a group of layers that make the units, and one that reads them.
+    """Build a group from the layers that produce units and the one that reads them.
 
     Raises:
         ParameterError: If the units do not fill a layer's side exactly.
@@ -218,9 +218,9 @@ def heads(
         reader: The output projection.
         units: Number of heads.
         width: Entries per head.
-        copies: How often all heads lie in one maker.
+        copies: Number of repetitions of all heads in one maker.
         extra: Other slices that belong to the heads.
-        attributes: Numbers that follow.
+        attributes: Numbers that depend on the units.
     """
     at = spans(units, width, copies)
     return group(

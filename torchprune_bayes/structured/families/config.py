@@ -1,9 +1,9 @@
-"""Writing the new sizes into a Hugging Face config, where a config can say them.
+"""Writing the new sizes into a Hugging Face config, if it can represent them.
 
 In plain words: after shrinking, ``from_pretrained`` builds the model from its config, so it works
 only if that config describes every block. It can do so when all blocks have the same number of
 heads and hidden units, and, where the size of a head is computed from the number of heads, when no
-head, or dimension inside of heads, was taken away. In all other cases the config is left alone; see
+head, or dimension inside of heads, was removed. In all other cases the config is not changed; see
 ``save_shrunk``.
 """
 

@@ -1,9 +1,9 @@
 """Llama, Mistral, Qwen2 and Qwen3: a unit is a key/value head with the query heads that read it.
 
 With grouped-query attention, query heads ``g * u, ..., g * u + g - 1`` share key/value head ``u``.
-Taking them away together keeps the group size ``g`` and with it the wiring of all the others; with
+Removing them together keeps the group size ``g`` and with it the wiring of all the others; with
 plain multi-head attention ``g`` is one. Rotary embeddings and the norms of queries and keys act
-within a head and stay.
+within a head and are kept.
 """
 
 from __future__ import annotations

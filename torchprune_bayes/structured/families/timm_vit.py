@@ -1,7 +1,7 @@
 """ViT and DeiT of timm: heads of the fused ``attn.qkv``, hidden units of ``mlp``.
 
-The scale of the scores depends on the size of a head, which stays, so that a model with whole heads
-taken away equals the dense one with these heads zeroed.
+The scale of the scores depends on the size of a head, which is unchanged, so that a model with
+whole heads removed equals the dense one with these heads zeroed.
 """
 
 from __future__ import annotations

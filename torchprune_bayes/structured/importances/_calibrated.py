@@ -1,4 +1,4 @@
-"""What importances share that take gradients from a calibration of the model they score."""
+"""Base of importances that take gradients from a calibration of the scored model."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["CalibratedImportance", "gate_pieces", "pieces_of", "space_of", "sums
 
 
 class CalibratedImportance(UnitImportance):
-    """Scores of all groups at once, taken anew whenever the model has changed.
+    """Scores of all groups at once, computed again whenever the model has changed.
 
-    Subclasses write :meth:`measure`. Every time takes a further draw of the samples. In
+    Subclasses write :meth:`measure`. Each time uses a new draw of the samples. In
     torch-pruning's pruners, which announce no step, the scores are taken when a first group asks
     for its own, and again when weights of the model have moved or were cut since.
 
@@ -31,7 +31,7 @@ class CalibratedImportance(UnitImportance):
         calibration: Data, model and loss; its own list of parameters does not matter.
 
     Raises:
-        ArgumentTypeError: If it is no calibration.
+        ArgumentTypeError: If it is not a calibration.
     """
 
     needs_recalibration = True
@@ -50,15 +50,15 @@ class CalibratedImportance(UnitImportance):
         """Score groups that something reads.
 
         Args:
-            calibration: Draws the samples of this time.
-            groups: The groups, as the calibration's model is now.
+            calibration: Data with the draw of this time.
+            groups: The groups, of the calibration's present model.
 
         Returns:
             ``[units]`` by the name of the group; a missing group is left whole.
         """
 
     def prepare(self, model: nn.Module, groups: Sequence[UnitGroup]) -> None:
-        """Score all groups on the model as it is.
+        """Score all groups on the present model.
 
         Raises:
             AlignmentError: If the model is not the one of the calibration.
@@ -105,7 +105,7 @@ def all_groups(group: Any, converted: UnitGroup, model: nn.Module) -> list[UnitG
 
 
 class Versions:
-    """The weights of a model at one time, to find out whether they have moved or were cut."""
+    """The weights of a model at one time, to detect whether they have changed or were cut."""
 
     def __init__(self, model: nn.Module) -> None:
         self._seen = [(weakref.ref(p), p._version) for p in model.parameters()]
@@ -138,11 +138,11 @@ def pieces_of(group: UnitGroup, *roles: str) -> list[UnitSlice]:
 
 
 def gate_pieces(group: UnitGroup, role: str = "consumer") -> list[tuple[UnitSlice, float]]:
-    """Return what gates on the units stand on, and how much of each derivative counts.
+    """Return the slices that carry gates on the units, with the weight of each derivative.
 
     Args:
         group: The units.
-        role: Of what carries the gates. To all that reads the units, the default, come half of the
+        role: Role of the slices. The default, all readers of the units, also includes half of the
             queries and half of the keys, whose dimensions no layer reads.
     """
     unread = group.unread if role == "consumer" else ()
@@ -150,7 +150,7 @@ def gate_pieces(group: UnitGroup, role: str = "consumer") -> list[tuple[UnitSlic
 
 
 def sums_along(values: Tensor, piece: UnitSlice) -> Tensor:
-    """Sum a tensor over all that each unit owns of it: float64 ``[units]``."""
+    """Sum a tensor over the entries that each unit owns: float64 ``[units]``."""
     lines = wide(values)
     along = lines.movedim(piece.dim, 0).flatten(1).sum(1) if values.ndim > 1 else lines
     return along[piece.positions.to(along.device)].sum(1)

@@ -1,12 +1,12 @@
-"""Gates on all that reads a unit: derivatives of losses by them, from gradients of the weights.
+"""Gates on all readers of a unit: derivatives of losses by them, from weight gradients.
 
 Multiply every weight that reads unit ``u``, in all layers, by a gate ``c_u``, which is 1. At 0 the
-unit is gone, whatever lies before it. The derivative of a loss by the gate is ``Σ w g`` over these
-weights: signed, so that their effects cancel or add up as they will when the unit goes.
+unit is removed, whatever precedes it. The derivative of a loss by the gate is ``Σ w g`` over these
+weights: signed, so that effects cancel or add up as in the removal of the unit.
 
 Dimensions of queries and keys are read by no layer, but by each other: a gate on their product has
-the derivative ``Σ w g`` over the weights and biases that make the queries, and just as well over
-those that make the keys. Half of both is taken.
+the derivative ``Σ w g`` over the weights and biases that produce the queries, and equally over
+those that produce the keys. Half of each is used.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Gates:
 def gate_precisions(
     calibration: Calibration, posterior: Posterior, gated: Gated, samples: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Precisions of gates under a posterior of the weights that they stand on.
+    """Precisions of gates under a posterior of the weights that carry them.
 
     With the weights ``w_u`` under a gate, the prior ``N(0, 1/δ_i)`` of each makes one of precision
     ``p_u = Σ δ_i w_i²`` for the gate, with mean 0. The empirical Fisher of the gate adds
@@ -96,7 +96,7 @@ def gate_precisions(
 
     Args:
         calibration: The data that the posterior was fitted to. A gradient of ``m`` samples
-            together counts ``m`` times.
+            counts ``m`` times.
         posterior: Gives the prior precisions.
         gated: What carries the gates; groups with a tensor that the posterior does not have are
             left out.

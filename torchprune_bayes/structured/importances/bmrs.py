@@ -19,17 +19,17 @@ class BMRSImportance(UnitImportance):
     """Minus the change of the log evidence when a unit is removed wherever it appears.
 
     Gates are independent, so that the evidence of several is exactly the sum of theirs
-    (arXiv:2406.01345, equation 6). A unit of a residual stream goes where the sum over all gates on
-    what writes to the stream says so, which no gate could decide on its own. Criteria that do not
-    add up need every gate to agree. Gates that are closed already cost nothing more.
+    (arXiv:2406.01345, equation 6). A unit of a residual stream is removed where the sum over all
+    gates on the layers that write to the stream says so, which no gate can decide alone. Criteria
+    that do not add up need every gate to agree. Gates that are closed already cost nothing more.
 
-    Make it before the gates are folded: it takes their decisions and keeps nothing of the model.
-    With ``shrink(..., target="evidence")`` what has a score below zero goes, and no more.
+    Make it before the gates are folded: it stores their decisions and nothing of the model.
+    With ``shrink(..., target="evidence")`` exactly the units with a score below zero are removed.
 
     Args:
         gates: The trained gates.
-        criterion: A criterion or its name; its ``tau`` counts once for each gate. ``None`` takes
-            out what is closed already, and nothing else.
+        criterion: A criterion or its name; its ``tau`` counts once for each gate. ``None`` removes
+            only units that are closed already.
 
     Raises:
         ArgumentError: If the criterion is unknown.
@@ -98,7 +98,7 @@ class BMRSImportance(UnitImportance):
         return -joint.masked_fill(silent.all(0), torch.finfo(torch.float64).max)
 
     def update(self, model: nn.Module, groups: Sequence[UnitGroup], kept: Kept) -> None:
-        """Follow a cut: gates of units that are gone are forgotten. No weights move."""
+        """Follow a cut: gates of removed units are dropped. No weights move."""
         gone: dict[tuple[str, int], list[Tensor]] = {}
         for group in groups:
             if group.name not in kept:
@@ -159,7 +159,7 @@ def _place(model: nn.Module, site: Site) -> tuple[str, int]:
 
 
 def _holds_all(group: UnitGroup, gated: Sequence[tuple[UnitSlice, _Decision]]) -> bool:
-    # A unit is silent when all that writes it is, or all that reads it does not hear it. A gate on
+    # A unit is silent when all that writes it is, or all that reads it ignores it. A gate on
     # a norm stands for the one layer in front of it.
     def weights(role: str) -> int:
         return sum(s.role == role and s.name.endswith("weight") for s in group.slices)

@@ -1,4 +1,4 @@
-"""Units by the empirical Fisher of a gate on all that reads them."""
+"""Importance of units by the empirical Fisher of a gate on all their readers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torchprune_bayes.structured.importances._gates import Gates
 
 
 class ConsumerGateFisherImportance(CalibratedImportance):
-    """Predicted rise of the loss ``½ mean_n (Σ w·g_n)²`` when nothing reads a unit any more.
+    """Predicted rise of the loss ``½ mean_n (Σ w·g_n)²`` when a unit is no longer read.
 
     Multiply every weight that reads unit ``u``, in all layers, by a gate ``c_u``, which is 1; at 0
-    the unit is gone, whatever lies before it: norms, additions, attention, activations. With the
+    the unit is removed, whatever precedes it: norms, additions, attention, activations. With the
     weights ``w_u`` of these columns, the loss ``ℓ_n`` of sample ``n`` has the derivative
     ``∂ℓ_n/∂c_u = w_uᵀ g_n``, where ``g_n`` is its gradient by ``w_u``. To second order
 
@@ -27,9 +27,10 @@ class ConsumerGateFisherImportance(CalibratedImportance):
     approximated by the empirical Fisher of the gates, ``mean_n (∂ℓ_n/∂c_u)²``, which gives the
     score. Unlike the sum of the diagonal Fisher ``Σ_i w_i² mean_n g_ni²`` over the weights of a
     unit (Theis et al., 2018, https://arxiv.org/abs/1801.05787, take it for one weight or feature
-    map), the square is taken after the sum over the unit: the weights of a unit go together, and
-    their effects cancel or add up. Molchanov et al. (2019, https://arxiv.org/abs/1906.10771)
-    square the same derivative, with gates behind batch norms only.
+    map), the square is taken after the sum over the unit: the weights of a unit are removed
+    jointly, and their effects cancel or add up. Molchanov et al. (2019,
+    https://arxiv.org/abs/1906.10771) square the same derivative, with gates behind batch norms
+    only.
 
     Dimensions of queries and keys, which meet in a product, have their gates there: half of
     ``Σ w·g`` over what makes the queries and half over what makes the keys.

@@ -17,18 +17,18 @@ from torchprune_bayes.structured.importances._posterior import PosteriorImportan
 
 
 class LaplaceEvidenceImportance(PosteriorImportance):
-    """Minus the change of the log evidence when nothing reads a unit any more.
+    """Minus the change of the log evidence when a unit is no longer read.
 
     The change is the Savage-Dickey ratio of arXiv:2406.01345, equation 6, for Gaussian posteriors,
     summed over the weights that read the unit. Once they are zero, the data say nothing about those
-    that make it, which the evidence then no longer depends on. With ``shrink(..., target=
-    "evidence")`` what has a score below zero goes, and no more.
+    that produce it, which the evidence then no longer depends on. With ``shrink(..., target=
+    "evidence")`` exactly the units with a score below zero are removed.
 
-    The sum takes the weights of a unit for independent. ``members="gate"`` asks of the unit as a
+    The sum assumes independent weights in a unit. ``members="gate"`` treats the unit as a
     whole: a gate on all that reads it has the prior ``N(0, 1/p_u)`` and the posterior
     ``N(1, 1/(h_u + p_u))``, with ``p_u = Σ δ_i w_i²`` and the empirical Fisher
     ``h_u = N mean_n (Σ w·g_n)²``, and the same ratio is taken of the gate. There is one Occam term
-    for a unit, not one for each weight, so that fewer units go.
+    for a unit, not one for each weight, so that fewer units are removed.
 
     Args:
         calibration: Data, model and loss: the posterior is fitted here, before every step and
@@ -41,7 +41,7 @@ class LaplaceEvidenceImportance(PosteriorImportance):
             together, which takes a calibration; ``"auto"``, gates where there is one. Ranked for a
             sparsity, sums over columns were behind chance on a ViT: units with many weights have
             more Occam terms and go first.
-        tau: Evidence against the removal of a unit that is put up with; 0 is exact.
+        tau: Evidence against the removal of a unit that is tolerated; 0 is exact.
         prior: Structure of the prior to fit.
         options: Of the fit, see :class:`~torchprune_bayes.laplace.LaplaceOptions`.
 

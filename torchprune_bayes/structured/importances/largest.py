@@ -1,4 +1,4 @@
-"""Units none of whose weights is large: what a training with a penalty has left at zero."""
+"""Importance by the largest weight of a unit, for units that a penalty has driven to zero."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ By = Literal["producer", "norm", "consumer", "any"]
 
 
 class LargestWeightImportance(UnitImportance):
-    """The largest absolute weight of what makes a unit, of its norms, or of what reads it.
+    """The largest absolute weight of the producers of a unit, of its norms, or of its readers.
 
     With ``shrink(..., target="evidence")`` every unit goes whose largest weight is below the
     threshold, and no more: what a penalty on whole rows has left, such as
@@ -32,7 +32,7 @@ class LargestWeightImportance(UnitImportance):
             shifts. ``"consumer"``: of the weights that read it. ``"any"``: the smallest of the
             three, for units that were closed at one of these places; what makes a unit counts with
             its bias then, and only where no norm follows.
-        threshold: Units below it go.
+        threshold: Units below it are removed.
 
     Raises:
         ArgumentError: If an option has an impossible value.

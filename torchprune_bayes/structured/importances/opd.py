@@ -26,15 +26,15 @@ class OPDImportance(PosteriorImportance):
     """Sum of the posterior damage ``P_ii θ_i²`` over the weights of a unit.
 
     The structured form of `SpaM (Dhahri et al., 2024) <https://arxiv.org/abs/2402.15978>`_: a
-    neuron or a filter is worth the sum over its row, over all layers that are coupled to it.
+    neuron or a filter is scored by the sum over its row, over all layers that are coupled to it.
     Tensors that the posterior does not have, as biases and norms where it is of weights alone,
-    count nothing.
+    do not contribute.
 
-    Weights of a unit go together, and the diagonal does not say whether their effects cancel.
-    ``members="gate"`` scores a unit as a whole: ``½ (h_u + p_u)``, the fall of the log posterior
-    when a gate on all that reads it closes, with the empirical Fisher ``h_u = N mean_n (Σ w·g_n)²``
-    of the gate in the place of a diagonal, and ``p_u = Σ δ_i w_i²`` of the prior. Only such scores
-    are divided by what a unit costs.
+    Weights of a unit are removed jointly, and the diagonal does not say whether their effects
+    cancel. ``members="gate"`` scores a unit as a whole: ``½ (h_u + p_u)``, the fall of the log
+    posterior when a gate on all that reads it closes, with the empirical Fisher ``h_u = N mean_n (Σ
+    w·g_n)²`` of the gate in the place of a diagonal, and ``p_u = Σ δ_i w_i²`` of the prior. Only
+    such scores are divided by what a unit costs.
 
     Args:
         calibration: Data, model and loss: the posterior is fitted here, before every step and

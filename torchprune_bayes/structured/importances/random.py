@@ -13,9 +13,9 @@ from torchprune_bayes.structured.importance import UnitImportance
 
 
 class RandomImportance(UnitImportance):
-    """Uniform scores, which depend on the seed, the group's name and its size alone.
+    """Uniform scores, which depend on the seed, the group's name and its size only.
 
-    The global random generators are neither used nor moved.
+    The global random generators are not used.
 
     Args:
         seed: Another seed gives other scores.
@@ -41,7 +41,7 @@ class RandomImportance(UnitImportance):
 
         Args:
             group: The group.
-            model: Not looked at.
+            model: Not used.
         """
         key = f"{self.seed}/{group.name}/{group.units}".encode()
         generator = torch.Generator().manual_seed(

@@ -32,7 +32,7 @@ class WoodFisherImportance(CalibratedImportance):
     `WoodFisher (Singh and Alistarh, 2020) <https://arxiv.org/abs/2004.14340>`_ for coupled groups:
     ``g`` are the rows, biases, norm parameters and columns of one unit in all layers, ``F`` is the
     damped empirical Fisher ``λI + (1/N) Σ_n g_n g_nᵀ`` in blocks, and the other weights of a block
-    make up for ``g``. When the units are chosen, the weights that stay take the joint update for
+    compensate for ``g``. When the units are chosen, the weights that stay take the joint update for
     all that is removed from their block (:mod:`torchprune_bayes._numerics.obs`).
 
     Args:
