@@ -77,7 +77,7 @@ def check_shrinkable(
         Traceback (most recent call last):
         ...
         torchprune_bayes.errors.ArgumentError: Expected a sparsity of at most 0.844828 in params, \
-which ignored layers and floors allow, got 0.9.
+which ignored layers and floors allow, got 0.9: ask for less, or lower `min_keep` or `round_to`.
     """
     inner = plain_model(model)
     units = units_to_remove(inner, example_inputs, sparsity, ignored, groups, forward_fn, heads)
