@@ -103,10 +103,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--hoyer", type=float, default=4e-2, help="strength of the Hoyer penalty")
-    parser.add_argument("--l0", type=float, default=0.5, help="strength of the L0 penalty")
+    parser.add_argument("--hoyer", type=float, default=0.1, help="strength of the Hoyer penalty")
+    parser.add_argument("--l0", type=float, default=0.1, help="strength of the L0 penalty")
     parser.add_argument(
-        "--gates", type=float, default=30.0, help="learning rate of the gates, in that of weights"
+        "--gates", type=float, default=20.0, help="learning rate of the gates, in that of weights"
     )
     parser.add_argument("--only", nargs="+", help="labels of rows")
     parser.add_argument("--tuning", action="store_true")

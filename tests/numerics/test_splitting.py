@@ -64,6 +64,17 @@ def test_correlated_inputs_are_pruned_better_than_by_size_and_by_columns():
     assert error(gram, weights, found) < 0.8 * others
 
 
+@given(columns=st.integers(2, 6), seed=st.integers(0, 200), share=st.floats(0.2, 0.8))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_what_is_returned_is_no_worse_than_the_largest_weights_as_they_were(columns, seed, share):
+    gram, weights, _ = layer(2, columns, seed)
+    kept = max(1, round(share * weights.numel()))
+    _, sparse = splitting_mask(gram, weights, largest(kept), penalty=0.1, steps=60)
+    by_size = weights * largest(kept)(weights * gram.diagonal().sqrt())
+    found, plain = (weights - values for values in (sparse, by_size))
+    assert ((found @ gram) * found).sum() <= ((plain @ gram) * plain).sum() * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("kept", [0, 12])
 def test_all_or_nothing_is_kept(kept):
     gram, weights, _ = layer(2, 6, seed=0)

@@ -88,4 +88,6 @@ def alps(gram: Tensor, weights: Tensor, kept: int, penalty: float, steps: int) -
             before = sparse != 0
             if penalty < 1e-7:
                 break
-    return sparse != 0
+    largest = project(dense)
+    errors = [float(torch.trace(c @ normal @ c.mT)) for c in (dense - sparse, dense - largest)]
+    return (sparse if errors[0] <= errors[1] else largest) != 0

@@ -31,7 +31,8 @@ def splitting_mask(
     ``B = (WG − V + ρD)(G + ρ)⁻¹``, ``D`` is what is kept of ``B + V/ρ``, and ``V += ρ(B − D)``.
     Every three steps ``ρ`` grows, the faster the more of the mask has moved; the end is where it
     moves no more. Where it does not move to begin with, ``ρ`` is too large to leave the mask of the
-    largest weights, and is divided by five.
+    largest weights, and is divided by five. The problem is not convex, and the end may be worse
+    than the start: then the mask of the largest weights is returned, with these as they were.
 
     Args:
         gram: ``G``, float64 ``[n, n]``, positive definite.
@@ -85,7 +86,14 @@ def splitting_mask(
         else:
             break
         seen, inverse = keep, _inverse(values, vectors, penalty, dtype)
+    if _error(dense - sparse, values, vectors) > _error(dense * ~first, values, vectors):
+        keep, sparse = first, dense * first
     return keep, sparse / scale
+
+
+def _error(change: Tensor, values: Tensor, vectors: Tensor) -> float:
+    """``tr(C G Cᵀ)``, what a change ``C`` of the weights does to the outputs."""
+    return float(((wide(change) @ vectors).square() * values).sum())
 
 
 def _inverse(values: Tensor, vectors: Tensor, penalty: float, dtype: torch.dtype) -> Tensor:
