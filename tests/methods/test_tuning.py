@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -197,6 +199,65 @@ def test_a_few_blocks_are_blocks_of_the_whole() -> None:
     assert few.damping == 0.5
 
 
+@pytest.mark.parametrize("block_size", ["full", 7])
+def test_the_unit_of_the_damping_takes_no_gram_matrix(block_size) -> None:
+    fisher = EmpiricalFisher(block_size=block_size).fit(_little())
+    unit = fisher.mean_square()
+    assert not fisher.products.spaces
+    assert unit == pytest.approx(float(fisher.store.whole().double().square().mean()), rel=1e-12)
+    fisher.inverse_diagonal()
+    assert fisher.mean_square() == pytest.approx(unit, rel=1e-12)
+
+
+def test_the_same_blocks_share_their_products() -> None:
+    fisher = EmpiricalFisher().fit(_little())
+    fisher.inverse_diagonal()
+    assert fisher.with_blocks("full").products is fisher.products
+    assert not fisher.with_blocks(7).products.spaces
+
+
+@pytest.mark.parametrize("method", ["woodfisher", "woodtaylor"])
+def test_every_step_goes_on_from_the_last_one(method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The left-out gradients are looked at in the first step alone."""
+    calls = []
+    plain = _tuning._least_left_out_error
+
+    def counting(*arguments: Any) -> int:
+        calls.append(arguments)
+        return plain(*arguments)
+
+    monkeypatch.setattr(_tuning, "_least_left_out_error", counting)
+    calibration = _little()
+    kind: Any = find_method(method).method
+    found = kind(0.7, calibration=calibration, steps=5, block_size="full")
+    steps = found.decide(calibration.space).info["steps"]
+    assert len(calls) == 1
+    assert all(step["mean_square"] > 0 for step in steps)
+    ratios = [step["damping"] / step["mean_square"] for step in steps]
+    powers = [math.log(b / a, 3.0) for a, b in pairwise(ratios)]
+    least, most = _tuning.RELATIVE_DAMPINGS[0], _tuning.RELATIVE_DAMPINGS[-1]
+    for power, ratio in zip(powers, ratios[1:], strict=True):
+        assert power == pytest.approx(round(power), abs=1e-6) or (
+            ratio == pytest.approx(least) or ratio == pytest.approx(most)
+        )
+
+
+def test_small_blocks_are_tried_with_one_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tuning, "_SMALLEST_BLOCKS", 10)
+    tried: list[tuple[int | str, float]] = []
+    plain = _tuning.prune_step
+
+    def noting(step: Any, damping: float, procedure: Any) -> Any:
+        tried.append((step.fisher.block_size, damping))
+        return plain(step, damping, procedure)
+
+    monkeypatch.setattr(_tuning, "prune_step", noting)
+    calibration = _little()
+    WoodFisher(0.7, calibration=calibration).decide(calibration.space)
+    assert [size for size, _ in tried].count(16) == 1
+    assert len({damping for size, damping in tried if size == "full"}) > 1
+
+
 def test_a_large_network_has_small_blocks_and_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """The damping is that of the smallest left-out error, and only lengths are tried."""
     monkeypatch.setattr(_tuning, "_MOST_FOR_TRIALS", 100)
@@ -223,7 +284,8 @@ def test_a_large_network_has_small_blocks_and_no_trials(monkeypatch: pytest.Monk
     keep[inside.argsort()[: round(0.7 * len(inside))]] = False
     dampings = [unit * factor for factor in _tuning.RELATIVE_DAMPINGS]
     errors = few.held_out_errors(few.remaining.gather(calibration.space.values()), keep, dampings)
-    assert step["damping"] == pytest.approx(dampings[int(errors.argmin())], rel=1e-9)
+    chosen = next(d for d, e in zip(dampings, errors, strict=True) if e <= 1.05 * errors.min())
+    assert step["damping"] == pytest.approx(chosen, rel=1e-9)
 
 
 def test_a_model_that_pruning_destroys_is_warned_of() -> None:

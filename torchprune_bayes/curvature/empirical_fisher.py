@@ -179,8 +179,10 @@ class EmpiricalFisher(BlockedGradients):
         """The same gradients cut into other blocks."""
         _check_block_size(block_size)
         other = copy.copy(self)
-        other.block_size, other.products = block_size, SharedProducts()
+        other.block_size = block_size
         other.blocks = other._cut()
+        if other.blocks != self.blocks:
+            other.products = SharedProducts()
         return other
 
     def few_blocks(self, damping: float) -> EmpiricalFisher:
@@ -327,7 +329,7 @@ class EmpiricalFisher(BlockedGradients):
         """Mean over the entries of ``(1/N) Σ g²``, the natural unit of the damping."""
         sums = []
         for where, gradients in self.sweep():
-            space = self.space_of(where, gradients)
+            space = self.products.spaces.get(where.start)
             if space is None:
                 sums.append(mean_squares(gradients).sum() * self.count)
             else:

@@ -124,6 +124,13 @@ class Step:
         """The same if it was needed before."""
         return self.__dict__.get("damping_unit")
 
+    def with_blocks(self, block_size: int | str) -> Step:
+        """The same step with a Fisher of other blocks, whose unit of the damping is the same."""
+        other = replace(self, fisher=self.fisher.with_blocks(block_size))
+        if self.known_unit is not None:
+            other.__dict__["damping_unit"] = self.known_unit
+        return other
+
     @property
     def calibration(self) -> Calibration | None:
         """Where the gradients are from."""

@@ -36,6 +36,7 @@ RELATIVE_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the update that ``"auto"`` chooses from."""
 _WALK_FACTOR = 3.0
+_ABOUT_EQUAL = 1.05
 _SMALLEST_BLOCKS = 256
 _MOST_FOR_TRIALS = 2_000_000  # entries; beyond, a trial of a damping costs more than the gradients
 
@@ -113,8 +114,8 @@ class Tuning:
             CalibrationError: If no held-out loss is finite.
 
         Cost: the spectra of a few Gram matrices. Up to two million entries, one stage and a few
-        held-out losses for either kind of blocks and for two to three dampings, and the step itself
-        for either; beyond, the step alone. Then two to eight held-out losses for the lengths of the
+        held-out losses for two to three dampings of one block, and the step itself for either kind
+        of blocks; beyond, the step alone. Then two to eight held-out losses for the lengths of the
         moves.
         """
         if not isinstance(self.damping, str):
@@ -133,23 +134,20 @@ class Tuning:
             return self._best_lengths(prune_step(cuts[0], damping, procedure))
         if len(cuts) == len(dampings) == 1:
             return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
-        quick = procedure.screening(step.stages)
-        found = [self._screened(cut, dampings, quick) for cut in cuts]
-        if quick is not procedure:
-            found = [replace(move, pruned=move.pruned.again(procedure)) for move in found]
-        moves = [self._best_lengths(move.pruned) for move in found]
+        moves = [self._best_lengths(self._at_best(cut, dampings, procedure)) for cut in cuts]
         return moves[0] if len(moves) == 1 else min(moves, key=_loss)
 
-    def _screened(self, step: Step, dampings: list[float], quick: Procedure) -> Move:
-        """The best of several dampings in one stage: left-out gradients first, then trials.
+    def _at_best(self, step: Step, dampings: list[float], procedure: Procedure) -> Pruned:
+        """The step with the best of several dampings.
 
-        The update that does best on gradients that were left out of it says where to begin; from
-        there dampings are tried as long as the held-out loss falls.
+        The update that does best on gradients that were left out of it says which, and with one
+        block where to begin: from there dampings are tried, in one stage, as long as the held-out
+        loss falls. With small blocks the two agree, and trials cost more.
         """
-        if len(dampings) == 1:
-            return Move(
-                prune_step(step, dampings[0], quick), self.scales[-1], self.gradient_steps[0]
-            )
+        quick = procedure.screening(step.stages)
+        start = _least_left_out_error(step, dampings, quick)
+        if len(dampings) == 1 or len(step.fisher.blocks) > 1:
+            return prune_step(step, dampings[start], procedure)
         moves: dict[int, Move] = {}
 
         def loss_at(index: int) -> float:
@@ -157,8 +155,8 @@ class Tuning:
                 moves[index] = self._at_full_length(prune_step(step, dampings[index], quick))
             return _loss(moves[index])
 
-        start = _least_left_out_error(step, dampings, quick)
-        return moves[falling(loss_at, start, len(dampings))]
+        found = moves[falling(loss_at, start, len(dampings))].pruned
+        return found if quick is procedure else found.again(procedure)
 
     def _at_full_length(self, pruned: Pruned) -> Move:
         return self._by_coordinates(pruned, (self.scales[-1], self.gradient_steps[0]))
@@ -170,7 +168,7 @@ class Tuning:
         """
         assert last.mean_square is not None
         unit = step.damping_unit
-        step = replace(step, fisher=step.fisher.with_blocks(last.block_size))
+        step = step.with_blocks(last.block_size)
         walk = walk_from(
             last.damping / last.mean_square * unit,
             _WALK_FACTOR if step.index % 2 else 1.0 / _WALK_FACTOR,
@@ -220,7 +218,9 @@ def warn_of_a_rise(start: State, end: State, held_out: Calibration | None) -> No
 def _least_left_out_error(step: Step, dampings: list[float], procedure: Procedure) -> int:
     """Which damping's update does best on gradients that were left out of it.
 
-    On a few blocks, pruned to the sparsity that the whole step is pruned to.
+    On a few blocks, pruned to the sparsity that the whole step is pruned to. Of errors that are
+    about equal the one of the smallest damping counts: its update is the longest, and of that a
+    share may be taken later.
     """
     if len(dampings) == 1:
         return 0
@@ -231,7 +231,8 @@ def _least_left_out_error(step: Step, dampings: list[float], procedure: Procedur
     scores = procedure.score(Stage(step, fisher, index, masks, weights))
     count = round(step.target.share(index, step.masks) * fisher.remaining.numel)
     keep = smallest_k([scores], count)[0].to(weights.device)
-    return int(fisher.held_out_errors(weights, keep, dampings).argmin())
+    errors = fisher.held_out_errors(weights, keep, dampings)
+    return int((errors <= _ABOUT_EQUAL * errors.min()).to(torch.uint8).argmax())  # the first one
 
 
 def block_choices(step: Step) -> list[Step]:
@@ -250,7 +251,7 @@ def block_choices(step: Step) -> list[Step]:
         sizes = ["full"]
     elif entries > _MOST_FOR_TRIALS:
         sizes = [small]
-    return [replace(step, fisher=fisher.with_blocks(size)) for size in sizes]
+    return [step.with_blocks(size) for size in sizes]
 
 
 def falling(loss_at: Callable[[int], float], start: int, count: int) -> int:
