@@ -17,7 +17,7 @@ from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher
 from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods import _tuning, find_method
-from torchprune_bayes.methods._obs_step import StepReport
+from torchprune_bayes.methods._obs_step import StepReport, prune_step
 from torchprune_bayes.methods._tuning import Move, Tuning, best_by_coordinates
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -245,7 +245,7 @@ def test_every_step_goes_on_from_the_last_one(method, monkeypatch: pytest.Monkey
 def test_small_blocks_are_tried_with_one_damping(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tuning, "_SMALLEST_BLOCKS", 10)
     tried: list[tuple[int | str, float]] = []
-    plain = _tuning.prune_step
+    plain = prune_step
 
     def noting(step: Any, damping: float, procedure: Any) -> Any:
         tried.append((step.fisher.block_size, damping))
