@@ -153,7 +153,7 @@ def test_a_folder_of_other_classes_is_refused(tmp_path):
         (tmp_path / name).mkdir()
         image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
     model = timm.create_model("test_resnet", num_classes=3)
-    with pytest.raises(ArgumentError, match="each of the 3 classes of ResNet, got 2 folders: name"):
+    with pytest.raises(ArgumentError, match="each of the 3 classes of ResNet, got 2 folders: use"):
         data_from(str(tmp_path), model=model)
 
 
@@ -179,7 +179,7 @@ def test_published_weights_that_cannot_be_had_are_one_sentence(monkeypatch):
         raise OSError("no connection\nand much more")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ArgumentError, match="weights of `resnet18`, got: no connection Give"):
+    with pytest.raises(ArgumentError, match="weights of `resnet18`, got: no connection Pass"):
         load_model("timm:resnet18", checkpoint=None, random_init=False)
 
 
