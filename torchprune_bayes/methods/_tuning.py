@@ -179,7 +179,10 @@ class Tuning:
             same = Move(prune_step(step, damping, procedure), best.scale, best.gradient_step)
             if _loss(same := same.measured()) >= _loss(best):
                 break
-            best = self._by_coordinates(same.pruned, (best.scale, best.gradient_step))
+            if best.scale in self.scales:
+                best = self._by_coordinates(same.pruned, (best.scale, best.gradient_step))
+            else:  # it made no move
+                best = self._best_lengths(same.pruned).measured()
         return best
 
     def _best_lengths(self, pruned: Pruned) -> Move:
