@@ -449,3 +449,14 @@ def test_inputs_are_needed_to_tell_dimensions_apart() -> None:
         find_groups(build("gpt2-lm"), heads="dimensions")
     with pytest.raises(ArgumentError, match="heads"):
         find_groups(build("gpt2-lm"), heads="halves")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("heads", ["whole", "dimensions", "either"])
+def test_flops_are_those_that_a_run_of_their_own_counts(heads: Any) -> None:
+    model, inputs = attention_case()
+    units = find_units(model, inputs, heads=heads)
+    assert units.flops is not None
+    handed_on = UnitCosts.measure(model, units.groups, inputs, flops=units.flops)
+    counted = UnitCosts.measure(model, units.groups, inputs)
+    assert handed_on == counted
+    assert counted.flops({}) > 0

@@ -119,6 +119,21 @@ class Pattern:
             return norms.repeat_interleave(self.size, dim=-1)
         return n_of_m_ranks(scores, self.kept, self.size, remaining)
 
+    def largest(self, values: Tensor, remaining: Tensor) -> Tensor:
+        """The ``N`` remaining entries of largest values, not negative, along the last dimension.
+
+        That dimension is one group of ``M``, or what is left of one at the end of a row.
+
+        Example:
+            >>> values = torch.tensor([[3.0, 1.0, 2.0, 4.0]])
+            >>> remaining = torch.tensor([[True, True, True, False]])
+            >>> Pattern.n_of_m("2:4").largest(values, remaining)
+            tensor([[ True, False,  True, False]])
+        """
+        ranked = values.masked_fill(~remaining, -1.0)
+        best = ranked.topk(min(self.kept, ranked.shape[-1]), dim=-1).indices
+        return torch.zeros_like(remaining).scatter(-1, best, True) & remaining
+
     def target(
         self, masks: Masks, dims: Mapping[str, int], amount: Amount, *, steps: int, **options: str
     ) -> Target:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchprune_bayes._checks import check_count, check_positive
@@ -49,6 +48,7 @@ class ALPS(LayerLocalPruning):
     eigenvalues, ``10 n³``, and for every step ``rows n² + n³/3`` multiplications.
 
     Example:
+        >>> import torch
         >>> from torchprune_bayes import Calibration, prune_global
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
         >>> data = [(torch.randn(32, 8), torch.randint(4, (32,)))]
@@ -89,10 +89,11 @@ class ALPS(LayerLocalPruning):
             squares = values.square()
             if self.pattern is None:
                 return smallest_k([squares], count, [remaining])[0]
-            groups = squares.masked_fill(~remaining, -1.0).unflatten(1, (-1, self.pattern.size))
-            best = groups.topk(self.pattern.kept, dim=2).indices
-            chosen = torch.zeros_like(groups, dtype=torch.bool).scatter(2, best, True)
-            return chosen.flatten(1) & remaining
+            groups = (-1, self.pattern.size)
+            chosen = self.pattern.largest(
+                squares.unflatten(1, groups), remaining.unflatten(1, groups)
+            )
+            return chosen.flatten(1)
 
         matrix = damped(gram, self.damping)
         keep, start = splitting_mask(

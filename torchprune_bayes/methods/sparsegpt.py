@@ -81,16 +81,12 @@ class SparseGPT(LayerLocalPruning):
         self, gram: Tensor, weights: Tensor, remaining: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """One sweep over the columns."""
-        if self.pattern is not None:
-            kept, group = self.pattern.kept, self.pattern.size
+        pattern = self.pattern
+        if pattern is not None:
+            group = pattern.size
 
             def best(columns: slice, values: Tensor, costs: Tensor) -> Tensor:
-                ranked = costs.masked_fill(~remaining[:, columns], -1.0)
-                chosen = ranked.topk(min(kept, ranked.shape[1]), dim=1).indices
-                return (
-                    torch.zeros_like(remaining[:, columns]).scatter(1, chosen, True)
-                    & (remaining[:, columns])
-                )
+                return pattern.largest(costs, remaining[:, columns])
 
             block = -(-self.block_size // group) * group
             return sweep(damped(gram, self.damping), weights, best, group=group, block=block)

@@ -286,6 +286,15 @@ def first_samples(calibration: Calibration, most: int) -> Iterator[Batch]:
             return
 
 
+def in_pieces(batches: Iterable[Batch], size: int) -> list[Batch]:
+    """Cut batches into pieces of so many samples at most."""
+    return [
+        cut(batch, start, start + size)
+        for batch in batches
+        for start in range(0, batch_size(batch), size)
+    ]
+
+
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the first tensor that a layer is called with."""
     return next((each for each in [*args, *kwargs.values()] if isinstance(each, Tensor)), None)

@@ -23,6 +23,7 @@ from torchprune_bayes.structured._readers import (
     Tensors,
     first_samples,
     first_tensor,
+    in_pieces,
     installed,
     matched,
     survey,
@@ -224,10 +225,6 @@ class Walk:
             )
         if whole is not None:
             pieces = [cut(whole, 0, max(fitting, _LEAST_SAMPLES))]
-        batches = [
-            cut(piece, start, start + fitting)
-            for piece in pieces
-            for start in range(0, batch_size(piece), fitting)
-        ]
+        batches = in_pieces(pieces, fitting)
         self._samples = sum(batch_size(batch) for batch in batches)
         return batches

@@ -26,6 +26,7 @@ from torchprune_bayes.structured._readers import (
     Reader,
     Tensors,
     first_samples,
+    in_pieces,
     installed,
     matched,
     readers_of,
@@ -177,7 +178,7 @@ class _Trials:
         self._calibration, self._damping = calibration, damping
         batches = list(first_samples(calibration, _MOST_SAMPLES))
         size = _batch_size(calibration, cut(batches[0], 0, 1))
-        self._batches = [piece for batch in batches for piece in _pieces(batch, size)]
+        self._batches = in_pieces(batches, size)
         self._samples = sum(batch_size(batch) for batch in self._batches)
         self._tried = list(_first(self._batches, tried))
         self._readers: dict[str, Reader] = {}
@@ -255,11 +256,6 @@ def _batch_size(calibration: Calibration, sample: Batch) -> int:
     if calibration.device.type != "cpu":
         return _MOST_SAMPLES
     return min(max(_ACTIVATION_BYTES // survey(calibration, sample, []), 1), _CPU_BATCH)
-
-
-def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, batch_size(batch), size):
-        yield cut(batch, start, start + size)
 
 
 def _counts(removable: int, points: int) -> tuple[int, ...]:

@@ -141,7 +141,7 @@ def find_units(
     of_heads = {group.name for group in whole}
     reasons = {name: why for name, why in units.left_out.items() if name not in of_heads}
     reasons |= {name: why for name, why in finer.left_out.items() if name not in taken}
-    return Units(groups, reasons)
+    return Units(groups, reasons, units.flops)
 
 
 def _makers(group: UnitGroup) -> set[str]:
