@@ -174,7 +174,7 @@ def gpt2(data: Path, output: Path) -> Task:
 
 def vit(data: Path, output: Path) -> Task:
     """A ViT of timm with four layers, width 96 and patches of 4 on CIFAR-10, from scratch."""
-    train, evaluation = _cifar10(data, test_images=4000)
+    train, evaluation = _cifar10(data)
     return Task(
         small_vit(),
         train,
@@ -204,7 +204,7 @@ def small_vit() -> Classifier:
 
 def resnet20(data: Path, output: Path) -> Task:
     """ResNet-20 on CIFAR-10, from the checkpoint that ``resnet20.py`` fine-tunes."""
-    train, evaluation = _cifar10(data, test_images=4000)
+    train, evaluation = _cifar10(data)
     settings = Namespace(data=data, output=output, epochs=2, rate=0.02)
     return Task(
         Classifier(prepared(settings, train.pixels, train.labels)),
@@ -222,7 +222,7 @@ def resnet20(data: Path, output: Path) -> Task:
 
 def resnet18(data: Path, output: Path) -> Task:
     """ResNet-18 as for ImageNet on CIFAR-10, from scratch."""
-    train, evaluation = _cifar10(data, test_images=4000)
+    train, evaluation = _cifar10(data)
     return Task(
         Classifier(torchvision.models.resnet18(num_classes=CLASSES)),
         train,
@@ -244,9 +244,9 @@ def _sentences(tokenizer: Any, part: Sequence[tuple[str, int]]) -> list[dict[str
     ]
 
 
-def _cifar10(data: Path, test_images: int) -> tuple[Images, Images]:
+def _cifar10(data: Path) -> tuple[Images, Images]:
     train = Images(*load_cifar10(data, "train"), augment=True)
-    return train, Images(*load_cifar10(data, "test", test_images), augment=False)
+    return train, Images(*load_cifar10(data, "test"), augment=False)
 
 
 TASKS: dict[str, Callable[[Path, Path], Task]] = {

@@ -107,6 +107,17 @@ def test_the_budget_is_kept_and_shared():
     assert len(measure_curves(calibration, groups, orders, evaluations=1, min_keep=8)) == 1
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_points_are_counted_in_a_progress_bar_if_it_is_wanted(wanted, capsys):
+    model, x = build("vgg").double(), images(12).double()
+    calibration = Calibration(model, [(x, torch.arange(12) % 5)], cross_entropy, progress=wanted)
+    groups = find_groups(model, x[:2])
+    orders = {group.name: torch.arange(group.units) for group in groups}
+    measure_curves(calibration, groups, orders, evaluations=6)
+    shown = capsys.readouterr().err
+    assert ("6/6" in shown) == ("point" in shown) == wanted
+
+
 def test_a_model_without_a_finite_loss_is_refused():
     calibration = calibrated("vgg")
     with torch.no_grad():

@@ -70,6 +70,22 @@ def test_each_kind_of_layer_against_a_dense_solve(name):
     assert 0.0 <= fit.error <= fit.cut_error
 
 
+def test_a_channel_is_all_of_its_places_behind_a_flattening():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    model.double()
+    x = torch.randn(40, 3, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    [group] = find_groups(model, x)
+    calibration = Calibration(model, [(x, torch.zeros(40))], mean_output)
+    found = repair(calibration, [group], {"0": torch.tensor([0, 3])}, damping=1e-3)
+    with torch.no_grad():
+        flat = model[2](model[1](model[0](x)))
+    weight, shift = fitted(model[3], flat, [*range(4, 12)], 1e-3, intercept=True)
+    torch.testing.assert_close(found.values["3.weight"], weight)
+    torch.testing.assert_close(found.values["3.bias"], model[3].bias.detach() + shift)
+
+
 def test_later_layers_are_fitted_on_what_repaired_ones_give():
     with torch.random.fork_rng():
         torch.manual_seed(0)

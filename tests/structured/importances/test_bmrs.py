@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from tests.gates.cases import FAMILIES, Logits, built, scatter
+from torchprune_bayes import Calibration
 from torchprune_bayes.errors import AlignmentError
 from torchprune_bayes.gates import Gates, attach_gates, find_criterion, fold_gates
 from torchprune_bayes.structured import shrink
@@ -164,6 +168,46 @@ def test_residual_streams_shrink_where_all_gates_together_say_so():
     assert 62 in left.values()
     assert report.difference is not None
     assert report.difference < 1e-5
+
+
+def calibrated(model: nn.Module, shape: torch.Size) -> Calibration:
+    """Sixty-four inputs with the classes that the model gives them."""
+    x = torch.randn(64, *shape[1:], generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return Calibration(model, [(x, model(x).argmax(1))], cross_entropy)
+
+
+@pytest.mark.parametrize("family", ["mlp", "lenet", "vgg", "timm-vit"])
+def test_what_gates_rank_lowest_is_made_up_for(family):
+    model, x = built(family)
+    gates = attach_gates(model)
+    scatter(gates, closed=False)
+    importance = BMRSImportance(gates)
+    fold_gates(model)
+    plain = copy.deepcopy(model)
+    cut = shrink(plain, x, importance, sparsity=0.4, target="channels")
+    calibration = calibrated(model, x.shape)
+    report = shrink(model, x, importance, sparsity=0.4, target="channels", calibration=calibration)
+    assert report.groups == cut.groups
+    [repaired] = report.repairs
+    assert not cut.repairs
+    assert repaired.taken
+    assert repaired.loss_repaired < repaired.loss_cut
+
+
+def test_what_gates_have_closed_needs_no_making_up_for():
+    model, x = built("lenet")
+    gates = attach_gates(model)
+    scatter(gates)
+    importance = BMRSImportance(gates, criterion=None)
+    fold_gates(model)
+    before = model(x)
+    calibration = calibrated(model, x.shape)
+    report = shrink(model, x, importance, target="evidence", calibration=calibration)
+    [repaired] = report.repairs
+    assert report.units.after < report.units.before
+    assert repaired.loss_cut == pytest.approx(repaired.loss_repaired, abs=1e-6)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_follow_the_cut_and_start_anew_with_the_next_call():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from statistics import median
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,9 +14,10 @@ from torch.nn.functional import cross_entropy
 from torchprune_bayes import Calibration
 from torchprune_bayes._numerics.gaussian_evidence import delta_f_gaussian
 from torchprune_bayes.laplace import Posterior
-from torchprune_bayes.structured import find_groups
+from torchprune_bayes.structured import find_groups, shrink
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.importances.laplace_evidence import LaplaceEvidenceImportance
+from torchprune_bayes.structured.importances.random import RandomImportance
 from torchprune_bayes.structured.slicing import apply_plan, groups_after, plan_of
 
 
@@ -103,6 +108,37 @@ def test_a_unit_that_only_noise_reads_goes():
     found = LaplaceEvidenceImportance(posterior).score(groups[0], model)
     assert found is not None
     assert (found < 0).tolist() == [False, False, True, False]
+
+
+def test_at_a_sparsity_it_is_better_than_chance():
+    x, y, model = trained_on_four_corners()
+
+    def loss_with(importance: Any) -> float:
+        small = copy.deepcopy(model)
+        given = importance(Calibration(small, [(x, y)], cross_entropy))
+        shrink(small, x[:2], given, sparsity=0.5, target="flops", repair="none")
+        with torch.no_grad():
+            return float(cross_entropy(small(x), y))
+
+    at_random = [loss_with(lambda _, s=seed: RandomImportance(seed=s)) for seed in range(8)]
+    assert loss_with(LaplaceEvidenceImportance) < median(at_random)
+
+
+def trained_on_four_corners() -> tuple[Tensor, Tensor, nn.Module]:
+    """Points ``[256, 2]`` around four corners, their classes, and a network of two layers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        y = torch.arange(256) % 4
+        x = torch.stack([y // 2, y % 2], 1) * 2.0 - 1.0 + 0.4 * torch.randn(256, 2)
+        model = nn.Sequential(
+            *(nn.Linear(2, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4))
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.05)
+        for _ in range(150):
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return x, y, model
 
 
 class Recurrent(nn.Module):

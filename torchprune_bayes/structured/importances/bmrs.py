@@ -24,7 +24,8 @@ class BMRSImportance(UnitImportance):
     that do not add up need every gate to agree. Gates that are closed already cost nothing more.
 
     Make it before the gates are folded: it stores their decisions and nothing of the model.
-    With ``shrink(..., target="evidence")`` exactly the units with a score below zero are removed.
+    With ``shrink(..., target="evidence")`` exactly the units with a score below zero are removed,
+    and with ``calibration`` there the layers that read them are fitted anew.
 
     Args:
         gates: The trained gates.
