@@ -107,3 +107,14 @@ def _is_shared(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def share_of(total: int, index: int, shares: int) -> int:
+    """How many of ``total`` things the ``index``-th of several shares gets.
+
+    Example:
+        >>> [share_of(8, index, 3) for index in range(3)]
+        [3, 3, 2]
+    """
+    whole, remainder = divmod(total, shares)
+    return whole + (index < remainder)

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from torchprune_bayes import Calibration, prune_global
-from torchprune_bayes.calibration import calibration as module
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
+from torchprune_bayes.calibration import _samples as module
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 from torchprune_bayes.seeds import derived_seed
 
@@ -222,3 +223,23 @@ def test_seeds_of_neighbours_share_no_draw() -> None:
         for c in (calibration_on(lists(), 40, seed=s, fisher="true") for s in range(4))
     ]
     assert len(set(labels)) == len(labels)
+
+
+@given(groups=st.integers(1, 7), size=st.integers(1, 9), skipped=st.integers(0, 40))
+def test_a_pass_from_a_later_gradient_on_is_the_end_of_the_whole_one(
+    groups: int, size: int, skipped: int
+) -> None:
+    calibration = calibration_on(lists(), 2 * groups, mini_batch=2, memory_mb=1e-3 * size)
+    remaining = RemainingVector(calibration.space.masks())
+    span = 0, remaining.numel
+    first = min(skipped, groups)
+    whole = torch.cat(list(calibration.gradient_rows(None, remaining, span)))
+    rest = list(calibration.gradient_rows(None, remaining, span, first=first))
+    torch.testing.assert_close(torch.cat([whole[:first], *rest]), whole)
+
+
+def test_shares_divide_the_default_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_DEFAULT_GRADIENTS", 8)
+    shares = [calibration_on(lists(), None, mini_batch=2).share(i, 3) for i in range(3)]
+    assert [share.num_samples for share in shares] == [6, 6, 4]
+    assert calibration_on(lists(), "all").share(0, 3).num_samples == SAMPLES

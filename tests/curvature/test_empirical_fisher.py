@@ -109,7 +109,7 @@ def test_quadratic_is_the_predicted_rise_of_the_loss():
 
 def test_merged_halves_equal_the_whole():
     whole = make_calibration(num_samples=48)
-    model, batches = whole.model, list(whole._stream.data)
+    model, batches = whole.model, list(whole.data)
     halves = [
         EmpiricalFisher(block_size="tensor").fit(
             Calibration(model, part, nn.functional.cross_entropy)

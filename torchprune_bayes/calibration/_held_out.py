@@ -14,9 +14,11 @@ from torch import Tensor
 from torchprune_bayes.calibration.batches import Batch, batch_size, cut, samples_in
 from torchprune_bayes.errors import CalibrationError, CalibrationWarning
 
-LossesAt: TypeAlias = Callable[[Mapping[str, Tensor] | None], Callable[[Batch], Tensor]]
-"""From weights, where ``None`` stands for the model's own, to the mean loss of a batch, a scalar
-on the device."""
+LossesOf: TypeAlias = Callable[[Iterable[Batch]], list[Tensor]]
+"""The mean losses of batches, scalars on the device."""
+
+LossesAt: TypeAlias = Callable[[Mapping[str, Tensor] | None], LossesOf]
+"""The losses at given weights, where ``None`` stands for the model's own."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,19 @@ class HeldOutSamples:
             value, samples = self._mean(losses_at(weights))
         return MeanLoss(value if math.isfinite(value) else math.inf, samples, self._in_sample)
 
-    def _mean(self, loss_of: Callable[[Batch], Tensor]) -> tuple[float, int]:
-        losses, counts = [], []
-        for batch in self._batches():
-            losses.append(loss_of(batch))
-            counts.append(batch_size(batch))
-        found: list[float] = torch.stack(losses).tolist()  # fetched from the device together
-        total = sum(loss * count for loss, count in zip(found, counts, strict=True))
+    def _mean(self, losses_of: LossesOf) -> tuple[float, int]:
+        counts: list[int] = []
+        losses = losses_of(_counted(self._batches(), counts))
+        values: list[float] = torch.stack(losses).tolist()  # fetched from the device together
+        total = sum(loss * count for loss, count in zip(values, counts, strict=True))
         return total / sum(counts), sum(counts)
 
-    def _sift(self, loss_of: Callable[[Batch], Tensor]) -> None:
+    def _sift(self, losses_of: LossesOf) -> None:
         kept: list[Batch] = []
         samples = 0
         for batch in self._batches():
             samples += batch_size(batch)
-            kept += _finite_parts(batch, loss_of)
+            kept += _finite_parts(batch, losses_of)
         left = samples_in(kept)
         where = "calibration" if self._in_sample else "held-out"
         if not kept:
@@ -94,12 +94,19 @@ class HeldOutSamples:
             )
 
 
-def _finite_parts(batch: Batch, loss_of: Callable[[Batch], Tensor]) -> Iterator[Batch]:
-    """The largest parts of a batch, found by halving it, whose loss is finite."""
-    if math.isfinite(float(loss_of(batch))):
+def _counted(batches: Iterable[Batch], counts: list[int]) -> Iterator[Batch]:
+    """The batches, noting how many samples each has."""
+    for batch in batches:
+        counts.append(batch_size(batch))
+        yield batch
+
+
+def _finite_parts(batch: Batch, losses_of: LossesOf) -> Iterator[Batch]:
+    """The largest parts of a batch, by halving it, whose loss is finite."""
+    if math.isfinite(float(losses_of([batch])[0])):
         yield batch
         return
     half = batch_size(batch) // 2
     if half:
-        yield from _finite_parts(cut(batch, 0, half), loss_of)
-        yield from _finite_parts(cut(batch, half, batch_size(batch)), loss_of)
+        yield from _finite_parts(cut(batch, 0, half), losses_of)
+        yield from _finite_parts(cut(batch, half, batch_size(batch)), losses_of)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from warnings import warn
 
 import torch
-from torch import Tensor
 
+from torchprune_bayes.calibration._held_out import LossesOf
 from torchprune_bayes.calibration.batches import Batch, batch_size, cut, joined
 from torchprune_bayes.errors import CalibrationWarning
 
@@ -28,7 +27,7 @@ _SUMMED = (
 )
 
 
-def warn_unless_mean(loss_of: Callable[[Batch], Tensor], pieces: list[Batch]) -> None:
+def warn_unless_mean(losses_of: LossesOf, pieces: list[Batch]) -> None:
     """Warn if single samples have gradients that do not average to the gradient of a batch.
 
     The loss of a pair lies between those of its two samples, ``(a l₁ + b l₂)/(a + b)``, where
@@ -36,15 +35,15 @@ def warn_unless_mean(loss_of: Callable[[Batch], Tensor], pieces: list[Batch]) ->
     compared with each other. A ratio below two gives no warning.
 
     Args:
-        loss_of: The mean loss of a batch, a scalar on the device.
+        losses_of: The mean losses of batches, scalars on the device.
         pieces: Samples to pair.
 
     Cost: two forward passes over up to eight samples.
     """
     batch = joined(pieces) or max(pieces, key=batch_size)
     count = min(batch_size(batch), CHECKED_SAMPLES)
-    each = [loss_of(cut(batch, index, index + 1)) for index in (*range(count), 0)]
-    *singles, again = torch.stack(each).tolist()
+    each = [cut(batch, index, index + 1) for index in (*range(count), 0)]
+    *singles, again = torch.stack(losses_of(each)).tolist()
     if again != singles[0]:
         return  # a model that draws random numbers has no loss to compare
     order = sorted((i for i in range(count) if math.isfinite(singles[i])), key=lambda i: singles[i])
@@ -52,12 +51,12 @@ def warn_unless_mean(loss_of: Callable[[Batch], Tensor], pieces: list[Batch]) ->
     if not pairs:
         return
     joint = [joined([cut(batch, i, i + 1), cut(batch, j, j + 1)]) for i, j in pairs]
-    losses = torch.stack([loss_of(pair) for pair in joint]).tolist()
-    found = {
+    losses = torch.stack(losses_of(joint)).tolist()
+    kinds = {
         _kind(both, singles[i], singles[j]) for both, (i, j) in zip(losses, pairs, strict=True)
     }
-    if "no mean" in found or "sum" in found:
-        message = _NO_MEAN if "no mean" in found else _SUMMED
+    if "no mean" in kinds or "sum" in kinds:
+        message = _NO_MEAN if "no mean" in kinds else _SUMMED
         warn(message, CalibrationWarning, stacklevel=2)
 
 

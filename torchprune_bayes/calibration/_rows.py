@@ -23,14 +23,14 @@ class GradientRows:
 
     def __init__(self, wanted: bool | str, mini_batch: int) -> None:
         self._wanted = wanted
-        self._mini_batch = mini_batch
+        self.mini_batch = mini_batch
         self.engine: Engine | None = None
         self.zeros_warned = False
         self.informative = False
 
     def anew(self) -> GradientRows:
         """The same for another loss, which has not been checked yet."""
-        return GradientRows(self._wanted, self._mini_batch)
+        return GradientRows(self._wanted, self.mini_batch)
 
     def choose(self, functional: FunctionalModel, pieces: list[Batch]) -> None:
         """Choose the engine with a few samples.
@@ -38,7 +38,7 @@ class GradientRows:
         Raises:
             CalibrationError: See :func:`choose_engine`.
         """
-        self.engine = choose_engine(functional, self._wanted, pieces, self._mini_batch)
+        self.engine = choose_engine(functional, self._wanted, pieces, self.mini_batch)
 
     def look_for_gradients(
         self,
@@ -49,15 +49,16 @@ class GradientRows:
     ) -> None:
         """Check whether a batch has a nonzero gradient; a few samples usually suffice."""
         for part in (cut(batch, 0, CHECKED_SAMPLES), batch):
-            found = functional.mean_gradients(leaves, constants, [part])
-            self.informative = any(bool(gradient.any()) for gradient in found.values())
+            gradients = functional.mean_gradients(leaves, constants, [part])
+            self.informative = any(bool(gradient.any()) for gradient in gradients.values())
             if self.informative:
                 return
 
-    def at_once(self, leaves: Mapping[str, Tensor], chunk_bytes: int) -> int:
-        """Number of gradients that fit into a quarter of the memory budget."""
+    def samples_at_once(self, leaves: Mapping[str, Tensor], chunk_bytes: int) -> int:
+        """Number of samples whose gradients fit into ``chunk_bytes``, whole mini-batches."""
         assert self.engine is not None
-        return self.engine.rows_at_once(leaves, chunk_bytes, self._mini_batch)
+        rows = self.engine.rows_at_once(leaves, chunk_bytes, self.mini_batch)
+        return rows * self.mini_batch
 
     def compute(
         self,
@@ -73,13 +74,13 @@ class GradientRows:
         on values. The loop takes over from there.
         """
         assert self.engine is not None
-        inputs = functional, leaves, constants, pieces, self._mini_batch
+        inputs = functional, leaves, constants, pieces, self.mini_batch
         start = room.done
         try:
-            return [room.filled(found) for found in self.engine.gradient_rows(*inputs, room)]
+            return [room.filled(rows) for rows in self.engine.gradient_rows(*inputs, room)]
         except RuntimeError as error:
             if not self.engine.vectorized or self._wanted is True:
                 raise
             self.engine = sequential_because(error)
         room.go_back_to(start)
-        return [room.filled(found) for found in self.engine.gradient_rows(*inputs)]
+        return [room.filled(rows) for rows in self.engine.gradient_rows(*inputs)]

@@ -102,7 +102,11 @@ class SampleStream:
         """Number of samples in the data, up to a limit, by drawing them once."""
         if limit is None:
             return samples_in(self._batches())
-        return sum(samples_in(pieces) for pieces in self.pieces(sizes(limit, 1024)))
+        what = f"up to {limit}"
+        if what not in self._known:
+            groups = self.pieces(sizes(limit, 1024))
+            self._known[what] = sum(samples_in(pieces) for pieces in groups)
+        return self._known[what]
 
     def length(self) -> int:
         """Number of samples in the data; drawn at most once, of a plain loader not at all."""
@@ -199,8 +203,8 @@ def _generators_of(data: Any) -> list[torch.Generator]:
     batch_sampler = getattr(data, "batch_sampler", None)
     nested = [getattr(batch_sampler, "sampler", None), getattr(data, "dataset", None)]
     owners = [data, getattr(data, "sampler", None), batch_sampler, *nested]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    generators = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 class _Replayed:

@@ -36,14 +36,14 @@ def map_tensors(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 
 def tensors_in(batch: Batch) -> list[Tensor]:
     """List the tensors of a batch, in order."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     map_tensors(batch, collect)
-    return found
+    return tensors
 
 
 def batch_size(batch: Batch) -> int:
@@ -77,6 +77,15 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
 def samples_in(pieces: Iterable[Batch]) -> int:
     """Number of samples in several batches."""
     return sum(batch_size(piece) for piece in pieces)
+
+
+def without(pieces: Iterable[Batch], skipped: int) -> Iterator[Batch]:
+    """Yield the parts without their first ``skipped`` samples."""
+    for piece in pieces:
+        samples = batch_size(piece)
+        if skipped < samples:
+            yield cut(piece, skipped, samples)
+        skipped = max(skipped - samples, 0)
 
 
 def grouped(batches: Iterable[Batch], group_sizes: Iterable[int]) -> Iterator[list[Batch]]:

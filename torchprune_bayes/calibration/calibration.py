@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_choice, check_count
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
-from torchprune_bayes.calibration._held_out import HeldOutSamples, MeanLoss
+from torchprune_bayes.calibration._gradient_pass import GradientPass
+from torchprune_bayes.calibration._held_out import LossesOf, MeanLoss
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES, warn_unless_mean
-from torchprune_bayes.calibration._room import GradientRoom
 from torchprune_bayes.calibration._rows import GradientRows
+from torchprune_bayes.calibration._samples import EVALUATION_BATCH, CalibrationSamples
 from torchprune_bayes.calibration._stream import SampleStream
-from torchprune_bayes.calibration.batches import (
-    Batch,
-    batch_size,
-    cut,
-    map_tensors,
-    samples_in,
-    sizes,
-)
+from torchprune_bayes.calibration.batches import Batch, batch_size, map_tensors
 from torchprune_bayes.calibration.fisher_targets import FisherTargets
 from torchprune_bayes.calibration.functional import FunctionalModel, LossFunction, preserved
 from torchprune_bayes.calibration.labels import IGNORED
 from torchprune_bayes.calibration.randomness import IsolatedRandomness
 from torchprune_bayes.calibration.verification import (
     InformationCheck,
-    RepeatCheck,
     check_finite_gradients,
-    check_num_samples,
     check_on_one_device,
     refuse_zero_gradients,
 )
-from torchprune_bayes.errors import AlignmentError, ArgumentError, CalibrationError
+from torchprune_bayes.errors import AlignmentError
 from torchprune_bayes.memory import MemoryBudget
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.seeds import derived_seed
 from torchprune_bayes.types import ParameterPairs
 
-logger = logging.getLogger("torchprune_bayes")
-
-_DEFAULT_GRADIENTS = 1024
-_HELD_OUT_SAMPLES = 2000
-_EVALUATION_BATCH = 512
 _OFFLOADS = ("auto", "device", "host")
-_FORWARD_BATCH_CPU = 128  # activations stay in the caches: twice as fast with a ResNet-20
 
 
 class Calibration:
@@ -145,15 +129,17 @@ class Calibration:
         check_choice("fisher", fisher, ("empirical", "true"))
         check_choice("vectorize", vectorize, ("auto", True, False))
         check_choice("gradient_dtype", gradient_dtype, (None, torch.float32, torch.bfloat16))
-        number = check_num_samples(num_samples, mini_batch)
         self.space = ParameterSpace(model, params)
         check_on_one_device(self.space.model)
         place = None if device is None else torch.device(device)
         self._functional = FunctionalModel(self.space, loss_fn, place)
-        self._stream = SampleStream(data, seed, self._functional)
-        self._draw = 0
-        self._asked = self._num_samples = number
-        self._takes_all = num_samples == "all"
+        self._samples = CalibrationSamples(
+            SampleStream(data, seed, self._functional),
+            self._functional,
+            num_samples,
+            mini_batch,
+            check_deterministic=check_deterministic,
+        )
         self.mini_batch = mini_batch
         self.fisher = fisher
         self.ignore_index = ignore_index
@@ -162,10 +148,7 @@ class Calibration:
         self.gradient_dtype = gradient_dtype
         self.progress = progress
         self._rows = GradientRows(vectorize, mini_batch)
-        self._held_out: HeldOutSamples | None = None
-        self._repeats = RepeatCheck(
-            self._functional, derived_seed(seed, "model"), enabled=check_deterministic
-        )
+        self._share: int | None = None
 
     @property
     def memory_mb(self) -> float:
@@ -195,7 +178,12 @@ class Calibration:
     @property
     def seed(self) -> int:
         """Seed of the drawing of samples."""
-        return self._stream.seed
+        return self._samples.stream.seed
+
+    @property
+    def data(self) -> Iterable[Batch]:
+        """The data; of an iterator, which can be drawn only once, what was drawn is stored."""
+        return self._samples.stream.data
 
     @property
     def engine(self) -> str | None:
@@ -212,17 +200,7 @@ class Calibration:
         Raises:
             CalibrationError: If the data holds no complete mini-batch.
         """
-        if self._num_samples is None:
-            limit = None if self._takes_all else self._default_samples()
-            found = self._stream.count(limit)
-            if found < self.mini_batch:
-                raise CalibrationError(
-                    f"Expected at least {self.mini_batch} samples in the data, got {found}."
-                )
-            self._num_samples = found - found % self.mini_batch
-            if self._num_samples == limit:
-                logger.info("Gradients of %d samples; num_samples='all' takes all.", limit)
-        return self._num_samples
+        return self._samples.number
 
     @property
     def num_data(self) -> int:
@@ -230,7 +208,7 @@ class Calibration:
 
         These are ``num_samples`` if that is a number, otherwise all in the data.
         """
-        return self._stream.length() if self._asked is None else self._asked
+        return self._samples.in_data
 
     @property
     def num_gradients(self) -> int:
@@ -259,12 +237,14 @@ class Calibration:
         other = copy.copy(self)
         other.space = space
         other._functional = self._functional.of(space, self.loss_fn)
+        other._samples = self._samples.of_model(other._functional)
         return other
 
     def with_loss(self, loss_fn: LossFunction) -> Calibration:
         """The same calibration with another ``loss_fn(output, target)``."""
         other = copy.copy(self)
         other._functional = self._functional.of(self.space, loss_fn)
+        other._samples = self._samples.of_model(other._functional)
         other._rows = self._rows.anew()
         return other
 
@@ -275,9 +255,7 @@ class Calibration:
         :meth:`redrawn`.
         """
         other = copy.copy(self)
-        other._stream = self._stream.reseeded(seed)
-        other._repeats = self._repeats.restarted()
-        other._held_out = None
+        other._samples = self._samples.reseeded(seed)
         return other
 
     def redrawn(self, index: int) -> Calibration:
@@ -289,8 +267,23 @@ class Calibration:
         """
         if not index:
             return self
-        other = self.reseeded(derived_seed(self.seed, index))
-        other._draw = self._draw + index
+        other = copy.copy(self)
+        other._samples = self._samples.redrawn(index)
+        return other
+
+    def share(self, index: int, shares: int) -> Calibration:
+        """The same calibration as one of several that together make one.
+
+        Of the default number of samples it takes its part, and for the true Fisher it draws labels
+        of its own.
+
+        Args:
+            index: Which of them, from 0.
+            shares: How many there are.
+        """
+        other = copy.copy(self)
+        other._samples = self._samples.of_share(index, shares)
+        other._share = index
         return other
 
     def gradients(
@@ -323,11 +316,42 @@ class Calibration:
         remaining = RemainingVector(self.space.masks()) if remaining is None else remaining
         whole = 0, remaining.numel
         information = InformationCheck(self.mini_batch, self.ignore_index)
-        for rows in self._flat_rows(weights, remaining, whole if span is None else span, out):
+        for rows in self.gradient_rows(weights, remaining, whole if span is None else span, out):
             information.add(rows)
             yield rows.to(place)
         if span in (None, whole):  # a part may well be zero
             self._rows.zeros_warned = information.finish(warned=self._rows.zeros_warned)
+
+    def gradient_rows(
+        self,
+        weights: Mapping[str, Tensor] | None,
+        remaining: RemainingVector,
+        span: tuple[int, int],
+        out: Tensor | None = None,
+        first: int = 0,
+    ) -> Iterator[Tensor]:
+        """Stream gradients as :meth:`gradients` does, where they are computed, zeros too.
+
+        Args:
+            weights: See :meth:`gradients`.
+            remaining: See :meth:`gradients`.
+            span: See :meth:`gradients`.
+            out: See :meth:`gradients`; for the rows from ``first`` on.
+            first: Number of the first gradient; the samples of those before it are drawn only.
+
+        Yields:
+            ``[rows, stop - start]``, finite.
+        """
+        self._look_at_first_samples()
+        yield from GradientPass(
+            self._functional,
+            self._samples,
+            self._rows,
+            self._targets(),
+            self.randomness(),
+            self.memory.chunk_bytes,
+            self.progress,
+        ).gradients(weights, remaining, span, out, first)
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over all calibration samples, by qualified name.
@@ -338,11 +362,11 @@ class Calibration:
         """
         leaves, constants = self._functional.bind(weights, self.space.names)
         total = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        randomness = self._randomness()
+        randomness = self.randomness()
         for batch in self.batches():
             with preserved(self.model), randomness:
-                found = self._functional.mean_gradients(leaves, constants, [batch])
-            for name, gradient in found.items():
+                gradients = self._functional.mean_gradients(leaves, constants, [batch])
+            for name, gradient in gradients.items():
                 total[name] += gradient * (batch_size(batch) / self.num_samples)
         check_finite_gradients(total)
         if not any(gradient.any() for gradient in total.values()):
@@ -350,13 +374,12 @@ class Calibration:
         place = float64_device(self.device)
         return {name: gradient.to(place) for name, gradient in total.items()}
 
-    def batches(self, size: int = _EVALUATION_BATCH) -> Iterator[Batch]:
+    def batches(self, size: int = EVALUATION_BATCH) -> Iterator[Batch]:
         """Yield all calibration samples, on the device, in batches of at most ``size``."""
-        for pieces in self._groups(size):
-            yield from pieces
+        return self._samples.batches(size)
 
     def fisher_batches(
-        self, weights: Mapping[str, Tensor] | None = None, size: int = _EVALUATION_BATCH
+        self, weights: Mapping[str, Tensor] | None = None, size: int = EVALUATION_BATCH
     ) -> Iterator[Batch]:
         """Yield batches as :meth:`batches`, with the labels of a Fisher.
 
@@ -366,7 +389,7 @@ class Calibration:
             CalibrationError: At the end, if the gradients of all batches are zero.
         """
         leaves, constants = self._functional.bind(weights, self.space.names)
-        randomness, targets = self._randomness(), self._targets()
+        randomness, targets = self.randomness(), self._targets()
         for batch in self.batches(size):
             with preserved(self.model), randomness:
                 batch = targets.put_into(batch, leaves, constants)
@@ -379,7 +402,7 @@ class Calibration:
     def loss(self, weights: Mapping[str, Tensor] | None, batch: Batch) -> Tensor:
         """Mean loss of one batch, differentiable in ``weights`` where these require gradients."""
         _, constants = self._functional.bind(None)
-        with preserved(self.model), self._randomness():
+        with preserved(self.model), self.randomness():
             return self._functional.loss(weights or {}, constants, batch)
 
     def held_out_loss(self, weights: Mapping[str, Tensor] | None = None) -> MeanLoss:
@@ -393,99 +416,34 @@ class Calibration:
         Raises:
             CalibrationError: If there is no sample with a finite loss.
         """
-        if self._held_out is None:
-            self._held_out = self._drawn_held_out()
-        return self._held_out.mean_loss(self._losses_at, weights)
+        held_out = self._samples.held_out(self.memory.held_out_bytes)
+        return held_out.mean_loss(self.losses_at, weights)
 
-    def _drawn_held_out(self) -> HeldOutSamples:
-        size = _FORWARD_BATCH_CPU if self.device.type == "cpu" else _EVALUATION_BATCH
-        room = self.memory.held_out_bytes
-        drawn = self._stream.following(self.num_samples, self._most_held_out(), size, room)
-        kept = [map_tensors(batch, self._functional.move_input) for batch in drawn]
-        if kept:
-            return HeldOutSamples(lambda: kept, in_sample=False)
-        return HeldOutSamples(lambda: self.batches(size), in_sample=True)
+    def losses_at(self, weights: Mapping[str, Tensor] | None) -> LossesOf:
+        """A function for the mean losses of batches, with the same random numbers at all weights.
 
-    def _most_held_out(self) -> int:
-        return min(self.num_samples, max(_HELD_OUT_SAMPLES, self.num_gradients))
-
-    def _default_samples(self) -> int:
-        return _DEFAULT_GRADIENTS * self.mini_batch
-
-    def _losses_at(self, weights: Mapping[str, Tensor] | None) -> Callable[[Batch], Tensor]:
-        """The mean loss of batches, with the same random numbers at all weights."""
+        Args:
+            weights: Values, by qualified name; default the model's own.
+        """
         _, constants = self._functional.bind(weights)
-        randomness = self._randomness()
+        randomness = self.randomness()
 
-        def loss_of(batch: Batch) -> Tensor:
-            batch = map_tensors(batch, self._functional.move_input)
+        def losses_of(batches: Iterable[Batch]) -> list[Tensor]:
             with preserved(self.model), randomness, torch.no_grad():
-                return self._functional.loss({}, constants, batch)
+                moved = (map_tensors(batch, self._functional.move_input) for batch in batches)
+                return [self._functional.loss({}, constants, batch) for batch in moved]
 
-        return loss_of
-
-    def _groups(self, size: int) -> Iterator[list[Batch]]:
-        """Yield all calibration samples, on the device, ``size`` at a time, in parts."""
-        self.space.check_in_model()
-        expected, found = self.num_samples, 0
-        groups = sizes(expected, size)
-        reserved = self._most_held_out()
-        for pieces in self._stream.drawn(self._draw, expected, reserved, groups):
-            moved = [map_tensors(piece, self._functional.move_input) for piece in pieces]
-            if not found:
-                self._repeats.begin_pass(cut(moved[0], 0, 1))
-            found += samples_in(moved)
-            yield moved
-        if found < expected:
-            raise CalibrationError(
-                f"Expected {expected} calibration samples, got {found}: lower num_samples or give "
-                "more data (an iterator's samples can be drawn once only)."
-            )
-
-    def _flat_rows(
-        self,
-        weights: Mapping[str, Tensor] | None,
-        remaining: RemainingVector,
-        span: tuple[int, int],
-        out: Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        touched = remaining.overlap(*span)
-        if not touched:
-            raise ArgumentError(
-                f"Expected remaining entries in the range {span[0]}:{span[1]}, got none."
-            )
-        room = GradientRoom(remaining, touched, out)
-        for rows in self._gradient_rows(weights, [name for name, _, _ in touched], room):
-            if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
-                check_finite_gradients(room.columns(rows))
-            yield rows
-
-    def _gradient_rows(
-        self, weights: Mapping[str, Tensor] | None, names: list[str], room: GradientRoom
-    ) -> Iterator[Tensor]:
-        self._look_at_first_samples()
-        leaves, constants = self._functional.bind(weights, names)
-        randomness, targets = self._randomness(), self._targets()
-        rows = self._rows.at_once(leaves, self.memory.chunk_bytes)
-        total = self.num_samples
-        with tqdm(total=total, unit="sample", disable=not self.progress) as bar:
-            for pieces in self._groups(rows * self.mini_batch):
-                # The model must not be modified while the caller has the rows.
-                with preserved(self.model), randomness:
-                    pieces = [targets.put_into(piece, leaves, constants) for piece in pieces]
-                    ready = self._rows.compute(self._functional, leaves, constants, pieces, room)
-                yield from ready
-                bar.update(samples_in(pieces))
+        return losses_of
 
     def _look_at_first_samples(self) -> None:
         """Choose the engine, and check that gradients of single samples belong to the loss."""
         if self._rows.engine is not None:
             return
-        pieces = next(self._groups(CHECKED_SAMPLES))
-        with preserved(self.model), self._randomness():
+        pieces = next(self._samples.groups(CHECKED_SAMPLES))
+        with preserved(self.model), self.randomness():
             self._rows.choose(self._functional, pieces)
         if self.mini_batch == 1 and self.fisher == "empirical":  # "true" looks at the loss itself
-            warn_unless_mean(self._losses_at(None), pieces)
+            warn_unless_mean(self.losses_at(None), pieces)
 
     @property
     def functional(self) -> FunctionalModel:
@@ -494,13 +452,9 @@ class Calibration:
 
     def randomness(self) -> IsolatedRandomness:
         """Random states in which a pass runs, the same for all; use with ``preserved``."""
-        return self._randomness()
-
-    def _randomness(self) -> IsolatedRandomness:
-        # The same for all batches and candidates, so that their losses can be compared.
         return IsolatedRandomness(derived_seed(self.seed, "model"), self.device)
 
     def _targets(self) -> FisherTargets:
-        return FisherTargets(
-            self._functional, self.fisher, derived_seed(self.seed, "labels"), self.ignore_index
-        )
+        share = () if self._share is None else (self._share,)
+        seed = derived_seed(self.seed, "labels", *share)
+        return FisherTargets(self._functional, self.fisher, seed, self.ignore_index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from torchprune_bayes._files import read_tensors, save_tensors, writing
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
-from torchprune_bayes.calibration.batches import Batch, batch_size, cut, samples_in, tensors_in
+from torchprune_bayes.calibration.batches import batch_size, cut, tensors_in
 from torchprune_bayes.calibration.calibration import Calibration
 from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.errors import ArgumentError, CalibrationError
@@ -59,17 +58,20 @@ class CheckpointedCalibration(Calibration):
         if self.fisher == "true":
             raise ArgumentError("Expected fisher='empirical' for kept gradients, got 'true'.")
         self.folder = Path(folder)
-        self._done = 0
         self._data_digests: dict[tuple[int, int], str] = {}
 
-    def _flat_rows(
+    def gradient_rows(
         self,
         weights: Mapping[str, Tensor] | None,
         remaining: RemainingVector,
         span: tuple[int, int],
         out: Tensor | None = None,
+        first: int = 0,
     ) -> Iterator[Tensor]:
-        """Stream the gradients, the stored ones first."""
+        """Stream the gradients, the stored ones first; see :meth:`Calibration.gradient_rows`."""
+        if first:
+            yield from super().gradient_rows(weights, remaining, span, out, first)
+            return
         folder = self.folder / self._key(weights, remaining, span)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,23 +85,13 @@ class CheckpointedCalibration(Calibration):
             yield rows
         if done == self.num_gradients:
             return
-        rest = copy.copy(self)
-        rest._done = done * self.mini_batch
         left = None if out is None else out[done:]
-        new = super(CheckpointedCalibration, rest)._flat_rows(weights, remaining, span, left)
+        new = super().gradient_rows(weights, remaining, span, left, first=done)
         for number, rows in enumerate(new, start=index):
             stored = {"rows": rows.cpu()}
             marks = {"sha256": _digest(stored)}
             save_tensors(folder / f"{number:06d}.safetensors", stored, marks)
             yield rows
-
-    def _groups(self, size: int) -> Iterator[list[Batch]]:
-        passed = 0
-        for pieces in super()._groups(size):
-            skipped, passed = max(self._done - passed, 0), passed + samples_in(pieces)
-            left = list(_without(pieces, skipped))
-            if left:
-                yield left
 
     def _key(
         self,
@@ -109,7 +101,7 @@ class CheckpointedCalibration(Calibration):
     ) -> str:
         """A digest of all that the gradients depend on."""
         _, state = self._functional.bind(weights)
-        options = span, self.seed, self._draw, self.num_samples, self.mini_batch
+        options = span, self._samples.draw, self.num_samples, self.mini_batch
         parts = (
             _digest(state),
             _digest(remaining.masks),
@@ -120,7 +112,7 @@ class CheckpointedCalibration(Calibration):
 
     def _data_digest(self) -> str:
         """Of all samples of this draw, independent of batch sizes."""
-        draw = self.seed, self._draw
+        draw = self._samples.draw
         if draw not in self._data_digests:
             digest = hashlib.sha256()
             for batch in self.batches():
@@ -134,11 +126,13 @@ class CheckpointedCalibration(Calibration):
         """Identifies the loss: its value on a few samples, and the size of its gradient."""
         part = next(self.batches(CHECKED_SAMPLES))
         leaves, constants = self._functional.bind(weights, self.space.names)
-        with preserved(self.model), self._randomness():
-            found = self._functional.mean_gradients(leaves, constants, [part])
-        norm = sum(float(gradient.double().square().sum()) for gradient in found.values()) ** 0.5
+        with preserved(self.model), self.randomness():
+            gradients = self._functional.mean_gradients(leaves, constants, [part])
+        norm = (
+            sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
+        )
         # Few digits: the number of threads must not matter.
-        return f"{float(self._losses_at(weights)(part)):.4e} {norm:.3e}"
+        return f"{float(self.losses_at(weights)([part])[0]):.4e} {norm:.3e}"
 
 
 def _read(path: Path, most_rows: int, columns: int) -> Tensor:
@@ -159,15 +153,6 @@ def _read(path: Path, most_rows: int, columns: int) -> Tensor:
             f"{str(error).removesuffix('.')}: delete the file to have them computed again."
         ) from error
     return rows
-
-
-def _without(pieces: list[Batch], skipped: int) -> Iterator[Batch]:
-    """The parts without their first samples."""
-    for piece in pieces:
-        samples = batch_size(piece)
-        if skipped < samples:
-            yield cut(piece, skipped, samples)
-        skipped = max(skipped - samples, 0)
 
 
 def _digest(tensors: Mapping[Any, Tensor]) -> str:

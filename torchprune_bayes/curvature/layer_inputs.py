@@ -138,8 +138,8 @@ class _Run:
         masks: Masks | None = None,
     ) -> None:
         self._inputs = inputs
-        self._functional = inputs.calibration._functional
-        self._randomness = inputs.calibration._randomness()
+        self._functional = inputs.calibration.functional
+        self._randomness = inputs.calibration.randomness()
         values = inputs.calibration.space.values() if weights is None else weights
         move = self._functional.move
         self.weights = {

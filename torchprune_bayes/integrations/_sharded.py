@@ -9,16 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes._distributed import all_gathered, on_all_ranks, rank, world_size
+from torchprune_bayes._distributed import all_gathered, on_all_ranks, rank, share_of, world_size
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration, MeanLoss
 from torchprune_bayes.calibration.batches import Batch, map_tensors
-from torchprune_bayes.calibration.fisher_targets import FisherTargets
 from torchprune_bayes.calibration.functional import LossFunction
 from torchprune_bayes.calibration.verification import check_num_samples
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._ranks import exchanged, exchanged_rows, refuse_sharded, summed
-from torchprune_bayes.seeds import derived_seed
+from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import ParameterPairs
 
 _EVALUATION_BATCH = 256
@@ -76,25 +75,34 @@ class ShardedCalibration(Calibration):
         split: bool = True,
         **options: Any,
     ) -> None:
-        def start() -> None:
+        def start() -> Calibration:
             refuse_sharded(model)
             own = EveryNth(data) if split else data
-            share = _share_of(num_samples, mini_batch)
+            number = _share_of(num_samples, mini_batch)
+            alone = Calibration(model, own, loss_fn, params, number, mini_batch, seed, **options)
             super(ShardedCalibration, self).__init__(
-                model, own, loss_fn, params, share, mini_batch, seed, **options
+                model, alone.data, loss_fn, params, number, mini_batch, seed, **options
             )
+            return alone.share(rank(), world_size())
 
-        on_all_ranks(start)
-        self._own: _Share | None = None
+        self.local = on_all_ranks(start)
         self._total = check_num_samples(num_samples, mini_batch)
 
-    @property
-    def local(self) -> Calibration:
-        """The calibration on the share of this process only."""
-        # Copies with other tensors, another loss or another draw still refer to the original's.
-        if self._own is None or not self._own.is_of(self):
-            self._own = _Share.of(self)
-        return self._own
+    def with_space(self, space: ParameterSpace) -> Calibration:
+        """See :meth:`Calibration.with_space`."""
+        return self._beside(self.local.with_space(space), super().with_space(space))
+
+    def with_loss(self, loss_fn: LossFunction) -> Calibration:
+        """See :meth:`Calibration.with_loss`."""
+        return self._beside(self.local.with_loss(loss_fn), super().with_loss(loss_fn))
+
+    def reseeded(self, seed: int) -> Calibration:
+        """See :meth:`Calibration.reseeded`."""
+        return self._beside(self.local.reseeded(seed), super().reseeded(seed))
+
+    def redrawn(self, index: int) -> Calibration:
+        """See :meth:`Calibration.redrawn`."""
+        return self._beside(self.local.redrawn(index), super().redrawn(index))
 
     @property
     def engine(self) -> str | None:
@@ -113,16 +121,18 @@ class ShardedCalibration(Calibration):
         """Samples of the training data, over all processes."""
         return sum(all_gathered(on_all_ranks(lambda: self.local.num_data)))
 
-    def _flat_rows(
+    def gradient_rows(
         self,
         weights: Mapping[str, Tensor] | None,
         remaining: RemainingVector,
         span: tuple[int, int],
         out: Tensor | None = None,
+        first: int = 0,
     ) -> Iterator[Tensor]:
-        """Stream the gradients of all processes."""
+        """Stream the gradients of all processes; each leaves out its own ``first``."""
         done = 0
-        for rows in exchanged_rows(self.local._flat_rows(weights, remaining, span), self.device):
+        own = self.local.gradient_rows(weights, remaining, span, first=first)
+        for rows in exchanged_rows(own, self.device):
             if out is not None:
                 out[done : done + len(rows)] = rows
             done += len(rows)
@@ -156,30 +166,14 @@ class ShardedCalibration(Calibration):
         return MeanLoss(total / samples, samples, in_sample)
 
     def _moved(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        return (map_tensors(batch, self._functional.move_input) for batch in batches)
+        return (map_tensors(batch, self.functional.move_input) for batch in batches)
 
-
-class _Share(Calibration):
-    """A calibration on this process's samples, with labels drawn independently."""
-
-    @classmethod
-    def of(cls, calibration: Calibration) -> _Share:
-        other = object.__new__(cls)
-        vars(other).update(vars(calibration))
-        return other
-
-    def is_of(self, calibration: Calibration) -> bool:
-        """Whether it has the tensors, the loss and the draw of ``calibration``."""
-        return self._functional is calibration._functional and self._stream is calibration._stream
-
-    def _targets(self) -> FisherTargets:
-        seed = derived_seed(self.seed, "labels", rank())
-        return FisherTargets(self._functional, self.fisher, seed, self.ignore_index)
-
-    def _default_samples(self) -> int:
-        share = _share_of(super()._default_samples(), self.mini_batch)
-        assert isinstance(share, int)
-        return share
+    @staticmethod
+    def _beside(local: Calibration, whole: Calibration) -> Calibration:
+        """A changed copy, with the share that was changed alike."""
+        assert isinstance(whole, ShardedCalibration)
+        whole.local = local
+        return whole
 
 
 class EveryNth:
@@ -211,13 +205,13 @@ def _share_of(num_samples: int | str | None, mini_batch: int) -> int | str | Non
     number = check_num_samples(num_samples, mini_batch)
     if number is None:
         return num_samples
-    groups, remainder = divmod(number // mini_batch, world_size())
-    if not groups and world_size() > 1:
+    groups = number // mini_batch
+    if groups < world_size() and world_size() > 1:
         raise ArgumentError(
             f"Expected num_samples of at least {world_size() * mini_batch}, a mini-batch of "
             f"{mini_batch} for each of {world_size()} processes, got {num_samples}."
         )
-    return (groups + (rank() < remainder)) * mini_batch
+    return share_of(groups, rank(), world_size()) * mini_batch
 
 
 def _on_cpu(batch: Batch) -> Batch:
