@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchprune_bayes import Calibration, prune_global
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import _samples as module
+from torchprune_bayes.calibration.request import GradientRequest
 from torchprune_bayes.errors import ArgumentTypeError, CalibrationError
 from torchprune_bayes.seeds import derived_seed
 
@@ -231,10 +232,10 @@ def test_a_pass_from_a_later_gradient_on_is_the_end_of_the_whole_one(
 ) -> None:
     calibration = calibration_on(lists(), 2 * groups, mini_batch=2, memory_mb=1e-3 * size)
     remaining = RemainingVector(calibration.space.masks())
-    span = 0, remaining.numel
+    request = GradientRequest(None, remaining, (0, remaining.numel))
     first = min(skipped, groups)
-    whole = torch.cat(list(calibration.gradient_rows(None, remaining, span)))
-    rest = list(calibration.gradient_rows(None, remaining, span, first=first))
+    whole = torch.cat(list(calibration.gradient_rows(request)))
+    rest = list(calibration.gradient_rows(request.after(first)))
     torch.testing.assert_close(torch.cat([whole[:first], *rest]), whole)
 
 

@@ -85,8 +85,8 @@ class Engine:
         if whole:
             return
         for group in grouped(pieces, repeat(mini_batch)):
-            found = functional.mean_gradients(leaves, constants, group)
-            yield {name: gradient.unsqueeze(0) for name, gradient in found.items()}
+            gradients = functional.mean_gradients(leaves, constants, group)
+            yield {name: gradient.unsqueeze(0) for name, gradient in gradients.items()}
 
 
 def _of_whole_mini_batches(pieces: list[Batch], mini_batch: int) -> list[Batch]:
@@ -128,7 +128,7 @@ def choose_engine(
         for sample in samples
     ]
     activation_bytes = max(size for _, size in measured)
-    exact = [found for found, _ in measured]
+    exact = [gradients for gradients, _ in measured]
     if wanted == "auto" and _rules_are_right(functional, leaves, constants, samples, exact):
         # Outputs of the layers are held in addition to their inputs.
         return Engine("layers", True, by_layers=True, activation_bytes=2 * activation_bytes)
@@ -158,22 +158,22 @@ def _rules_are_right(
     exact: list[dict[str, Tensor]],
 ) -> bool:
     try:
-        found = layer_gradients(functional, leaves, constants, joined(samples))
+        computed = layer_gradients(functional, leaves, constants, joined(samples))
     except RuntimeError as error:
         _raise_unless_of_engine(error)
         logger.info("No gradients by the rules of the layers: %s", reason_of(error))
         return False
-    difference = _largest_difference(found, exact)
+    difference = _largest_difference(computed, exact)
     if difference > _AGREEMENT[functional.dtype]:
         logger.info("No gradients by the rules of the layers: they differ by %.1e.", difference)
         return False
     return True
 
 
-def _largest_difference(found: Mapping[str, Tensor], exact: list[dict[str, Tensor]]) -> float:
+def _largest_difference(computed: Mapping[str, Tensor], exact: list[dict[str, Tensor]]) -> float:
     """Of single samples, relative to the size of their gradients; NaN counts as none."""
     differences = [
-        _relative_difference({name: rows[at] for name, rows in found.items()}, one)
+        _relative_difference({name: rows[at] for name, rows in computed.items()}, one)
         for at, one in enumerate(exact)
     ]
     return max(d for d in (*differences, 0.0) if not math.isnan(d))
@@ -244,8 +244,8 @@ def _with_saved_bytes(
     return result, sum(saved.values())
 
 
-def _relative_difference(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
-    differences = [(found[name] - gradient).square().sum() for name, gradient in exact.items()]
+def _relative_difference(computed: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+    differences = [(computed[name] - gradient).square().sum() for name, gradient in exact.items()]
     sizes = [gradient.square().sum() for gradient in exact.values()]
     difference, size = (sum(torch.stack(part).tolist()) for part in (differences, sizes))
     return (difference / max(size, torch.finfo(torch.float64).tiny)) ** 0.5 if difference else 0.0

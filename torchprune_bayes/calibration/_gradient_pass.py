@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration._room import GradientRoom
 from torchprune_bayes.calibration._rows import GradientRows
 from torchprune_bayes.calibration._samples import CalibrationSamples
@@ -17,6 +16,7 @@ from torchprune_bayes.calibration.batches import samples_in
 from torchprune_bayes.calibration.fisher_targets import FisherTargets
 from torchprune_bayes.calibration.functional import FunctionalModel, preserved
 from torchprune_bayes.calibration.randomness import IsolatedRandomness
+from torchprune_bayes.calibration.request import GradientRequest
 from torchprune_bayes.calibration.verification import check_finite_gradients
 from torchprune_bayes.errors import ArgumentError
 
@@ -43,55 +43,42 @@ class GradientPass:
     chunk_bytes: int
     progress: bool
 
-    def gradients(
-        self,
-        weights: Mapping[str, Tensor] | None,
-        remaining: RemainingVector,
-        span: tuple[int, int],
-        out: Tensor | None = None,
-        first: int = 0,
-    ) -> Iterator[Tensor]:
-        """Stream the gradients from number ``first`` on, ``[rows, stop - start]``.
-
-        Args:
-            weights: Values to take the gradients at, by qualified name.
-            remaining: Which entries take part, and in which order.
-            span: Range ``(start, stop)`` of the remaining vector.
-            out: Memory for all rows from ``first`` on.
-            first: Gradients to leave out; their samples are drawn.
+    def gradients(self, request: GradientRequest) -> Iterator[Tensor]:
+        """Stream gradients, ``[rows, stop - start]``.
 
         Raises:
             ArgumentError: If there are no entries in the range.
             CalibrationError: If a gradient is not finite.
         """
-        touched = remaining.overlap(*span)
+        touched = request.remaining.overlap(*request.span)
         if not touched:
+            start, stop = request.span
             raise ArgumentError(
-                f"Expected remaining entries in the range {span[0]}:{span[1]}, got none."
+                f"Expected remaining entries in the range {start}:{stop}, got none."
             )
-        room = GradientRoom(remaining, touched, out)
-        for rows in self._chunks(weights, [name for name, _, _ in touched], room, first):
+        room = GradientRoom(request.remaining, touched, request.out)
+        names = [name for name, _, _ in touched]
+        leaves, constants = self.functional.bind(request.weights, names)
+        for rows in self._chunks(leaves, constants, room, request.first * self.rows.mini_batch):
             if not torch.isfinite(rows.sum()):  # a sum may also overflow, so look closer
                 check_finite_gradients(room.columns(rows))
             yield rows
 
     def _chunks(
         self,
-        weights: Mapping[str, Tensor] | None,
-        names: list[str],
+        leaves: Mapping[str, Tensor],
+        constants: Mapping[str, Tensor],
         room: GradientRoom,
-        first: int,
+        skipped: int,
     ) -> Iterator[Tensor]:
-        leaves, constants = self.functional.bind(weights, names)
-        size = self.rows.samples_at_once(leaves, self.chunk_bytes)
-        skipped = first * self.rows.mini_batch
+        size, total = self.rows.samples_at_once(leaves, self.chunk_bytes), self.samples.number
         with tqdm(
-            total=self.samples.number, initial=skipped, unit="sample", disable=not self.progress
-        ) as bar:
+            total=total, initial=skipped, unit="sample", disable=not self.progress
+        ) as progress:
             for pieces in self.samples.groups(size, skipped):
                 # The model must not be modified while the caller has the rows.
                 with preserved(self.functional.model), self.randomness:
                     pieces = [self.targets.put_into(piece, leaves, constants) for piece in pieces]
                     ready = self.rows.compute(self.functional, leaves, constants, pieces, room)
                 yield from ready
-                bar.update(samples_in(pieces))
+                progress.update(samples_in(pieces))

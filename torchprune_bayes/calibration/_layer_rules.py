@@ -103,7 +103,7 @@ def _mask(
     rows: Mapping[str, Tensor], leaf_names: Mapping[str, str], constants: Mapping[str, Tensor]
 ) -> None:
     # A pruning hook multiplies its tensor by a mask, and so the gradient by the leaf.
-    for name, found in rows.items():
+    for name, gradients in rows.items():
         mask = constants.get(f"{leaf_names[name].removesuffix('_orig')}_mask")
         if mask is not None and leaf_names[name].endswith("_orig"):
-            found *= mask
+            gradients *= mask

@@ -48,14 +48,14 @@ class GradientRoom:
             for (name, _, _), part in zip(self._touched, parts, strict=True)
         }
 
-    def filled(self, found: Mapping[str, Tensor]) -> Tensor:
+    def filled(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """Rows of gradients ``{name: [count, *shape]}``, written already or not, ``[count, D]``."""
         if self._opened is not None:
             rows, self._opened = self._opened, None
             return rows
-        first = next(iter(found.values()))
+        first = next(iter(gradients.values()))
         rows = self._next(len(first), first)
-        for part, entries in self._columns(rows, found):
+        for part, entries in self._columns(rows, gradients):
             part.copy_(entries)
         return rows
 
@@ -69,10 +69,12 @@ class GradientRoom:
         names = [name for name, _, _ in self._touched]
         return dict(zip(names, rows.split(sizes, dim=1), strict=True))
 
-    def _columns(self, rows: Tensor, found: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _columns(
+        self, rows: Tensor, gradients: Mapping[str, Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
         ours = self.columns(rows)
         return [
-            (ours[name], self._remaining.entries(name, found[name])[:, low:high])
+            (ours[name], self._remaining.entries(name, gradients[name])[:, low:high])
             for name, low, high in self._touched
         ]
 

@@ -24,6 +24,7 @@ from torchprune_bayes.calibration.fisher_targets import FisherTargets
 from torchprune_bayes.calibration.functional import FunctionalModel, LossFunction, preserved
 from torchprune_bayes.calibration.labels import IGNORED
 from torchprune_bayes.calibration.randomness import IsolatedRandomness
+from torchprune_bayes.calibration.request import GradientRequest
 from torchprune_bayes.calibration.verification import (
     InformationCheck,
     check_finite_gradients,
@@ -314,33 +315,19 @@ class Calibration:
         """
         place = float64_device(self.device)
         remaining = RemainingVector(self.space.masks()) if remaining is None else remaining
-        whole = 0, remaining.numel
+        request = GradientRequest(weights, remaining, span or (0, remaining.numel), out)
         information = InformationCheck(self.mini_batch, self.ignore_index)
-        for rows in self.gradient_rows(weights, remaining, whole if span is None else span, out):
+        for rows in self.gradient_rows(request):
             information.add(rows)
             yield rows.to(place)
-        if span in (None, whole):  # a part may well be zero
+        if request.is_whole:  # a part may well be zero
             self._rows.zeros_warned = information.finish(warned=self._rows.zeros_warned)
 
-    def gradient_rows(
-        self,
-        weights: Mapping[str, Tensor] | None,
-        remaining: RemainingVector,
-        span: tuple[int, int],
-        out: Tensor | None = None,
-        first: int = 0,
-    ) -> Iterator[Tensor]:
-        """Stream gradients as :meth:`gradients` does, where they are computed, zeros too.
-
-        Args:
-            weights: See :meth:`gradients`.
-            remaining: See :meth:`gradients`.
-            span: See :meth:`gradients`.
-            out: See :meth:`gradients`; for the rows from ``first`` on.
-            first: Number of the first gradient; the samples of those before it are drawn only.
+    def gradient_rows(self, request: GradientRequest) -> Iterator[Tensor]:
+        """Stream gradients as :meth:`gradients` does, on the device, and without its last check.
 
         Yields:
-            ``[rows, stop - start]``, finite.
+            ``[rows, stop - start]``, finite; all of them may be zero.
         """
         self._look_at_first_samples()
         yield from GradientPass(
@@ -351,7 +338,7 @@ class Calibration:
             self.randomness(),
             self.memory.chunk_bytes,
             self.progress,
-        ).gradients(weights, remaining, span, out, first)
+        ).gradients(request)
 
     def mean_gradient(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss over all calibration samples, by qualified name.

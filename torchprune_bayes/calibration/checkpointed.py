@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._files import read_tensors, save_tensors, writing
-from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
 from torchprune_bayes.calibration.batches import batch_size, cut, tensors_in
 from torchprune_bayes.calibration.calibration import Calibration
 from torchprune_bayes.calibration.functional import preserved
+from torchprune_bayes.calibration.request import GradientRequest
 from torchprune_bayes.errors import ArgumentError, CalibrationError
 
 
@@ -60,53 +60,39 @@ class CheckpointedCalibration(Calibration):
         self.folder = Path(folder)
         self._data_digests: dict[tuple[int, int], str] = {}
 
-    def gradient_rows(
-        self,
-        weights: Mapping[str, Tensor] | None,
-        remaining: RemainingVector,
-        span: tuple[int, int],
-        out: Tensor | None = None,
-        first: int = 0,
-    ) -> Iterator[Tensor]:
+    def gradient_rows(self, request: GradientRequest) -> Iterator[Tensor]:
         """Stream the gradients, the stored ones first; see :meth:`Calibration.gradient_rows`."""
-        if first:
-            yield from super().gradient_rows(weights, remaining, span, out, first)
+        if request.first:
+            yield from super().gradient_rows(request)
             return
-        folder = self.folder / self._key(weights, remaining, span)
+        folder = self.folder / self._key(request)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+        columns = request.span[1] - request.span[0]
         index = done = 0
         while (path := folder / f"{index:06d}.safetensors").is_file():
-            rows = _read(path, self.num_gradients - done, span[1] - span[0])
-            rows = rows.to(self.device, self.dtype)
-            if out is not None:
-                out[done : done + len(rows)] = rows
+            rows = _read(path, self.num_gradients - done, columns).to(self.device, self.dtype)
+            if request.out is not None:
+                request.out[done : done + len(rows)] = rows
             index, done = index + 1, done + len(rows)
             yield rows
         if done == self.num_gradients:
             return
-        left = None if out is None else out[done:]
-        new = super().gradient_rows(weights, remaining, span, left, first=done)
-        for number, rows in enumerate(new, start=index):
+        for number, rows in enumerate(super().gradient_rows(request.after(done)), start=index):
             stored = {"rows": rows.cpu()}
             marks = {"sha256": _digest(stored)}
             save_tensors(folder / f"{number:06d}.safetensors", stored, marks)
             yield rows
 
-    def _key(
-        self,
-        weights: Mapping[str, Tensor] | None,
-        remaining: RemainingVector,
-        span: tuple[int, int],
-    ) -> str:
+    def _key(self, request: GradientRequest) -> str:
         """A digest of all that the gradients depend on."""
-        _, state = self._functional.bind(weights)
-        options = span, self._samples.draw, self.num_samples, self.mini_batch
+        _, state = self._functional.bind(request.weights)
+        options = request.span, self._samples.draw, self.num_samples, self.mini_batch
         parts = (
             _digest(state),
-            _digest(remaining.masks),
+            _digest(request.remaining.masks),
             self._data_digest(),
-            self._loss_mark(weights),
+            self._loss_mark(request.weights),
         )
         return hashlib.sha256(repr((options, parts)).encode()).hexdigest()[:24]
 

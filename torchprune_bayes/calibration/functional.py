@@ -83,8 +83,8 @@ class FunctionalModel:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the computation: float64 for a model that is in float64 now, else float32."""
-        found = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-        doubles = (dtype == torch.float64 for dtype in found)
+        dtypes = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        doubles = (dtype == torch.float64 for dtype in dtypes)
         return torch.float64 if all(doubles) else torch.float32
 
     @property
@@ -145,9 +145,9 @@ class FunctionalModel:
         else:
             loss = self.loss_fn(output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise CalibrationError(
-                f"Expected one scalar loss per batch, got {found}: pass a loss_fn with mean "
+                f"Expected one scalar loss per batch, got {got}: pass a loss_fn with mean "
                 "reduction, or batches with labels for the model's own loss."
             )
         return loss.reshape(())
@@ -245,7 +245,7 @@ def _gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor |
     if not loss.requires_grad:
         return dict.fromkeys(leaves)
     try:
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
@@ -253,7 +253,7 @@ def _gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor |
             "Expected a model with gradients in evaluation mode, got one that writes over what they"
             " are computed from: switch its cache off, as `use_cache=False` does in transformers."
         ) from error
-    return dict(zip(leaves, found, strict=True))
+    return dict(zip(leaves, gradients, strict=True))
 
 
 def _moved(value: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ class DeviceGenerator:
 
     def state(self) -> Tensor:
         """A copy of its state."""
-        found: Tensor = self._module.get_rng_state(*self._device)
-        return found
+        state: Tensor = self._module.get_rng_state(*self._device)
+        return state
 
     def restore(self, state: Tensor) -> None:
         """Restore a state."""

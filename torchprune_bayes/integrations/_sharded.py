@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._distributed import all_gathered, on_all_ranks, rank, share_of, world_size
-from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration, MeanLoss
 from torchprune_bayes.calibration.batches import Batch, map_tensors
 from torchprune_bayes.calibration.functional import LossFunction
+from torchprune_bayes.calibration.request import GradientRequest
 from torchprune_bayes.calibration.verification import check_num_samples
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations._ranks import exchanged, exchanged_rows, refuse_sharded, summed
@@ -121,20 +122,13 @@ class ShardedCalibration(Calibration):
         """Samples of the training data, over all processes."""
         return sum(all_gathered(on_all_ranks(lambda: self.local.num_data)))
 
-    def gradient_rows(
-        self,
-        weights: Mapping[str, Tensor] | None,
-        remaining: RemainingVector,
-        span: tuple[int, int],
-        out: Tensor | None = None,
-        first: int = 0,
-    ) -> Iterator[Tensor]:
-        """Stream the gradients of all processes; each leaves out its own ``first``."""
+    def gradient_rows(self, request: GradientRequest) -> Iterator[Tensor]:
+        """Stream the gradients of all processes; each leaves out its own first ones."""
         done = 0
-        own = self.local.gradient_rows(weights, remaining, span, first=first)
+        own = self.local.gradient_rows(replace(request, out=None))
         for rows in exchanged_rows(own, self.device):
-            if out is not None:
-                out[done : done + len(rows)] = rows
+            if request.out is not None:
+                request.out[done : done + len(rows)] = rows
             done += len(rows)
             yield rows
 
