@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -218,3 +219,44 @@ def test_flops_of_a_language_model(name: str, tokens: int) -> None:
     found = flops_per_weight(Calibration(model, batches, loss_fn))
     heads = {"pre_classifier.weight": 1, "classifier.weight": 1}  # on the first token alone
     assert found == {weight: 2 * heads.get(weight, tokens) for weight in found}
+
+
+@pytest.mark.parametrize("mini_batch", [1, 2])
+@pytest.mark.parametrize("make", [gpt2_lm, distilbert], ids=["GPT-2", "DistilBERT"])
+def test_the_layers_rules_serve_a_models_own_mean_cross_entropy(
+    make: Callable[[], Family], mini_batch: int
+) -> None:
+    torch.manual_seed(0)
+    model, batches, _ = make()
+    batches = [{name: value[:2] for name, value in batch.items()} for batch in batches]
+    params = [(m, "weight") for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    params = [pair for pair in params if pair[0] is not model.get_output_embeddings()]
+    by_rules = Calibration(model, batches, None, params, mini_batch=mini_batch)
+    found = collected(by_rules)
+    assert by_rules.engine == "layers"
+    loop = Calibration(model, batches, None, params, mini_batch=mini_batch, vectorize=False)
+    torch.testing.assert_close(found, collected(loop), rtol=1e-4, atol=1e-6)
+
+
+class Penalised(torch.nn.Module):
+    """A model whose own loss has a term beside the cross-entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, CLASSES)
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> Any:
+        logits = self.layer(inputs)
+        return SimpleNamespace(
+            logits=logits, loss=cross_entropy(logits, labels) + logits.square().mean()
+        )
+
+
+def test_another_loss_of_the_models_own_is_left_to_vmap() -> None:
+    torch.manual_seed(0)
+    batch = {"inputs": torch.randn(6, 4), "labels": torch.arange(6) % CLASSES}
+    model = Penalised()
+    calibration = Calibration(model, [batch])
+    found = collected(calibration)
+    assert calibration.engine == "vmap"
+    assert_same(found, collected(Calibration(model, [batch], vectorize=False)))

@@ -7,7 +7,7 @@ product for every layer remains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 from torchprune_bayes.calibration.batches import Batch, batch_size, cut
 from torchprune_bayes.calibration.functional import FunctionalModel
+from torchprune_bayes.calibration.labels import layout_of
+from torchprune_bayes.calibration.normalisation import labels_in
 from torchprune_bayes.layer_kinds.gradients import multiply_out
 from torchprune_bayes.layer_recording import Layer, layers_of, recorded
 
@@ -54,7 +56,9 @@ def layer_gradients(
         recorded(_layers_with(functional, set(leaves)), count, mini_batch) as recording,
     ):
         output, target = functional.output(trainable, constants, batch)
-        total = _sum_of_losses(functional, output, target, count, mini_batch)
+        of_part = _loss_of_part(functional, batch, output, target)
+        starts = range(0, count * mini_batch, mini_batch)
+        total = torch.stack([of_part(slice(at, at + mini_batch)) for at in starts]).sum()
     if recording.unbatched & set(leaves):
         raise RuntimeError("layers whose inputs are not those of single samples")
     if into is None:
@@ -78,16 +82,27 @@ def _layers_with(functional: FunctionalModel, names: set[str]) -> Sequence[Layer
     return layers
 
 
-def _sum_of_losses(
-    functional: FunctionalModel, output: Any, target: Any, count: int, mini_batch: int
-) -> Tensor:
-    if functional.loss_fn is None:
-        raise RuntimeError("a loss within the model is that of all samples together")
-    samples, losses = count * mini_batch, []
-    for start in range(0, samples, mini_batch):
-        part = _samples_of(output, slice(start, start + mini_batch), samples)
-        losses.append(functional.loss_of(part, cut(target, start, start + mini_batch)))
-    return torch.stack(losses).sum()
+def _loss_of_part(
+    functional: FunctionalModel, batch: Batch, output: Any, target: Any
+) -> Callable[[slice], Tensor]:
+    """The mean loss of some of the samples, computed from the output of all.
+
+    A model that computes its own loss gives that of all samples together. Where this is the mean
+    cross-entropy of its logits and the labels, the losses of single samples are known as well.
+
+    Raises:
+        RuntimeError: If it is another loss.
+    """
+    if functional.loss_fn is not None:
+        samples = batch_size(batch)
+        return lambda part: functional.loss_of(
+            _samples_of(output, part, samples), cut(target, part.start, part.stop)
+        )
+    logits, labels = getattr(output, "logits", None), labels_in(batch)
+    layout = layout_of(functional.loss_of(output, None), logits, labels)
+    if layout is None:
+        raise RuntimeError("a loss within the model that is no mean cross-entropy of its logits")
+    return lambda part: layout.loss(logits[part], labels[part])
 
 
 def _samples_of(output: Any, where: slice, samples: int) -> Any:
