@@ -98,7 +98,8 @@ def _loss_of_part(
         return lambda part: functional.loss_of(
             _samples_of(output, part, samples), cut(target, part.start, part.stop)
         )
-    logits, labels = getattr(output, "logits", None), labels_in(batch)
+    logits: Any = getattr(output, "logits", None)
+    labels = labels_in(batch)
     layout = layout_of(functional.loss_of(output, None), logits, labels)
     if layout is None:
         raise RuntimeError("a loss within the model that is no mean cross-entropy of its logits")
