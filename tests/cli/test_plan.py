@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from torchprune_bayes import Calibration, prune_global
-from torchprune_bayes.cli._plan import estimate, in_mib, in_words
+from torchprune_bayes.cli._plan import Taken, estimate, in_mib, in_words, watched
 
 MIB = 2**20
 
@@ -46,6 +46,31 @@ def test_the_peak_is_smaller_where_gradients_are_in_a_file():
     size = 64 * 576 * 4 / MIB
     peaks = [estimate(calibration(memory_mb=size * share)).peak_mb for share in (0.5, 3, 1000)]
     assert peaks[0] + size <= peaks[1] <= peaks[2]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_planned_gradients_are_those_that_are_taken(steps):
+    planned = calibration(mini_batch=2)
+    plan = estimate(planned, steps)
+    with watched(planned, torch.device("cpu")) as watch:
+        prune_global(None, "woodtaylor", amount=0.5, calibration=planned, steps=steps)
+    assert watch.taken.gradients == plan.gradients * steps == 32 * steps
+    assert 0 < watch.taken.gradient_seconds < watch.taken.seconds
+
+
+def test_the_comparison_names_both():
+    plan = estimate(calibration(), 2)
+    words = plan.comparison(Taken(100, 3.0, 9.0, 12.0), keeps_gradients=True)
+    assert words.startswith("took 9 s in all, 100 gradients (planned 128) in 3 s (planned ")
+    assert "memory grew by 12 MiB (planned up to " in words
+    assert plan.comparison(Taken(0, 0.0, 2.0, None), keeps_gradients=False) == "took 2 s in all"
+
+
+def test_methods_that_keep_sums_alone_have_no_plan_for_gradients():
+    plan = estimate(calibration())
+    assert len(plan.lines(keeps_gradients=True)) == 3
+    (line,) = plan.lines(keeps_gradients=False)
+    assert "64 samples, sums over their gradients" in line
 
 
 def test_pruned_weights_do_not_count():

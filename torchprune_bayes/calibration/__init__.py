@@ -1,6 +1,7 @@
 """Gradients from a model, data and a loss, see :class:`Calibration`."""
 
 from torchprune_bayes.calibration._held_out import MeanLoss
+from torchprune_bayes.calibration._rows import GradientCost
 from torchprune_bayes.calibration.batches import (
     Batch,
     batch_size,
@@ -20,6 +21,7 @@ __all__ = [
     "Batch",
     "Calibration",
     "CheckpointedCalibration",
+    "GradientCost",
     "LabelLayout",
     "LossFunction",
     "MeanLoss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -75,10 +76,13 @@ class GradientPass:
         with tqdm(
             total=total, initial=skipped, unit="sample", disable=not self.progress
         ) as progress:
+            begin = perf_counter()
             for pieces in self.samples.groups(size, skipped):
                 # The model must not be modified while the caller has the rows.
                 with preserved(self.functional.model), self.randomness:
                     pieces = [self.targets.put_into(piece, leaves, constants) for piece in pieces]
                     ready = self.rows.compute(self.functional, leaves, constants, pieces, room)
+                self.rows.cost.add(sum(map(len, ready)), perf_counter() - begin)
                 yield from ready
                 progress.update(samples_in(pieces))
+                begin = perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,6 +12,24 @@ from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES
 from torchprune_bayes.calibration._room import GradientRoom
 from torchprune_bayes.calibration.batches import Batch, cut
 from torchprune_bayes.calibration.functional import FunctionalModel
+
+
+@dataclass
+class GradientCost:
+    """What gradients took so far.
+
+    Attributes:
+        gradients: How many were computed.
+        seconds: Time for them, with that for drawing their samples.
+    """
+
+    gradients: int = 0
+    seconds: float = 0.0
+
+    def add(self, gradients: int, seconds: float) -> None:
+        """Count some more."""
+        self.gradients += gradients
+        self.seconds += seconds
 
 
 class GradientRows:
@@ -25,12 +44,15 @@ class GradientRows:
         self._wanted = wanted
         self.mini_batch = mini_batch
         self.engine: Engine | None = None
+        self.cost = GradientCost()
         self.zeros_warned = False
         self.informative = False
 
     def anew(self) -> GradientRows:
         """The same for another loss, which has not been checked yet."""
-        return GradientRows(self._wanted, self.mini_batch)
+        other = GradientRows(self._wanted, self.mini_batch)
+        other.cost = self.cost
+        return other
 
     def choose(self, functional: FunctionalModel, pieces: list[Batch]) -> None:
         """Choose the engine with a few samples.

@@ -16,7 +16,7 @@ from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration._gradient_pass import GradientPass
 from torchprune_bayes.calibration._held_out import LossesOf, MeanLoss
 from torchprune_bayes.calibration._loss_check import CHECKED_SAMPLES, warn_unless_mean
-from torchprune_bayes.calibration._rows import GradientRows
+from torchprune_bayes.calibration._rows import GradientCost, GradientRows
 from torchprune_bayes.calibration._samples import EVALUATION_BATCH, CalibrationSamples
 from torchprune_bayes.calibration._stream import SampleStream
 from torchprune_bayes.calibration.batches import Batch, batch_size, map_tensors
@@ -193,6 +193,11 @@ class Calibration:
         ``"layers"``, by the rules of the layers, ``"vmap"``, or ``"sequential (...)"``.
         """
         return None if self._rows.engine is None else self._rows.engine.description
+
+    @property
+    def cost(self) -> GradientCost:
+        """Gradients that it and its copies have computed so far, and the seconds for them."""
+        return self._rows.cost
 
     @property
     def num_samples(self) -> int:

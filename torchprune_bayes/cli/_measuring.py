@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from torchprune_bayes.calibration.batches import batch_size
 from torchprune_bayes.calibration.functional import LossFunction
 from torchprune_bayes.reports import EnergyMeter, ResultsTable, collect_sums, measure_energy
 
+_MIB = 2**20
+
 
 @contextmanager
 def metered() -> Iterator[EnergyMeter]:
@@ -26,6 +29,18 @@ def metered() -> Iterator[EnergyMeter]:
         return
     with measure_energy() as meter:
         yield meter
+
+
+def largest_memory(device: torch.device) -> float | None:
+    """Largest memory so far of a CUDA device, or of this process, in MiB; ``None`` if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    if device.type != "cpu" or find_spec("resource") is None:
+        return None
+    import resource
+
+    unit = _MIB if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def energy_of(meter: EnergyMeter) -> dict[str, Any]:

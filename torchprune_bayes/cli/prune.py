@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ from torchprune_bayes.cli._measuring import (
 )
 from torchprune_bayes.cli._options import checked_options
 from torchprune_bayes.cli._page import check_report, settings_of, write_page
-from torchprune_bayes.cli._plan import estimate, in_mib, in_words
+from torchprune_bayes.cli._plan import Plan, Taken, estimate, in_words, watched
 from torchprune_bayes.cli._results import count_pruned, save_pruned, write_config
 from torchprune_bayes.cli._sources import Data
 from torchprune_bayes.cli._text import is_text, save_tokenizer
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.methods import find_method, prune_global
+from torchprune_bayes.methods import WoodFisher, find_method, prune_global
 from torchprune_bayes.params import ParameterSpace, prunable_parameters
 from torchprune_bayes.reports import LayerChange, ResultsTable
 
@@ -122,27 +122,30 @@ def run(arguments: argparse.Namespace) -> int:
     if find_method(arguments.method).needs_calibration:
         options["calibration"] = _calibration(arguments, model, data, space)
     check_writable(arguments.output)
-    _print_plan(arguments, space, options)
+    plan = _printed_plan(arguments, space, options)
     before = None if data is None else measure(model, data.evaluation)
-    begin = perf_counter()
-    with metered() as meter:
+    with metered() as meter, watched(options.get("calibration"), space[0].leaf.device) as watch:
         decision = prune_global(space.pairs(), arguments.method, amount=arguments.amount, **options)
-    seconds = perf_counter() - begin
     after = None if data is None else measure(model, data.evaluation)
     evaluated_on = "" if data is None else data.evaluated_on
     report = {
         "command": arguments.command,
         "settings": settings_of(arguments),
-        "seconds": seconds,
+        "seconds": watch.taken.seconds,
         **count_pruned(decision.masks),
         "metrics": metrics_of(before, after, evaluated_on),
         "info": decision.info,
+        **_cost_of(plan, watch.taken),
         **energy_of(meter),
     }
     files = [*save_pruned(model, arguments.output, report), write_config(arguments)]
     if arguments.data is not None and is_text(arguments.data):
         save_tokenizer(model, arguments.output)
-    lines = [_outcome(report), *energy_lines(meter), *metric_lines(before, after, evaluated_on)]
+    lines = [_outcome(report)]
+    if plan is not None:
+        keeps = _keeps_gradients(arguments.method)
+        lines.append(plan.comparison(watch.taken, keeps_gradients=keeps))
+    lines += [*energy_lines(meter), *metric_lines(before, after, evaluated_on)]
     if arguments.report:
         files.append(_write_page(arguments, report, before, after, lines))
     print("\n".join(lines))
@@ -201,9 +204,9 @@ def _calibration(
     return calibration_of(arguments, model, data, space.pairs())
 
 
-def _print_plan(
+def _printed_plan(
     arguments: argparse.Namespace, space: ParameterSpace, options: dict[str, Any]
-) -> None:
+) -> Plan | None:
     print(
         f"{arguments.method} on {type(space.model).__name__}: amount {arguments.amount} of "
         f"{space.numel:,} weights in {len(space)} tensors"
@@ -211,19 +214,21 @@ def _print_plan(
     calibration = options.get("calibration")
     if calibration is None:
         print("plan: decided from the weights alone, no gradients")
-        return
-    plan = estimate(calibration)
+        return None
+    plan = estimate(calibration, options.get("steps", 1))
     calibration.progress = sys.stderr.isatty()
-    steps = options.get("steps", 1)
-    place = f"a scratch file of {in_mib(plan.disk_mb)}" if plan.disk_mb else "memory"
-    print(
-        f"plan: {plan.samples:,} samples, {plan.gradients:,} gradients, one pass over the data"
-        f"{f' in each of {steps} steps' if steps > 1 else ''}; {plan.engine}\n"
-        f"      gradients of {in_mib(plan.gradient_mb)}, kept in {place}; at the peak up to about "
-        f"{in_mib(plan.peak_mb)} of memory beside the model\n"
-        f"      about {in_words(plan.gradient_seconds * steps)} for gradients, estimated "
-        "from a few of them; solving comes on top"
-    )
+    print("\n".join(plan.lines(keeps_gradients=_keeps_gradients(arguments.method))))
+    return plan
+
+
+def _keeps_gradients(method: str) -> bool:
+    """Whether it is WoodFisher or one of its relatives; others need sums over gradients alone."""
+    return issubclass(find_method(method).method, WoodFisher)
+
+
+def _cost_of(plan: Plan | None, taken: Taken) -> dict[str, Any]:
+    """An entry for the report, empty without a plan."""
+    return {} if plan is None else {"cost": {"planned": asdict(plan), "taken": asdict(taken)}}
 
 
 def _outcome(report: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_count
 from torchprune_bayes._distributed import all_gathered, on_all_ranks, rank, share_of, world_size
-from torchprune_bayes.calibration import Calibration, MeanLoss
+from torchprune_bayes.calibration import Calibration, GradientCost, MeanLoss
 from torchprune_bayes.calibration.batches import Batch, map_tensors
 from torchprune_bayes.calibration.functional import LossFunction
 from torchprune_bayes.calibration.request import GradientRequest
@@ -109,6 +109,11 @@ class ShardedCalibration(Calibration):
     def engine(self) -> str | None:
         """How gradients are computed in this process."""
         return self.local.engine
+
+    @property
+    def cost(self) -> GradientCost:
+        """Gradients of this process, and the seconds for them."""
+        return self.local.cost
 
     @property
     def num_samples(self) -> int:
