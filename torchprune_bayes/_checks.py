@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -82,3 +82,27 @@ def _check_real(name: str, value: Any) -> None:
         raise ArgumentTypeError(
             f"Expected `{name}` to be a number, got {value!r} of type {type(value).__name__}."
         )
+
+
+def check_keys(what: str, state: Any, keys: Collection[str]) -> None:
+    """Refuse what is no mapping with exactly these keys, as a loaded state may be.
+
+    Args:
+        what: Whose state it should be, for the message.
+        state: What was loaded.
+        keys: The keys of such a state.
+
+    Raises:
+        ArgumentError: If it has others, or is no mapping.
+
+    Example:
+        >>> check_keys("a state", {"b": 3}, {"a", "b"})
+        Traceback (most recent call last):
+            ...
+        torchprune_bayes.errors.ArgumentError: Expected the keys a and b in a state, got ['b'].
+    """
+    if not isinstance(state, Mapping) or set(state) != set(keys):
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        *most, last = sorted(keys)
+        wanted = f"{', '.join(most)} and {last}" if most else last
+        raise ArgumentError(f"Expected the keys {wanted} in {what}, got {got}.")

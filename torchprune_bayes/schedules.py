@@ -16,6 +16,7 @@ from torchprune_bayes._checks import (
     check_choice,
     check_count,
     check_fraction,
+    check_keys,
     check_positive,
 )
 from torchprune_bayes.errors import ArgumentError
@@ -120,10 +121,7 @@ class Schedule:
             True
         """
         names = {field.name for field in fields(cls)}
-        if set(state) != names:
-            raise ArgumentError(
-                f"Expected the keys {sorted(names)} in a schedule's state, got {sorted(state)}."
-            )
+        check_keys("a schedule's state", state, names)
         return cls(**state)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchprune_bayes._checks import check_count
+from torchprune_bayes._checks import check_count, check_keys
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Masks
@@ -48,15 +48,10 @@ class PrunerState:
             ArgumentError: If ``state`` is not a pruner's state.
             ArgumentTypeError: If the step is no int.
         """
-        if not isinstance(state, Mapping) or set(state) != {"step", "history", "masks"}:
-            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ArgumentError(
-                f"Expected the keys history, masks and step in a pruner's state, got {keys}."
-            )
+        check_keys("a pruner's state", state, {"step", "history", "masks"})
         check_count("step", state["step"], minimum=0)
         history, masks = state["history"], state["masks"]
-        if not is_list_of_events(history):
-            raise ArgumentError(f"Expected a list of events as history, got {history!r:.80}.")
+        check_history(history)
         placed = checked_masks(masks, space)
         return cls(int(state["step"]), [dict(event) for event in history], placed)
 
@@ -87,6 +82,12 @@ def _check_mask(name: str, leaf: Tensor, mask: Any) -> None:
         raise ArgumentError(f"Expected a mask of zeros and ones for `{name}`, got other values.")
 
 
-def is_list_of_events(value: Any) -> bool:
-    """Whether this is a valid history."""
-    return isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+def check_history(history: Any) -> None:
+    """Refuse what is no list of events.
+
+    Raises:
+        ArgumentError: If it is not.
+    """
+    is_list = isinstance(history, (list, tuple))
+    if not is_list or not all(isinstance(event, Mapping) for event in history):
+        raise ArgumentError(f"Expected a list of events as history, got {history!r:.80}.")

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._checks import check_choice, check_count, check_keys, check_positive
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.gates import Criterion, Gates, find_criterion, gates_of
-from torchprune_bayes.training._pruner_state import is_list_of_events
+from torchprune_bayes.training._pruner_state import check_history
 from torchprune_bayes.training.undo import tensors_kept_on_error
 
 logger = logging.getLogger("torchprune_bayes")
@@ -200,12 +200,9 @@ class GateTraining:
         Raises:
             ArgumentError: If ``state`` is not a state of this class.
         """
-        if not isinstance(state, Mapping) or set(state) != _STATE:
-            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {keys}.")
+        check_keys("a gate training's state", state, _STATE)
         check_count("step", state["step"], minimum=0)
-        if not is_list_of_events(state["history"]):
-            raise ArgumentError(f"Expected a list as history, got {state['history']!r:.80}.")
+        check_history(state["history"])
         best = state["best"]
         if best is not None and not (len(best) == 2 and isinstance(best[1], Mapping)):
             raise ArgumentError(f"Expected a metric and a model as best, got {best!r:.80}.")

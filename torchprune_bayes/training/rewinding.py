@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchprune_bayes._checks import check_choice
+from torchprune_bayes._checks import check_choice, check_keys
 from torchprune_bayes.errors import AlignmentError, ArgumentError
 from torchprune_bayes.params import ParameterSpace, unwrap
 from torchprune_bayes.schedules import Schedule
@@ -151,8 +151,7 @@ class IterativeMagnitudePruning:
             AlignmentError: If the state belongs to another model.
             ArgumentError: If ``state`` is not a state of such a pruner.
         """
-        if set(state) != {"pruner", "remembered"}:
-            raise ArgumentError(f"Expected the keys pruner and remembered, got {sorted(state)}.")
+        check_keys("a rewinding pruner's state", state, {"pruner", "remembered"})
         remembered = state["remembered"]
         if remembered is not None:
             _check_same_shapes(self._rewound_tensors(), remembered["model"])

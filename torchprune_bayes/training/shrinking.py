@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from torchprune_bayes._checks import check_count
+from torchprune_bayes._checks import check_count, check_keys
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.structured import ShrinkReport, Stages, check_shrinkable, shrink
@@ -139,9 +139,7 @@ class GradualShrinking:
         Raises:
             ArgumentError: If ``state`` is not a state of this class.
         """
-        if not isinstance(state, Mapping) or set(state) != _STATE:
-            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {keys}.")
+        check_keys("a shrinking's state", state, _STATE)
         check_count("step", state["step"], minimum=0)
         left = state["left"]
         if not isinstance(left, float) or not 0 < left <= 1:

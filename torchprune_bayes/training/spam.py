@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchprune_bayes._checks import check_choice, check_count, check_positive
+from torchprune_bayes._checks import check_choice, check_count, check_keys, check_positive
 from torchprune_bayes._distributed import entered_on_all_ranks
 from torchprune_bayes._numerics.marginal_likelihood import fixed_point_noise
 from torchprune_bayes._numerics.precision import has_float64
@@ -24,7 +24,7 @@ from torchprune_bayes.laplace.priors import PriorPrecision, PriorStructure
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.training._online_pruning import OnlinePruning
 from torchprune_bayes.training._optimizers import bare_optimizer
-from torchprune_bayes.training._pruner_state import is_list_of_events
+from torchprune_bayes.training._pruner_state import check_history
 from torchprune_bayes.training.prior_decay import PriorDecay
 from torchprune_bayes.training.undo import tensors_kept_on_error
 from torchprune_bayes.types import Masks
@@ -277,12 +277,9 @@ class SpaM:
             AlignmentError: If the state belongs to another prior or to other tensors.
             ArgumentError: If ``state`` is not a state of this class.
         """
-        if not isinstance(state, Mapping) or set(state) != _STATE:
-            keys = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
-            raise ArgumentError(f"Expected the keys {sorted(_STATE)}, got {keys}.")
+        check_keys("SpaM's state", state, _STATE)
         check_count("step", state["step"], minimum=0)
-        if not is_list_of_events(state["history"]):
-            raise ArgumentError(f"Expected a list as history, got {state['history']!r:.80}.")
+        check_history(state["history"])
         prior = self.prior.from_state_dict(state["prior"])
         masks = self._pruning.check(state["masks"])
         with self._kept_on_error(masks):
