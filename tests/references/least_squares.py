@@ -51,7 +51,7 @@ def fitted(
     if intercept:
         inner = inner - inner.mean(0)
         centre, target = target.mean(0), target - target.mean(0)
-    size = inner.square().mean(0).mean()
+    size = inner.square().mean(0)[rows[:, keep].any(0)].mean()  # of inputs that are ever not zero
     ridge = (damping * size * len(rows)).sqrt() * torch.eye(inner.shape[1], dtype=rows.dtype)
     zeros = torch.zeros(inner.shape[1], target.shape[1], dtype=rows.dtype)
     move = torch.linalg.lstsq(torch.cat([inner, ridge]), torch.cat([target, zeros])).solution

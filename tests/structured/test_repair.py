@@ -86,6 +86,26 @@ def test_a_channel_is_all_of_its_places_behind_a_flattening():
     torch.testing.assert_close(found.values["3.bias"], model[3].bias.detach() + shift)
 
 
+@pytest.mark.parametrize("damping", [1e-3, "auto"])
+def test_kernels_that_only_see_padding_keep_their_weights(damping):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = nn.Conv2d(5, 3, 3, padding=1).double()
+    centre = nn.Conv2d(5, 3, 1).double()
+    centre.load_state_dict({"weight": layer.weight[:, :, 1:2, 1:2], "bias": layer.bias})
+    x = torch.randn(30, 5, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = {"before": torch.tensor([0, 2, 4])}
+    found = []
+    for each in (layer, centre):
+        calibration = Calibration(each, [(x + 1.0, torch.zeros(30))], mean_output)
+        found.append(repair(calibration, [reading(each, 1)], kept, damping=damping).values)
+    weight, expected = found[0]["weight"], layer.weight.detach().clone()
+    expected[:, [1, 3]] = 0.0
+    expected[:, :, 1, 1] = found[1]["weight"][:, :, 0, 0]
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(found[0]["bias"], found[1]["bias"])
+
+
 def test_later_layers_are_fitted_on_what_repaired_ones_give():
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -52,6 +52,13 @@ class Moments:
             self.count + other.count, self.total + other.total, self.products + other.products
         )
 
+    def of(self, entries: Tensor) -> Moments:
+        """Moments of some entries of the vectors, boolean ``[d]``."""
+        if bool(entries.all()):
+            return self
+        products = self.products[entries][:, entries]
+        return Moments(self.count, self.total[entries], products)
+
     def mean(self) -> Tensor:
         """Mean vector ``[d]``."""
         return self.total / max(self.count, 1)
@@ -136,14 +143,34 @@ def least_squares(
     second = whole.second(centred=intercept)
     if isinstance(damping, str):
         damping = _best_damping(weight, keep, halves, intercept)
-    moved = _moved(weight, keep, second, damping)
+    mean = whole.mean() if intercept else None
+    moved, shift = refitted(weight, keep, mean, second, damping)
     return Fit(
         weight=moved,
-        shift=(weight - moved) @ whole.mean() * float(intercept),
+        shift=shift,
         cut_error=_error(weight * ~keep, second),
         error=_error(weight - moved, second),
         damping=damping,
     )
+
+
+def refitted(
+    weight: Tensor, keep: Tensor, mean: Tensor | None, second: Tensor, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Return the weight and the shift of :func:`least_squares` from the moments themselves.
+
+    Args:
+        weight: ``W``, ``[o, d]`` float64.
+        keep: Boolean ``[d]``.
+        mean: Mean of the inputs ``[d]``; ``None`` where there is no bias to fit.
+        second: Their covariance ``[d, d]``, or their mean products where there is no bias.
+        damping: ``λ``, relative to the mean diagonal of ``G_KK``.
+
+    Cost: ``k³/3 + o k²`` for ``k`` inputs that stay.
+    """
+    moved = _moved(weight, keep, second, damping)
+    shift = weight.new_zeros(len(weight)) if mean is None else (weight - moved) @ mean
+    return moved, shift
 
 
 def _moved(weight: Tensor, keep: Tensor, second: Tensor, damping: float) -> Tensor:

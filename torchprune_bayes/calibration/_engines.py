@@ -160,7 +160,7 @@ def _rules_are_right(
     try:
         computed = layer_gradients(functional, leaves, constants, joined(samples))
     except RuntimeError as error:
-        _raise_unless_of_engine(error)
+        raise_unless_of_engine(error)
         logger.info("No gradients by the rules of the layers: %s", reason_of(error))
         return False
     difference = _largest_difference(computed, exact)
@@ -185,12 +185,13 @@ def sequential_because(error: RuntimeError) -> Engine:
     Raises:
         RuntimeError: The error, if vmap did not cause it, such as running out of memory.
     """
-    _raise_unless_of_engine(error)
+    raise_unless_of_engine(error)
     logger.info("Gradients one by one, because vmap fails here: %s", reason_of(error))
     return Engine(f"sequential (vmap fails: {reason_of(error)})")
 
 
-def _raise_unless_of_engine(error: RuntimeError) -> None:
+def raise_unless_of_engine(error: RuntimeError) -> None:
+    """Raise an error again unless it says that a way to compute gradients does not work."""
     out_of_memory = "memory" in str(error) and "allocate" in str(error)
     if out_of_memory or isinstance(error, (torch.OutOfMemoryError, TorchPruneBayesError)):
         raise error

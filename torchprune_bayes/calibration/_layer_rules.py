@@ -7,7 +7,7 @@ product for every layer remains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchprune_bayes.calibration.batches import Batch, batch_size, cut
 from torchprune_bayes.calibration.functional import FunctionalModel
 from torchprune_bayes.calibration.labels import layout_of
 from torchprune_bayes.calibration.normalisation import labels_in
-from torchprune_bayes.layer_kinds.gradients import multiply_out
+from torchprune_bayes.layer_kinds.gradients import SampleGradients, multiply_out
 from torchprune_bayes.layer_recording import Layer, layers_of, recorded
 
 
@@ -50,6 +50,62 @@ def layer_gradients(
     times the memory; patches of convolutions are cut out for a few samples at a time.
     """
     count = batch_size(batch) // mini_batch
+    if into is None:
+        into = {name: leaf.new_empty((count, *leaf.shape)) for name, leaf in leaves.items()}
+    unreached = set(leaves)
+    for name, uses in _uses(functional, leaves, constants, batch, mini_batch):
+        multiply_out(uses, into[name])
+        unreached.discard(name)
+    for name in unreached:
+        into[name].zero_()
+    _mask(into, functional.leaf_names(), constants)
+    return dict(into)
+
+
+def layer_line_sums(
+    functional: FunctionalModel,
+    leaves: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    batch: Batch,
+    values: Mapping[str, Tensor],
+    lines: Mapping[str, Sequence[int]],
+) -> dict[tuple[str, int], Tensor]:
+    """``Σ w ∂ℓ_n/∂w`` over the entries at each place along dimensions of the weights.
+
+    Args:
+        functional: The model.
+        leaves: Values to differentiate by.
+        constants: The other values of the state.
+        batch: All samples, each with its own loss.
+        values: ``w``, as the layers use it.
+        lines: Dimensions by the name of the weight.
+
+    Returns:
+        ``[samples, places]`` by name and dimension; what the loss does not reach is missing.
+
+    Raises:
+        RuntimeError: As for :func:`layer_gradients`.
+
+    Cost: one forward and backward pass, and a product of the weights with their layer's inputs or
+    gradients by its outputs; no gradient by a weight is formed.
+    """
+    result = {}
+    for name, uses in _uses(functional, leaves, constants, batch, 1):
+        for dim in lines.get(name, ()):
+            sums = [use.line_sums(values[name], dim) for use in uses]
+            result[name, dim] = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
+    return result
+
+
+def _uses(
+    functional: FunctionalModel,
+    leaves: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    batch: Batch,
+    mini_batch: int,
+) -> Iterator[tuple[str, list[SampleGradients]]]:
+    """Yield each weight that the loss reaches with the gradients of its uses, as factors."""
+    count = batch_size(batch) // mini_batch
     trainable = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     with (
         torch.enable_grad(),
@@ -61,17 +117,9 @@ def layer_gradients(
         total = torch.stack([of_part(slice(at, at + mini_batch)) for at in starts]).sum()
     if recording.unbatched & set(leaves):
         raise RuntimeError("layers whose inputs are not those of single samples")
-    if into is None:
-        into = {name: leaf.new_empty((count, *leaf.shape)) for name, leaf in leaves.items()}
-    unreached = set(leaves)
     for name, uses in recording.sample_gradients(total, None):
         if name in leaves:
-            multiply_out(uses, into[name])
-            unreached.discard(name)
-    for name in unreached:
-        into[name].zero_()
-    _mask(into, functional.leaf_names(), constants)
-    return dict(into)
+            yield name, uses
 
 
 def _layers_with(functional: FunctionalModel, names: set[str]) -> Sequence[Layer]:

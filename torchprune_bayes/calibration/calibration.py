@@ -194,6 +194,14 @@ class Calibration:
         """
         return None if self._rows.engine is None else self._rows.engine.description
 
+    def samples_by_layers(self) -> int:
+        """Samples that the rules of the layers take at once; 0 where these do not apply."""
+        self._look_at_first_samples()
+        engine = self._rows.engine
+        if engine is None or not engine.by_layers:
+            return 0
+        return engine.rows_at_once({}, self.memory.chunk_bytes)
+
     @property
     def cost(self) -> GradientCost:
         """Gradients that it and its copies have computed so far, and the seconds for them."""

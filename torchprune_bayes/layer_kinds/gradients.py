@@ -59,6 +59,18 @@ class SampleGradients(ABC):
     def multiplied_out(self, sample: int, rows: slice, like: Tensor) -> Tensor:
         """The given rows, along the first dimension, of the gradient of one sample."""
 
+    def line_sums(self, weight: Tensor, dim: int) -> Tensor:
+        """``Σ w ∂ℓ_n/∂w`` over the entries at each place along a dimension, ``[B, places]``.
+
+        Args:
+            weight: ``W``, of the dtype that is computed in.
+            dim: The dimension.
+        """
+        rows = weight.new_empty(self.samples, *self.shape)
+        self.write_to(rows, add=False)
+        others = [other + 1 for other in range(len(self.shape)) if other != dim]
+        return (rows * weight).sum(others) if others else rows * weight
+
     @abstractmethod
     def joined(self, others: Sequence[Self]) -> Self:
         """The gradients that are sums over this use of the weight and others of the same kind."""
@@ -156,6 +168,25 @@ class OuterProducts(SampleGradients):
             else:
                 product = left @ right
                 blocks[chunk] = blocks[chunk] + product if add else product
+
+    def line_sums(self, weight: Tensor, dim: int) -> Tensor:
+        """``Σ_t r_nt · (Wᵀ l_nt)``, or the other way round; no gradient is multiplied out."""
+        if dim > 1:
+            return super().line_sums(weight, dim)
+        matrix = weight.reshape(*self.left.shape[1:3], -1)
+        result = weight.new_empty(self.samples, self.shape[dim])
+        entries = 2 * self.right_entries + self.left[0].numel()
+        budget = _budget(self.left, _PATCH_BYTES)
+        for chunk in _parts(self.samples, entries * weight.element_size(), budget):
+            left, right = self.left[chunk].to(weight), self.right(chunk).to(weight)
+            if dim == 0:
+                moved = torch.einsum("gmk,bgkt->bgmt", matrix, right)
+                result[chunk] = (moved * left).sum(-1).flatten(1)
+            else:
+                moved = torch.einsum("gmk,bgmt->bgkt", matrix, left)
+                each = (moved * right).sum(-1).sum(1)
+                result[chunk] = each.unflatten(1, (self.shape[1], -1)).sum(-1)
+        return result
 
     def new_input_gram(self, like: Tensor) -> Gram | PatchGram:
         """A sum of outer products of inputs, of ``like``'s dtype, for :meth:`add_input_gram`."""

@@ -19,7 +19,8 @@ from torchprune_bayes._numerics.input_moments import Fit, Moments, least_squares
 from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.structured._layer_inputs import as_matrix, as_weight, is_readable
-from torchprune_bayes.structured._readers import Reader, Tensors, rows_that_go, without_rows
+from torchprune_bayes.structured._reader import Reader
+from torchprune_bayes.structured._readers import Tensors, rows_that_go, without_rows
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.wiring.groups import HeadPart
 

@@ -1,27 +1,19 @@
-"""Layers that read units: recording their inputs, fitting them, and trying other tensors."""
+"""All layers that read units: finding and watching them, and trying other tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from torchprune_bayes._numerics.input_moments import Fit, Moments, least_squares
-from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration.batches import cut
-from torchprune_bayes.structured._layer_inputs import (
-    as_matrix,
-    as_weight,
-    is_readable,
-    rows_of,
-    taps_of,
-)
+from torchprune_bayes.structured._layer_inputs import is_readable
+from torchprune_bayes.structured._reader import Reader
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import first_names
 
@@ -30,126 +22,6 @@ Tensors: TypeAlias = dict[nn.Module, dict[str, Tensor]]
 
 Rows: TypeAlias = list[tuple[str, int, Tensor]]
 """Local name of a parameter, a dimension of it, and indices along it."""
-
-_ROWS_PER_ENTRY, _LEAST_ROWS = 32, 16384
-
-
-class Statistics(NamedTuple):
-    """Mean and variance of each channel, float64."""
-
-    mean: Tensor
-    variance: Tensor
-
-
-def matched(norm: Any, before: Statistics, now: Statistics) -> dict[str, Tensor]:
-    """Return running statistics with which a batch norm's outputs keep their mean and variance.
-
-    Where the norm's statistics are those of its inputs, as in a trained network, this is
-    recomputing them. Where they are not (before training, or on other data) it changes nothing that
-    the inputs did not.
-
-    Args:
-        norm: The batch norm.
-        before: Statistics of its inputs that correspond to its running statistics.
-        now: Statistics of its inputs now.
-    """
-    mean, variance = (wide(norm._buffers[key]) for key in ("running_mean", "running_var"))
-    ratio = (now.variance + norm.eps) / (before.variance + norm.eps)
-    moved = now.mean + (mean - before.mean) * ratio.sqrt()
-    scaled = ((variance + norm.eps) * ratio - norm.eps).clamp_min(0.0)
-    return {
-        "running_mean": moved.to(norm._buffers["running_mean"]),
-        "running_var": scaled.to(norm._buffers["running_var"]),
-    }
-
-
-@dataclass
-class Reader:
-    """A layer that reads units.
-
-    Attributes:
-        name: First qualified name of its weight.
-        path: Qualified name of the layer.
-        module: The layer.
-        dim: Dimension of the weight along its inputs.
-        norm: The batch norm that directly reads its output, if there is one.
-        halves: Moments of two halves of its inputs, once they were recorded.
-    """
-
-    name: str
-    path: str
-    module: nn.Module
-    dim: int
-    norm: nn.Module | None = None
-    halves: tuple[Moments, Moments] | None = None
-
-    def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._seen = 0
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as it is in the forward pass."""
-        weight: Any = self.module._parameters["weight"]
-        return torch.Tensor.detach(weight)
-
-    @property
-    def moment_bytes(self) -> int:
-        """Memory that the moments of its inputs take."""
-        size = self.weight.shape[self.dim] * taps_of(self.module)
-        halves, float64 = 2, 8
-        return halves * float64 * size * (size + 1)
-
-    def observe(self, inputs: Tensor, samples: int) -> None:
-        """Add inputs to the moments, alternate samples for either half.
-
-        Args:
-            inputs: Inputs of the layer.
-            samples: Total number of samples; many rows of few samples are subsampled.
-        """
-        size = self.weight.shape[self.dim] * taps_of(self.module)
-        if self.halves is None:
-            self.halves = Moments.zeros(size, inputs.device), Moments.zeros(size, inputs.device)
-        per_sample = -(-max(_ROWS_PER_ENTRY * size, _LEAST_ROWS) // samples)
-        for half, moments in enumerate(self.halves):
-            part = inputs[(half + self._seen) % 2 :: 2]
-            if part.numel():
-                for rows in rows_of(self.module, part, per_sample, self._generator):
-                    moments.add(rows)
-        self._seen += len(inputs)
-
-    def fit(self, keep: Tensor, damping: float | str) -> tuple[Fit, dict[str, Tensor]]:
-        """Fit the layer on some of its inputs.
-
-        Args:
-            keep: Boolean, one for each input channel or feature.
-            damping: See :func:`~torchprune_bayes._numerics.input_moments.least_squares`.
-
-        Returns:
-            The fit, and the new weight and bias by local name.
-        """
-        assert self.halves is not None
-        weight, bias = self.weight, self.module._parameters.get("bias")
-        fit = least_squares(
-            as_matrix(self.module, weight),
-            keep.repeat_interleave(taps_of(self.module)).to(float64_device(weight.device)),
-            self.halves,
-            intercept=bias is not None or self.norm is not None,
-            damping=damping,
-        )
-        result = {"weight": as_weight(self.module, fit.weight, weight)}
-        if bias is not None:
-            result["bias"] = (wide(bias.detach()) + fit.shift).to(bias)
-        return fit, result
-
-    def output_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
-        """Mean and variance of the layer's outputs with a weight and bias, from its inputs'."""
-        assert self.halves is not None
-        whole = self.halves[0] + self.halves[1]
-        matrix = wide(as_matrix(self.module, tensors["weight"]))
-        bias = tensors.get("bias", self.module._parameters.get("bias"))
-        mean = matrix @ whole.mean() + (0.0 if bias is None else wide(bias.detach()))
-        return Statistics(mean, ((matrix @ whole.second(centred=True)) * matrix).sum(1))
 
 
 def readers_of(

@@ -16,16 +16,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration.batches import cut, joined
+from torchprune_bayes.structured._reader import Reader, Statistics, matched
 from torchprune_bayes.structured._readers import (
-    Reader,
     Rows,
-    Statistics,
     Tensors,
     first_samples,
     first_tensor,
     in_pieces,
     installed,
-    matched,
     survey,
     without_rows,
 )

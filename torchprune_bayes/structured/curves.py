@@ -22,13 +22,12 @@ from torchprune_bayes.calibration import Batch, Calibration, batch_size
 from torchprune_bayes.calibration.batches import cut
 from torchprune_bayes.errors import ArgumentError, CalibrationError
 from torchprune_bayes.structured._pairs import Pairs
+from torchprune_bayes.structured._reader import Reader, Statistics, matched
 from torchprune_bayes.structured._readers import (
-    Reader,
     Tensors,
     first_samples,
     in_pieces,
     installed,
-    matched,
     readers_of,
     rows_that_go,
     survey,
@@ -182,6 +181,7 @@ class _Trials:
         self._samples = sum(batch_size(batch) for batch in self._batches)
         self._tried = list(_first(self._batches, tried))
         self._readers: dict[str, Reader] = {}
+        self._outputs: dict[str, Statistics] = {}
         self._pairs = Pairs(calibration.model, [])
         self._first, _ = first_names(calibration.model)
 
@@ -219,6 +219,13 @@ class _Trials:
         self._pairs = Pairs(self._calibration.model, groups)
         with watched([*readers, *self._pairs.readers.values()], self._samples):
             self._mean_loss(self._batches, {})
+        for reader in readers:
+            reader.summarise()
+        self._outputs = {
+            reader.name: reader.output_statistics({"weight": reader.weight})
+            for reader in readers
+            if reader.norm is not None and reader.summary is not None
+        }
 
     def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
         """Re-fit readers without some units, and the batch norms directly behind them."""
@@ -227,18 +234,18 @@ class _Trials:
         keeps: dict[str, Tensor] = {}
         for piece in group.slices:
             reader = self._readers.get(self._first.get(piece.name, ""))
-            if piece.role != "consumer" or reader is None or reader.halves is None:
+            if piece.role != "consumer" or reader is None or reader.summary is None:
                 continue  # what is not called does not matter to the loss
             keep = torch.ones(reader.weight.shape[reader.dim], dtype=torch.bool)
             keep = keeps.setdefault(reader.name, keep)
             keep[piece.positions.cpu()[gone.cpu()].flatten()] = False
         for name, keep in keeps.items():
             reader = self._readers[name]
-            _, fitted = reader.fit(keep, self._damping)
+            fitted = reader.refit(keep, self._damping)
             result[reader.module] = without_rows(reader.module, rows.get(reader.module, []), fitted)
             norm: Any = reader.norm
             if norm is not None and norm.running_mean is not None:
-                before = reader.output_statistics({"weight": reader.weight})
+                before = self._outputs[name]
                 now = reader.output_statistics(result[reader.module])
                 result[norm] = matched(norm, before, now)
         return result

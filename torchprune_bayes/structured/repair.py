@@ -23,8 +23,8 @@ from torchprune_bayes._checks import check_choice, check_positive
 from torchprune_bayes._numerics.input_moments import Fit
 from torchprune_bayes.calibration import Calibration, MeanLoss, batch_size
 from torchprune_bayes.structured._pairs import Pairs
+from torchprune_bayes.structured._reader import Reader
 from torchprune_bayes.structured._readers import (
-    Reader,
     Tensors,
     first_samples,
     readers_of,
@@ -92,7 +92,8 @@ def repair(
             as fit into its memory at once, but 256 in any case.
         groups: The groups of its model.
         kept: The units to keep.
-        damping: ``λ`` relative to the mean diagonal of ``G_KK``; ``"auto"`` chooses one of five
+        damping: ``λ`` relative to the mean diagonal of ``G_KK``, but for inputs that are always
+            zero, whose weights stay; ``"auto"`` chooses one of five
             values for each layer by predicting half of the samples from the other half.
 
     Returns:

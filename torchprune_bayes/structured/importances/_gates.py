@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.joint_cost import sums_of_units
-from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.calibration.line_sums import line_sums, summed
 from torchprune_bayes.laplace import Posterior
 from torchprune_bayes.structured.groups import UnitSlice
 from torchprune_bayes.structured.importances._calibrated import space_of, sums_along
@@ -40,49 +39,44 @@ class Gates:
         space, self._names = space_of(calibration.model, pieces)
         self.calibration = calibration.with_space(space)
         self._gated = gated
-        device = float64_device(calibration.device)
-        self._weights = {
-            name: value.to(device, calibration.dtype) for name, value in space.values().items()
-        }
-
-    def derivatives(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Derivatives by the gates, float64 ``[k, units]`` by the name of the group.
-
-        Args:
-            gradients: ``k`` gradients of each weight, ``[k, *shape]`` by its name; written over.
-        """
-        products = {name: gradients[name].mul_(self._weights[name]) for name in self._weights}
-        result = {}
-        for group, pieces in self._gated.items():
-            each = [
-                share * sums_of_units(products[self._names[p.name]], [(p.dim, p.positions)])
-                for p, share in pieces
-                if p.name in self._names
-            ]
-            if each:
-                result[group] = torch.stack(each).sum(0)
-        return result
+        self._lines: dict[str, list[int]] = {name: [] for name in space.values()}
+        for piece in pieces:
+            dims = self._lines.get(self._names.get(piece.name, ""), [])
+            if piece.dim not in dims:
+                dims.append(piece.dim)
 
     def mean(self) -> dict[str, Tensor]:
         """Derivatives of the mean loss, ``[units]``; one backward pass."""
         gradients = self.calibration.mean_gradient()
-        rows = {
-            name: gradient.unsqueeze(0).to(self._weights[name])
-            for name, gradient in gradients.items()
+        values = self.calibration.space.values()
+        sums = {
+            (name, dim): summed(gradients[name] * values[name].to(gradients[name]), dim)
+            for name, dims in self._lines.items()
+            for dim in dims
         }
-        return {group: result[0] for group, result in self.derivatives(rows).items()}
+        return self._derivatives(sums)
 
     def mean_squares(self) -> dict[str, Tensor]:
-        """``mean_n (∂ℓ_n/∂c)²``, ``[units]``; one pass of gradients, a few held at a time."""
+        """``mean_n (∂ℓ_n/∂c)²``, ``[units]``; one pass of gradients."""
         totals: dict[str, Tensor] = {}
-        sizes = [value.numel() for value in self._weights.values()]
-        for rows in self.calibration.gradients():
-            parts = zip(self._weights.items(), rows.split(sizes, dim=1), strict=True)
-            gradients = {name: part.unflatten(1, value.shape) for (name, value), part in parts}
-            for group, result in self.derivatives(gradients).items():
+        for sums in line_sums(self.calibration, self._lines):
+            for group, result in self._derivatives(sums).items():
                 squares = result.square().sum(0)
                 totals[group] = totals[group] + squares if group in totals else squares
         return {name: total / self.calibration.num_gradients for name, total in totals.items()}
+
+    def _derivatives(self, sums: Mapping[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+        """Derivatives by the gates, float64 ``[..., units]`` by the name of the group."""
+        result = {}
+        for group, pieces in self._gated.items():
+            each = [
+                share * sums[line][..., piece.positions.to(sums[line].device)].sum(-1)
+                for piece, share in pieces
+                if (line := (self._names.get(piece.name, ""), piece.dim)) in sums
+            ]
+            if each:
+                result[group] = torch.stack(each).sum(0)
+        return result
 
 
 def gate_precisions(
