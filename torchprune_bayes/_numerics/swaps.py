@@ -195,8 +195,8 @@ class SelectionObjective(SwapObjective):
         change = beta.unsqueeze(-2) - alpha.unsqueeze(-1) - 2.0 * inner[:, :rows, rows:]
         change.masked_fill_(~tile.allowed, torch.inf)
         signs = torch.zeros_like(linear)
-        while (found := best_pairs(change, self.count * threshold)) is not None:
-            block, i, j = found
+        while (swap := best_pairs(change, self.count * threshold)) is not None:
+            block, i, j = swap
             signs[block, i], signs[block, rows + j] = -1.0, 1.0
             # Both change r, by a_j − a_i, and with it α and β of the whole tile.
             shift = 2.0 * (inner[block, rows + j] - inner[block, i])

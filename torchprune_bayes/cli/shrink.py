@@ -6,7 +6,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 from time import perf_counter
 from typing import Any, get_args
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
     before, whole = measure(model, data.evaluation), copy.deepcopy(model)
     begin = perf_counter()
     with metered() as meter:
-        found = shrink(
+        shrunk = shrink(
             model,
             example,
             importance,
@@ -167,8 +167,10 @@ def run(arguments: argparse.Namespace) -> int:
         "command": arguments.command,
         "settings": settings_of(arguments),
         "seconds": seconds,
-        "parameters": {"before": found.parameters.before, "after": found.parameters.after},
-        "units": {g.name: {"before": g.units.before, "after": g.units.after} for g in found.groups},
+        "parameters": asdict(shrunk.parameters),
+        "units": {
+            g.name: {"before": g.units.before, "after": g.units.after} for g in shrunk.groups
+        },
         "speedup": {"median": speed.speedup, "low": speed.speedup_low, "high": speed.speedup_high},
         "metrics": metrics_of(before, after, data.evaluated_on),
         **energy_of(meter),
@@ -178,8 +180,8 @@ def run(arguments: argparse.Namespace) -> int:
     files.append(write_config(arguments))
     lines = [*energy_lines(meter), *metric_lines(before, after, data.evaluated_on)]
     if arguments.report:
-        files.append(_write_page(arguments, found, speed, {"before": before, "after": after}))
-    print("\n".join([str(found), f"forward pass: {speed}", *lines]))
+        files.append(_write_page(arguments, shrunk, speed, {"before": before, "after": after}))
+    print("\n".join([str(shrunk), f"forward pass: {speed}", *lines]))
     print(f"wrote {', '.join(map(str, files))}, in {in_words(seconds)}")
     return 0
 
@@ -213,11 +215,11 @@ def _importance(arguments: argparse.Namespace, calibration: Calibration) -> Any:
 
 def _write_page(
     arguments: argparse.Namespace,
-    found: ShrinkReport,
+    shrunk: ShrinkReport,
     speed: Speed,
     models: Mapping[str, Measured | None],
 ) -> Path:
-    counts = {"parameters": found.parameters, "FLOPs": found.flops, "units": found.units}
+    counts = {"parameters": shrunk.parameters, "FLOPs": shrunk.flops, "units": shrunk.units}
     sizes = ResultsTable()
     for name, amount in counts.items():
         if amount is not None:
@@ -231,19 +233,19 @@ def _write_page(
         [
             f"A forward pass takes {speed}; the last three numbers are the speed-up, its smallest "
             "and its largest value over pairs of passes.",
-            *(f"Left whole: {name}, since {why}" for name, why in found.left_out.items()),
+            *(f"Left whole: {name}, since {why}" for name, why in shrunk.left_out.items()),
         ],
         models=models,
         tables={"Size and latency": sizes},
         layers=[
             LayerChange(group.name, _PLURALS[group.kind], *astuple(group.units))
-            for group in found.groups
+            for group in shrunk.groups
         ],
         drawings={
             "Loss against removed units, group by group": lambda path: plot_loss_curves(
-                found.curves, path
+                shrunk.curves, path
             )
         }
-        if found.curves
+        if shrunk.curves
         else {},
     )

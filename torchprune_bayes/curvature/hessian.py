@@ -78,10 +78,10 @@ def hessian_diagonal(
         for batch in calibration.batches(_BATCH):
             share = batch_size(batch) / calibration.num_samples
             loss = share * calibration.loss(leaves, batch)
-            found = torch.autograd.grad(
+            derivatives = torch.autograd.grad(
                 loss, list(leaves.values()), create_graph=True, materialize_grads=True
             )
-            gradients = dict(zip(leaves, found, strict=True))
+            gradients = dict(zip(leaves, derivatives, strict=True))
             for vectors in _vectors(calibration, masks, probes):
                 for name, product in _hessian_times(vectors, gradients, leaves).items():
                     total[name] += (vectors[name] * product).sum(0).to(place)
@@ -138,18 +138,18 @@ def _hessian_times(
 
     def product(vector: Vectors) -> dict[str, Tensor]:
         directions = [vector[name] for name in attached]
-        found = torch.autograd.grad(
+        derivatives = torch.autograd.grad(
             outputs, inputs, directions, retain_graph=True, materialize_grads=True
         )
-        return dict(zip(vector, found, strict=True))
+        return dict(zip(vector, derivatives, strict=True))
 
     try:
         return vmap(product)(vectors)
     except RuntimeError as error:
         logger.info("Hessian-vector products one by one, because vmap fails here: %s", error)
     rows = len(next(iter(vectors.values())))
-    found = [product({name: stack[i] for name, stack in vectors.items()}) for i in range(rows)]
-    return {name: torch.stack([row[name] for row in found]) for name in vectors}
+    products = [product({name: stack[i] for name, stack in vectors.items()}) for i in range(rows)]
+    return {name: torch.stack([row[name] for row in products]) for name in vectors}
 
 
 def _check_probes(probes: int | None, remaining: int) -> None:

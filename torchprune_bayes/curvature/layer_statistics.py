@@ -144,14 +144,14 @@ class LayerStatistics:
         """
         known = [name for name in names if self._has_factors(name)]
         factored = kronecker_inverses([self.factors(name) for name in known], damping, pi=pi)
-        found: dict[str, KroneckerInverse | DiagonalInverse] = dict(
+        inverses: dict[str, KroneckerInverse | DiagonalInverse] = dict(
             zip(known, factored, strict=True)
         )
         for name in names:
-            if name not in found:
+            if name not in inverses:
                 diagonal = self.block_diagonal(name)
-                found[name] = DiagonalInverse(diagonal.reshape(diagonal.shape[0], -1), damping)
-        return found
+                inverses[name] = DiagonalInverse(diagonal.reshape(diagonal.shape[0], -1), damping)
+        return inverses
 
     def mean(self) -> float:
         """Mean of ``H_ii`` over the remaining entries of all parameters: a unit for dampings."""
@@ -185,10 +185,10 @@ class LayerStatistics:
         Raises:
             AlignmentError: In all of them, if they are not of the same kind, structure and layers.
         """
-        found: list[Any] = [None] * distributed.get_world_size(group)
+        gathered: list[Any] = [None] * distributed.get_world_size(group)
         shapes = [(key, value.shape) for key, value in self.sums.items()]
-        distributed.all_gather_object(found, shapes, group=group)
-        if any(other != shapes for other in found):
+        distributed.all_gather_object(gathered, shapes, group=group)
+        if any(other != shapes for other in gathered):
             raise AlignmentError("Expected the same curvatures in all processes, got others.")
         count = torch.tensor(float(self.count), dtype=torch.float64)
         count = count.to(next(iter(self.sums.values())).device)
@@ -206,10 +206,10 @@ class LayerStatistics:
         for name, mask in masks.items():
             fitted = self.masks.get(name)
             if fitted is None or not torch.equal(fitted.to(mask.device), mask):
-                found = "no such tensor" if fitted is None else "other entries"
+                got = "no such tensor" if fitted is None else "other entries"
                 raise AlignmentError(
                     f"Expected a curvature fitted to the remaining entries of `{name}`, got "
-                    f"{found}: fit it again."
+                    f"{got}: fit it again."
                 )
 
     def save(self, path: str | Path) -> None:
@@ -236,9 +236,9 @@ class LayerStatistics:
             ArgumentError: If the file is missing, damaged, or holds something else.
         """
         stored = read_tensors(path, f"a {cls.__name__}")
-        found = stored.metadata.get("kind", "something else")
-        if found != cls.__name__:
-            raise ArgumentError(f"Expected a file of {cls.__name__}, got one of {found}.")
+        kind = stored.metadata.get("kind", "something else")
+        if kind != cls.__name__:
+            raise ArgumentError(f"Expected a file of {cls.__name__}, got one of {kind}.")
         masks, sums = stored.prefixed("mask:"), stored.prefixed("sum:")
         statistic = cls()
         with reading(path, f"a {cls.__name__}"):

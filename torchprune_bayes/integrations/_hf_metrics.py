@@ -25,8 +25,8 @@ class TrainerMetrics:
 
     Example:
         >>> logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])
-        >>> found = TrainerMetrics()((logits, labels))
-        >>> round(found["accuracy"], 3), round(found["nll"], 3)
+        >>> metrics = TrainerMetrics()((logits, labels))
+        >>> round(metrics["accuracy"], 3), round(metrics["nll"], 3)
         (0.5, 0.72)
     """
 

@@ -169,8 +169,8 @@ def classifier_names(model: nn.Module) -> list[str]:
         ['head']
     """
     inner = unwrap(model)
-    found = inner.get_classifier()  # type: ignore[operator]  # every timm model has it
-    heads = found if isinstance(found, (tuple, list)) else [found]
+    classifier = inner.get_classifier()  # type: ignore[operator]  # every timm model has it
+    heads = classifier if isinstance(classifier, (tuple, list)) else [classifier]
     return [name for name, module in inner.named_modules() if any(module is h for h in heads)]
 
 

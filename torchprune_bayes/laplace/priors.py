@@ -173,7 +173,7 @@ class PriorPrecision:
         """
         factors = state["factors"]
         shapes = {name: [f.shape for f in own] for name, own in self.factors.items()}
-        same = {name: [f.shape for f in found] for name, found in factors.items()} == shapes
+        same = {name: [f.shape for f in parts] for name, parts in factors.items()} == shapes
         if state["structure"] != self.structure.value or not same:
             raise AlignmentError(
                 f"Expected a {self.structure.value} prior of the same tensors, got a "

@@ -47,8 +47,8 @@ def verified_routes(passes: Passes, two: Batch, *, couples: bool = False) -> Rou
     space = passes.calibration.space
     layers = [] if couples else layers_of(space)
     exact = _exact_squares(passes, two, space.names)
-    found = _squares_by_rules(passes, two, layers)
-    right = _agreeing(found, exact, space.masks())
+    squares = _squares_by_rules(passes, two, layers)
+    right = _agreeing(squares, exact, space.masks())
     rest = [name for name in space.names if name not in right]
     expanded = {} if couples else _expandable(passes, two, rest, exact)
     singles = [name for name in rest if name not in expanded]
@@ -70,7 +70,7 @@ def coverage_of(routes: Routes, names: Iterable[str]) -> dict[str, str]:
         kinds[name]["one copy per sample"] = None
     for name in routes.singles:
         kinds[name][f"one by one ({'vmap' if routes.vectorized else 'loop'})"] = None
-    return {name: " and ".join(found) for name, found in kinds.items()}
+    return {name: " and ".join(names) for name, names in kinds.items()}
 
 
 def _exact_squares(passes: Passes, two: Batch, names: Sequence[str]) -> dict[str, Tensor]:
@@ -105,21 +105,21 @@ def _right_as_a_whole(passes: Passes, two: Batch, layers: Sequence[Layer]) -> li
             continue
         whole = replace(layer, whole=True)
         try:
-            found, exact = passes.gradients_of_batch(two, [whole])
+            rules, exact = passes.gradients_of_batch(two, [whole])
         except Exception:  # of any kind: an error of the model itself has shown before
             continue
-        ours, theirs = ({name: g.square() for name, g in part.items()} for part in (found, exact))
+        ours, theirs = ({name: g.square() for name, g in one.items()} for one in (rules, exact))
         if _agreeing(ours, theirs, passes.calibration.space.masks()) == set(exact):
             kept.append(whole)
     return kept
 
 
-def _agreeing(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: Masks) -> set[str]:
-    if not found:
+def _agreeing(squares: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: Masks) -> set[str]:
+    if not squares:
         return set()
     largest = torch.stack([square.max() for square in exact.values()]).max()
     right = []
-    for name, square in found.items():
+    for name, square in squares.items():
         mask = masks[name].to(square)  # the rules know nothing of masks
         square, expected = square * mask, exact[name] * mask
         zero = _ROUNDING[expected.dtype] ** 2 * largest * expected.numel() ** 0.5
@@ -128,7 +128,7 @@ def _agreeing(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], masks: M
         room = agreement * expected.norm() + zero
         right.append((square - expected).norm() <= room)
     # One read from the device.
-    return {name for name, is_so in zip(found, torch.stack(right).tolist(), strict=True) if is_so}
+    return {name for name, is_so in zip(squares, torch.stack(right).tolist(), strict=True) if is_so}
 
 
 def _restricted(layers: Sequence[Layer], names: set[str]) -> list[Layer]:
@@ -157,10 +157,10 @@ def _expandable(
         for dimensions in sorted({len(shape) for shape in shapes.values()}):
             alike = {name: inserted for name in shapes if len(shapes[name]) == dimensions}
             try:
-                found = passes.squares(two, Routes(expanded=alike))
+                squares = passes.squares(two, Routes(expanded=alike))
             except Exception:  # of any kind: the model does not broadcast them all so
                 continue
-            expanded |= dict.fromkeys(_agreeing(found, exact, masks), inserted)
+            expanded |= dict.fromkeys(_agreeing(squares, exact, masks), inserted)
     return expanded
 
 
@@ -170,10 +170,10 @@ def _vmap_is_right(
     if not names:
         return False
     try:
-        found = list(passes.one_by_one(two, names, None, vectorized=True))
+        parts = list(passes.one_by_one(two, names, None, vectorized=True))
     except Exception:  # of any kind: the loop works
         return False
-    squares = {name: torch.cat([rows[name] for rows in found]).square().sum(0) for name in names}
+    squares = {name: torch.cat([rows[name] for rows in parts]).square().sum(0) for name in names}
     return _agreeing(squares, exact, passes.calibration.space.masks()) == set(names)
 
 

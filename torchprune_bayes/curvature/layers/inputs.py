@@ -150,8 +150,8 @@ def _rows(module: nn.Module, x: Tensor, real: Tensor | None) -> Tensor:
     """The input that a layer's weight multiplies, ``[groups, tokens, n]``."""
     if _is_convolution(module):
         unbatched = x.ndim == len(cast("nn.Conv2d", module).kernel_size) + 1
-        found = patches(cast("nn.Conv2d", module), x.unsqueeze(0) if unbatched else x)
-        return found.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        cut = patches(cast("nn.Conv2d", module), x.unsqueeze(0) if unbatched else x)
+        return cut.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     if real is not None:
         if x.shape[:2] == real.shape and x.ndim == 3:
             x = x[real]
@@ -184,10 +184,10 @@ def watched(
 
 def layers_of(space: ParameterSpace) -> dict[str, list[nn.Module]]:
     """The modules that each tensor is a weight of, the listed one first."""
-    found = {t.name: [t.module] for t in space if has_inputs(t.module, t.tensor_name)}
-    names = {id(t.leaf): t.name for t in space if t.name in found}
+    modules = {t.name: [t.module] for t in space if has_inputs(t.module, t.tensor_name)}
+    names = {id(t.leaf): t.name for t in space if t.name in modules}
     for module in space.model.modules():
         name = names.get(id(leaf(module, "weight")))
-        if name is not None and has_inputs(module, "weight") and module not in found[name]:
-            found[name].append(module)
-    return found
+        if name is not None and has_inputs(module, "weight") and module not in modules[name]:
+            modules[name].append(module)
+    return modules

@@ -108,10 +108,10 @@ class SampleLosses:
         """
         logits = batch.logits
         if not isinstance(logits, Tensor) or logits.ndim not in (1, 2):
-            found = tuple(getattr(logits, "shape", ()))
+            shape = tuple(getattr(logits, "shape", ()))
             raise CalibrationError(
                 "Expected outputs [B, C] or [B] for second derivatives of the loss, got shape "
-                f"{found}: take {instead}."
+                f"{shape}: take {instead}."
             )
         if self.layout == LabelLayout(-1, 0, self.ignore_index):
             p = logits.detach().to(batch.loss).softmax(-1)

@@ -79,8 +79,8 @@ class NormalisationCheck:
         if half > 1:  # all together may agree by chance; both halves hardly do as well
             groups += [range(half), range(half, len(parts))]
         wholes = [cut(examples, g.start * group, g.stop * group) for g in groups]
-        found = torch.stack([passes.loss_and_terms(part) for part in (*wholes, *parts)])
-        losses, terms = found.mT.tolist()
+        measured = torch.stack([passes.loss_and_terms(part) for part in (*wholes, *parts)])
+        losses, terms = measured.mT.tolist()
         count = len(groups)
         compared = [
             (losses[at], losses[count:][g.start : g.stop], terms[count:][g.start : g.stop])

@@ -31,7 +31,7 @@ _ROW_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Routes:
-    """How the gradients of single samples are found, parameter by parameter.
+    """How the gradients of single samples are computed, parameter by parameter.
 
     Attributes:
         layers: Layers with a rule, with the parameters that the rules are right about.
@@ -128,12 +128,12 @@ class Passes:
         exact = torch.autograd.grad(
             evaluated.loss, leaves, retain_graph=True, materialize_grads=True
         )
-        found: dict[str, Tensor] = {}
+        by_rules: dict[str, Tensor] = {}
         for name, uses in recording.sample_gradients(evaluated.loss, None):
             like = self.leaves[name].detach()
             parts = [use.multiplied_out(0, slice(None), like) for use in uses]
-            found[name] = torch.stack(parts).sum(0).reshape(like.shape)
-        return found, dict(zip(names, exact, strict=True))
+            by_rules[name] = torch.stack(parts).sum(0).reshape(like.shape)
+        return by_rules, dict(zip(names, exact, strict=True))
 
     def one_by_one(
         self, batch: Batch, names: Sequence[str], cotangent: Tensor | None, *, vectorized: bool
@@ -153,8 +153,8 @@ class Passes:
             part = cut(batch, start * self.group, (start + step) * self.group)
             v = None if cotangent is None else cotangent[start : start + step]
             with self._isolated():
-                found = self._rows(part, leaves, v) if vectorized else self._row(part, leaves, v)
-            yield {name: rows.detach() for name, rows in found.items()}
+                rows = self._rows(part, leaves, v) if vectorized else self._row(part, leaves, v)
+            yield {name: each.detach() for name, each in rows.items()}
 
     def _row(self, sample: Batch, leaves: dict[str, Tensor], v: Tensor | None) -> dict[str, Tensor]:
         trainable = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
@@ -162,8 +162,8 @@ class Passes:
             value = self._value(trainable, sample, v)
             if not value.requires_grad:  # it depends on none of them
                 return {name: torch.zeros_like(leaf)[None] for name, leaf in leaves.items()}
-            found = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
-        return {name: g.unsqueeze(0) for name, g in zip(leaves, found, strict=True)}
+            gradients = torch.autograd.grad(value, list(leaves.values()), materialize_grads=True)
+        return {name: g.unsqueeze(0) for name, g in zip(leaves, gradients, strict=True)}
 
     def _rows(
         self, samples: Batch, leaves: dict[str, Tensor], v: Tensor | None

@@ -31,7 +31,7 @@ class BatchSums:
 
     Args:
         passes: The model.
-        routes: How gradients of samples are found, see :func:`needed`.
+        routes: How gradients of samples are computed, see :func:`needed`.
         factors: Layers that have Kronecker factors, likewise.
         kind: What is squared, see :func:`cotangents`.
         every: Whether parameters with Kronecker factors have a diagonal as well.
@@ -195,7 +195,7 @@ def needed(routes: Routes, structure: str, limit: int) -> tuple[Routes, dict[str
     """What a structure takes of the routes, and the layers with factors by their weight's name.
 
     Args:
-        routes: How gradients of samples are found.
+        routes: How gradients of samples are computed.
         structure: ``"diagonal"``, ``"kronecker"`` or ``"both"``.
         limit: Rows of a Kronecker factor at most.
     """
@@ -220,14 +220,14 @@ def _with_factors(layers: Sequence[Layer], limit: int) -> dict[str, Layer]:
     for layer in layers:
         for name in layer.names.values():
             places[name] = places.get(name, 0) + 1
-    found = {}
+    used_by = {}
     for layer in layers:
         weight = layer.names.get("weight")
         sizes = _factor_sizes(layer.module)
         alone = all(places[name] == 1 for name in layer.names.values())
         if layer.rule.has_factors and weight and alone and sizes and max(sizes) <= limit:
-            found[weight] = layer
-    return found
+            used_by[weight] = layer
+    return used_by
 
 
 def _factor_sizes(module: nn.Module) -> tuple[int, int] | None:
