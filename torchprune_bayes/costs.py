@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from math import prod
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchprune_bayes.calibration import Calibration
@@ -46,37 +47,62 @@ def flop_counter() -> Iterator[FlopCounterMode]:
 def counted_flops(model: nn.Module, flops: dict[str, int]) -> Iterator[None]:
     """Count what a model runs, and put the FLOPs of each module outside of its children down.
 
+    They are those of :func:`flop_counter`, without its tracking of the backward pass, which takes
+    longer than small layers themselves.
+
     Args:
-        model: The model. Its parameters require no gradients meanwhile, as PyTorch's counter asks
-            views of them for theirs.
+        model: The model.
         flops: Filled at the end, by qualified name, without modules that do nothing themselves.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with flop_counter() as counter:
+    counter = _ModuleFlops()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            enter = module.register_forward_pre_hook(partial(counter.enter, name), prepend=True)
+            leave = module.register_forward_hook(counter.leave, always_call=True)
+            stack.callback(enter.remove)
+            stack.callback(leave.remove)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
+        with torch.inference_mode(False), counter:
             yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    flops.update(_outside_of_children(counter, type(model).__name__))
+    flops.update({name: count for name, count in counter.flops.items() if count})
 
 
-def _outside_of_children(counter: FlopCounterMode, root: str) -> dict[str, int]:
-    whole: dict[str, int] = {"": counter.get_total_flops()}
-    for key, counts in counter.get_flop_counts().items():
-        if key.startswith(f"{root}."):
-            whole[key.removeprefix(f"{root}.")] = sum(counts.values())
-    own = dict(whole)
-    for path, flops in whole.items():
-        parent = path
-        while parent:
-            parent = parent.rpartition(".")[0]
-            if parent in own:
-                own[parent] -= flops
-                break
-    return {path: flops for path, flops in own.items() if flops}
+class _ModuleFlops(TorchDispatchMode):
+    """Adds the FLOPs of every operation to those of the module that is running.
+
+    Attributes:
+        flops: By qualified name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: dict[str, int] = {}
+        self._running: list[str] = []
+        known = FlopCounterMode(display=False, custom_mapping=_formulas())
+        self._formulas: Mapping[Any, Callable[..., int]] = known.flop_registry
+
+    def enter(self, name: str, *_: Any) -> None:
+        """Before a module runs."""
+        self._running.append(name)
+
+    def leave(self, *_: Any) -> None:
+        """After it."""
+        self._running.pop()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        output = operation(*args, **kwargs)
+        formula = self._formulas.get(operation.overloadpacket)
+        if formula is not None:
+            name = self._running[-1] if self._running else ""
+            count = formula(*args, **kwargs, out_val=output)
+            self.flops[name] = self.flops.get(name, 0) + count
+        return output
 
 
 _Shape = Sequence[int]

@@ -14,6 +14,7 @@ from torchprune_bayes.errors import ArgumentError, NumericalError, ParameterErro
 from torchprune_bayes.structured import UnitGroup, UnitSlice, find_units, shrink
 from torchprune_bayes.structured._verification import check_equal, failing_groups
 from torchprune_bayes.structured.slicing import plan_of
+from torchprune_bayes.wiring.trace import observe
 
 
 class Block(nn.Module):
@@ -169,3 +170,57 @@ def test_an_importance_of_torch_pruning_that_fails_is_named() -> None:
             model, torch.ones(2, 4), tp.importance.GroupTaylorImportance(), sparsity=0.3,
             target="channels",
         )  # fmt: skip
+
+
+class OfTwoSizes(nn.Module):
+    """Convolutions; large images may take a way of their own."""
+
+    def __init__(self, *, special: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3)
+        self.special = special
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.c if self.special and x.shape[-1] > 100 else self.b
+        return last(torch.relu(self.a(x))).mean((2, 3))
+
+
+def channels(shift: int, reader: str) -> UnitGroup:
+    """The channels of ``OfTwoSizes``, read at the right places if not shifted."""
+    slices = [
+        UnitSlice(piece.name.replace("b.", f"{reader}."), piece.dim, piece.positions, piece.role)
+        for piece in shifted(shift).slices
+    ]
+    return UnitGroup("a", "channel", 6, tuple(slices))
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_smaller_images_are_compared_where_they_go_the_same_way(special: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, inputs = OfTwoSizes(special=special), torch.randn(1, 3, 224, 224)
+    wiring = observe(model, inputs, None)
+    kept, reader = {"a": torch.tensor([0, 2, 5])}, "c" if special else "b"
+    right, wrong = channels(0, reader), channels(1, reader)
+    sides: list[int] = []
+
+    def seen(model: nn.Module, x: Tensor) -> Tensor:
+        sides.append(x.shape[-1])
+        return model(x)
+
+    arguments = (inputs, seen, wiring.operations)
+    assert failing_groups(model, [right], *arguments) == {}
+    assert check_equal(model, plan_of(model, [right], kept), *arguments) < 1e-6
+    assert (56 in sides, 224 in sides) == (True, special)
+    assert list(failing_groups(model, [wrong], *arguments)) == ["a"]
+    assert 224 in sides  # those of the example decide
+    with pytest.raises(NumericalError):
+        check_equal(model, plan_of(model, [wrong], kept), *arguments)
+
+
+def test_images_that_have_to_be_large_are_compared_as_they_are() -> None:
+    layers = (nn.Conv2d(3, 6, 5, 4), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten())
+    model = nn.Sequential(*layers, nn.Linear(6 * 53 * 53, 2))
+    report = shrink(model, torch.ones(1, 3, 224, 224), RowNorm(), sparsity=0.3, target="channels")
+    assert model[0].out_channels + model[2].out_channels <= 8
+    assert (report.left_out, report.difference is not None) == ({}, True)

@@ -102,9 +102,15 @@ class Shrinking:
         return pairs
 
     def difference(
-        self, plan: ShrinkPlan, example_inputs: Any, forward_fn: ForwardFunction | None
+        self,
+        plan: ShrinkPlan,
+        example_inputs: Any,
+        forward_fn: ForwardFunction | None,
+        operations: Sequence[str] = (),
     ) -> float:
         """Compare the whole model after the cut with itself, with zeros for removed entries.
+
+        Arguments are those of :func:`~torchprune_bayes.structured._verification.check_equal`.
 
         Raises:
             ArgumentError: If there is nothing to compare.
@@ -113,7 +119,7 @@ class Shrinking:
         """
         self.undo()
         try:
-            return check_equal(self.model, plan, example_inputs, forward_fn)
+            return check_equal(self.model, plan, example_inputs, forward_fn, operations)
         finally:
             self._redo()
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from torchprune_bayes._numerics.precision import has_float64
 from torchprune_bayes.errors import NumericalError, ParameterError
 from torchprune_bayes.structured._comparison import compare, compare_inner, first_other
 from torchprune_bayes.structured._replacement import replacement
+from torchprune_bayes.structured._twin_inputs import inputs_of_seed, noted, smaller
 from torchprune_bayes.structured.slicing import (
     ShrinkPlan,
     apply_plan,
@@ -44,6 +44,10 @@ class Twin:
         forward_fn: How to call it otherwise.
         dtype: Floating point type of the copy.
         seed: Seed of the noise on its weights; from seed 1 on its inputs differ too.
+        operations: What runs on the example inputs, one after the other, if it is known. Then a
+            convolutional model that runs the same on smaller images is compared on these, see
+            :func:`~torchprune_bayes.structured._twin_inputs.smaller`; images of the example's size
+            decide where it does not, or where it differs.
 
     Attributes:
         model: The copy.
@@ -60,11 +64,14 @@ class Twin:
         forward_fn: ForwardFunction | None,
         dtype: torch.dtype,
         seed: int = 0,
+        *,
+        operations: Sequence[str] = (),
     ) -> None:
         self._device = _place(model, dtype)
         self.model = _copied(model).to(self._device, dtype)
         self.dtype = dtype
         self._example_inputs, self._forward_fn = example_inputs, forward_fn
+        self._operations = tuple(operations)
         self.move(seed)
 
     def move(self, seed: int) -> None:
@@ -72,10 +79,10 @@ class Twin:
         self._response: float | None = None
         generator = torch.Generator().manual_seed(seed)
         _move(self.model, generator)
-        self._inputs = tree_map(
-            lambda leaf: _input(leaf, self.dtype, self._device, seed, generator),
-            self._example_inputs,
+        self._inputs = inputs_of_seed(
+            self._example_inputs, self.dtype, self._device, seed, generator
         )
+        self._smaller = smaller(self.model, self._inputs) if self._operations else None
 
     def difference(self, plan: ShrinkPlan, *, put_back: bool = True) -> tuple[float, int]:
         """Compare the copy after a cut with itself before it, with zeros for removed entries.
@@ -97,6 +104,21 @@ class Twin:
             ParameterError: If the cut copy does not run.
             NumericalError: If outputs have other shapes or are not finite at other places.
         """
+        if self._smaller is not None:
+            whole, self._inputs, self._smaller = self._inputs, self._smaller, None
+            try:
+                result = self._difference(plan, put_back, self._operations)
+                if result[1] and result[0] <= TOLERANCES[self.dtype]:
+                    return result
+            except (NumericalError, ParameterError):
+                pass  # the images of the example decide
+            finally:
+                self._inputs, self._response = whole, None
+        return self._difference(plan, put_back)
+
+    def _difference(
+        self, plan: ShrinkPlan, put_back: bool, operations: Sequence[str] = ()
+    ) -> tuple[float, int]:
         try:
             shrunk = self._cut(plan, self._outputs)
         except Exception as error:
@@ -107,7 +129,7 @@ class Twin:
             ) from error
         failure: NumericalError | None = None
         with self._masked(plan, put_back):
-            masked = self._outputs()
+            masked = self._outputs(operations)
             try:
                 result = compare(masked, shrunk)
             except NumericalError as error:
@@ -187,9 +209,17 @@ class Twin:
         finally:
             change.undo()
 
-    def _outputs(self) -> list[Tensor]:
-        with at_rest(self.model):
-            return tensors_in(run(self.model, self._inputs, self._forward_fn))
+    def _outputs(self, operations: Sequence[str] = ()) -> list[Tensor]:
+        """What the model returns.
+
+        Raises:
+            NumericalError: If ``operations`` are given and others run.
+        """
+        with at_rest(self.model), noted(self.model) if operations else nullcontext() as seen:
+            result = tensors_in(run(self.model, self._inputs, self._forward_fn))
+        if seen is not None and tuple(seen) != tuple(operations):
+            raise NumericalError("Expected the operations of the example inputs, got others.")
+        return result
 
     def _inside(self, running: list[str] | None = None) -> _Inside:
         """What the innermost modules return, and in ``running`` which modules have not ended."""
@@ -240,26 +270,6 @@ def _place(model: nn.Module, dtype: torch.dtype) -> torch.device | None:
     if dtype == torch.float64 and not all(map(has_float64, devices)):
         return torch.device("cpu")
     return None
-
-
-def _input(
-    leaf: Any,
-    dtype: torch.dtype,
-    place: torch.device | None,
-    seed: int,
-    generator: torch.Generator,
-) -> Any:
-    """An input in the type of the copy; from seed 1 on, a different one of the same kind."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaf = leaf.to(place or leaf.device)
-    if leaf.is_floating_point():
-        value = leaf.detach().to(dtype)
-        if not seed:
-            return value
-        noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(value)
-        return value + noise
-    return leaf.roll(1, -1) if seed and leaf.dim() and leaf.dtype != torch.bool else leaf
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 In plain words: the check runs on a copy of the model in single precision, or double where that
 does not decide, with noise on the weights, so that neither low precision nor scales that start
-at zero hide wrong wiring. It runs twice, with different inputs and weights the second time.
+at zero hide wrong wiring. It runs twice, with different inputs and weights the second time; a
+convolutional model that runs the same operations on smaller images is compared on these.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def check_equal(
     plan: ShrinkPlan,
     example_inputs: Any,
     forward_fn: ForwardFunction | None,
+    operations: Sequence[str] = (),
 ) -> float:
     """Return the largest difference, relative to the largest output, that a cut makes.
 
@@ -37,6 +39,7 @@ def check_equal(
         plan: The plan of the cut.
         example_inputs: What the model is called with.
         forward_fn: How to call it otherwise.
+        operations: What runs on the example inputs, if it is known; allows smaller images.
 
     Raises:
         ArgumentError: If there is nothing to compare, as with empty or NaN outputs.
@@ -47,7 +50,8 @@ def check_equal(
     """
     result = 0.0
     for dtype in dtypes_for(model):
-        result = _largest(Twin(model, example_inputs, forward_fn, dtype), plan)
+        twin = Twin(model, example_inputs, forward_fn, dtype, operations=operations)
+        result = _largest(twin, plan)
         if result <= TOLERANCES[dtype]:
             return result
     raise NumericalError(
@@ -87,6 +91,7 @@ def failing_groups(
     groups: Sequence[UnitGroup],
     example_inputs: Any,
     forward_fn: ForwardFunction | None,
+    operations: Sequence[str] = (),
 ) -> dict[str, str]:
     """Cut some units out of every group of a copy and find which groups that breaks, and how.
 
@@ -97,6 +102,7 @@ def failing_groups(
         groups: Its groups.
         example_inputs: What the model is called with.
         forward_fn: How to call it otherwise.
+        operations: What runs on the example inputs, if it is known; allows smaller images.
 
     Returns:
         A sentence for each group that cannot be cut.
@@ -113,7 +119,8 @@ def failing_groups(
         return {}
     for dtype in dtypes_for(model):
         twins = partial(Twin, model, example_inputs, forward_fn, dtype, 1)
-        if not changed and _failure(twins(), suspects, put_back=False) is None:
+        joint = twins(operations=operations)
+        if not changed and _failure(joint, suspects, put_back=False) is None:
             return reasons
         result = _failing(twins(), suspects)
         # Rounding does not keep a model from running.

@@ -177,7 +177,7 @@ def shrink(
         for fraction in wanted:
             run.step(target, fraction)
         plan = run.whole_plan()
-        difference = run.difference(plan, example_inputs, forward_fn) if verify else None
+        difference = run.difference(plan, *inputs, units.operations) if verify else None
         counted = example_inputs is not None
         report = _report(run, target, sparsity, plan, difference, units.left_out, counted=counted)
         replaced = run.replaced()

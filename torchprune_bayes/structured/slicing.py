@@ -7,6 +7,7 @@ size attributes of layers. So a cut can be undone by putting the old ones back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -90,10 +91,17 @@ class ShrinkPlan:
 
     def mask_(self, name: str, tensor: Tensor) -> Tensor:
         """Zero what would be cut off, in place."""
+        # A product is several times as fast, but leaves what is not finite.
+        product = tensor.is_floating_point() and math.isfinite(float(tensor.detach().sum()))
         for dim, indices in self.kept.get(name, {}).items():
-            gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
-            gone[indices] = False
-            tensor.index_fill_(dim, gone.nonzero()[:, 0].to(tensor.device), 0)
+            stays = torch.zeros(tensor.shape[dim], dtype=torch.bool)
+            stays[indices] = True
+            if product:
+                shape = [1] * tensor.dim()
+                shape[dim] = -1
+                tensor.mul_(stays.reshape(shape).to(tensor))
+            else:
+                tensor.index_fill_(dim, (~stays).nonzero()[:, 0].to(tensor.device), 0)
         return tensor
 
 

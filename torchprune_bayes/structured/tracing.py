@@ -39,11 +39,13 @@ class Units:
         left_out: Why others cannot, by the name of the layer that makes their units.
         flops: FLOPs of each module outside of its children, where the model was run to find the
             groups.
+        operations: Which modules and operations ran then, one after the other.
     """
 
     groups: Sequence[UnitGroup]
     left_out: Mapping[str, str] = field(default_factory=dict)
     flops: Mapping[str, int] | None = field(default=None, compare=False, repr=False)
+    operations: Sequence[str] = field(default=(), compare=False, repr=False)
 
 
 def find_groups(
@@ -141,7 +143,7 @@ def find_units(
     of_heads = {group.name for group in whole}
     reasons = {name: why for name, why in units.left_out.items() if name not in of_heads}
     reasons |= {name: why for name, why in finer.left_out.items() if name not in taken}
-    return Units(groups, reasons, units.flops)
+    return Units(groups, reasons, units.flops, units.operations)
 
 
 def _makers(group: UnitGroup) -> set[str]:
@@ -174,7 +176,7 @@ def _whole_units(
     chosen = without_ignored(inner, result, ignored)
     reasons = read_unseen(inner, chosen, wiring.used)
     chosen = [group for group in chosen if group.name not in reasons]
-    failed = failing_groups(inner, chosen, example_inputs, forward_fn)
+    failed = failing_groups(inner, chosen, example_inputs, forward_fn, wiring.operations)
     # A number on a module may be of the units' size by chance.
     bare = [replace(group, attributes=()) for group in chosen
             if group.name in failed and group.attributes]  # fmt: skip
@@ -183,7 +185,8 @@ def _whole_units(
     reasons |= {name: why for name, why in failed.items() if name not in again}
     groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
     left_out = reasons | kept_whole(inner, wiring, result) | reasons
-    return Units(groups, left_out, flops), [group for group in chosen if group.kind == "head"]
+    heads = [group for group in chosen if group.kind == "head"]
+    return Units(groups, left_out, flops, wiring.operations), heads
 
 
 def without_ignored(

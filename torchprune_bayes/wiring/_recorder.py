@@ -101,6 +101,11 @@ _MADE = frozenset(
 """What makes a tensor of a size that the running code works out."""
 
 
+def computes(operation: Any) -> bool:
+    """Whether an operation computes; views and new tensors come from hooks and kernels, too."""
+    return not operation.is_view and operation is not torch.ops.aten.empty.memory_format
+
+
 class Recorder(TorchDispatchMode):
     """Follows labels through every operation that runs while it is entered.
 
@@ -112,6 +117,8 @@ class Recorder(TorchDispatchMode):
         ledger: The records of the run.
         used: Parameters and buffers that some operation has read, by ``id``.
         called: Names of the modules that were called.
+        operations: Names of the modules that were called and of the operations that computed
+            something, one after the other.
     """
 
     def __init__(self, states: Sequence[tuple[Tensor, State]], inputs: Sequence[Tensor]) -> None:
@@ -119,6 +126,7 @@ class Recorder(TorchDispatchMode):
         self.ledger = Ledger()
         self.used: set[int] = set()
         self.called: set[str] = set()
+        self.operations: list[str] = []
         self._known = {id(tensor) for tensor, _ in states}
         self._states: Any = WeakTensorKeyDictionary()
         for tensor, state in states:
@@ -156,6 +164,8 @@ class Recorder(TorchDispatchMode):
         """Run an operation and record its effect on the labels."""
         kwargs = kwargs or {}
         output = operation(*args, **kwargs)
+        if computes(operation):
+            self.operations.append(str(operation))
         with torch.utils._python_dispatch._disable_current_modes():
             self._note(operation, args, kwargs, output)
         return output
@@ -196,6 +206,7 @@ class Recorder(TorchDispatchMode):
     def _enter(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._stack.append(name)
         self.called.add(name)
+        self.operations.append(name)
         if (
             inputs
             and isinstance(inputs[0], Tensor)

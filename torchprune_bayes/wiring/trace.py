@@ -59,6 +59,8 @@ class Wiring:
         reasons: Atoms that are always kept, and why.
         parts: For each atom the smallest one joined with it, whether kept or not.
         parametrized: Layers with a computed weight, and why they are kept.
+        operations: The modules that were called and the operations that computed something, one
+            after the other.
     """
 
     sides: tuple[Side, ...]
@@ -73,6 +75,7 @@ class Wiring:
     reasons: tuple[tuple[Tensor, str], ...]
     parts: Tensor
     parametrized: Mapping[str, str]
+    operations: tuple[str, ...]
 
 
 OUTPUTS = "they are outputs of the model"
@@ -125,6 +128,7 @@ def observe(
     ):
         with nullcontext() if flops is None else counted_flops(model, flops), recorder:
             output = run(model, example_inputs, forward_fn)
+        operations = tuple(recorder.operations)
         _check_modules(model, modules)
         _finish(recorder, output)
         if any(id(tensor) not in recorder.used for tensor, _ in states):
@@ -157,6 +161,7 @@ def observe(
         tuple(ledger.reasons),
         components([_both_move(*pair) for pair in ledger.pairs], atoms),
         parametrized,
+        operations,
     )
 
 

@@ -75,6 +75,7 @@ def groups_of(model: nn.Module, wiring: Wiring) -> list[UnitGroup]:
     """
     places = _places(wiring)
     modules = dict(model.named_modules())
+    last = next((name for name in reversed(modules) if isinstance(modules[name], nn.Linear)), None)
     groups = []
     for sides, classes, positions in places:
         slices = tuple(
@@ -88,7 +89,8 @@ def groups_of(model: nn.Module, wiring: Wiring) -> list[UnitGroup]:
         heads = bool(wiring.heads[classes].any())
         kind = "head" if heads else _kind(modules[name])
         group = UnitGroup(name, kind, len(classes), slices)
-        groups.append(replace(group, attributes=tuple(_rules(model, wiring, group, classes))))
+        rules = [*_rules(model, wiring, group, classes), *_model_numbers(model, last, group)]
+        groups.append(replace(group, attributes=tuple(dict.fromkeys(rules))))
     order = {name: place for place, name in enumerate(modules)}
     groups.sort(key=lambda group: (order[group.name], int(group.slices[0].positions.min())))
     return _distinct(groups)
@@ -174,8 +176,8 @@ def _role(modules: dict[str, nn.Module], wiring: Wiring, side: Side) -> Role:
 
 def _rules(
     model: nn.Module, wiring: Wiring, group: UnitGroup, classes: Tensor
-) -> Iterator[AttributeRule]:
-    """Yield the numbers on modules that depend on the units of a group."""
+) -> list[AttributeRule]:
+    """Return the numbers on modules that depend on the units of a group."""
     rules = [
         AttributeRule(name, key, int((labels == classes[0]).sum()))
         for name, key, labels in wiring.numbers
@@ -192,7 +194,7 @@ def _rules(
         whole = (labels, labels[start:stop])
         sizes = {len(part) for part in whole if bool(torch.isin(part, classes).all())}
         rules += _width_rules(model, name, group, sizes)
-    yield from dict.fromkeys([*rules, *_model_numbers(model, group)])
+    return rules
 
 
 def _head_rules(
@@ -225,12 +227,11 @@ def _width_rules(
             yield AttributeRule(name, key, value // group.units)
 
 
-def _model_numbers(model: nn.Module, group: UnitGroup) -> Iterator[AttributeRule]:
-    """Yield the sizes that timm and torchvision store on the model for replacing its head."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def _model_numbers(model: nn.Module, last: str | None, group: UnitGroup) -> Iterator[AttributeRule]:
+    """Yield the sizes that timm and torchvision store on the model for replacing its last layer."""
     for piece in group.slices:
         owner = piece.name.rpartition(".")[0]
-        if piece.role == "consumer" and owner in linear[-1:]:
+        if piece.role == "consumer" and owner == last:
             size = model.get_parameter(piece.name).shape[piece.dim]
             if piece.positions.numel() == size:
                 for name in _MODEL_NUMBERS:
