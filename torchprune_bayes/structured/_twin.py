@@ -15,7 +15,7 @@ from torchprune_bayes._numerics.precision import has_float64
 from torchprune_bayes.errors import NumericalError, ParameterError
 from torchprune_bayes.structured._comparison import compare, compare_inner, first_other
 from torchprune_bayes.structured._replacement import replacement
-from torchprune_bayes.structured._twin_inputs import inputs_of_seed, noted, smaller
+from torchprune_bayes.structured._twin_inputs import inputs_of_seed, smaller
 from torchprune_bayes.structured.slicing import (
     ShrinkPlan,
     apply_plan,
@@ -23,6 +23,7 @@ from torchprune_bayes.structured.slicing import (
     zero_units,
 )
 from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run, tensors_in
+from torchprune_bayes.wiring.operations import noted
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-6}
 """Largest difference that can be rounding, relative to the largest output.

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-from torchprune_bayes.wiring._recorder import computes
 
 SMALLEST_SIDE = 56
 """Pixels that smaller images have at least: nearly two behind a stride of 32."""
@@ -61,36 +56,6 @@ def smaller(model: nn.Module, inputs: Any) -> Any | None:
 
 def _is_image(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == 4
-
-
-@contextmanager
-def noted(model: nn.Module) -> Iterator[list[str]]:
-    """Note the names of modules that are called and of operations that compute, in their order."""
-    names: list[str] = []
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            hook = module.register_forward_pre_hook(
-                lambda _, __, name=name: names.append(name), prepend=True
-            )
-            stack.callback(hook.remove)
-        stack.enter_context(_Operations(names))
-        yield names
-
-
-class _Operations(TorchDispatchMode):
-    """Appends the names of the operations that compute while it is entered."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self._names = names
-
-    def __torch_dispatch__(
-        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Run an operation and note its name."""
-        if computes(operation):
-            self._names.append(str(operation))
-        return operation(*args, **(kwargs or {}))
 
 
 def _input(

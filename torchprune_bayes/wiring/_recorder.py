@@ -16,6 +16,7 @@ from torchprune_bayes.wiring import _products as products
 from torchprune_bayes.wiring import _rules as rules
 from torchprune_bayes.wiring._labels import Ledger, State
 from torchprune_bayes.wiring._rules import Call, Rule, tensors_of
+from torchprune_bayes.wiring.operations import computes
 
 _NAMES: tuple[tuple[Rule, str], ...] = (
     (
@@ -99,11 +100,6 @@ _MADE = frozenset(
     )
 )
 """What makes a tensor of a size that the running code works out."""
-
-
-def computes(operation: Any) -> bool:
-    """Whether an operation computes; views and new tensors come from hooks and kernels, too."""
-    return not operation.is_view and operation is not torch.ops.aten.empty.memory_format
 
 
 class Recorder(TorchDispatchMode):
