@@ -20,12 +20,6 @@ def joint_directions_over_the_kept(gradients, damping, weights, keep):
     return joint_directions_from_kept(gradients, damping, weights, keep, kept)
 
 
-def joint_directions_with_known_change(gradients, damping, weights, keep):
-    kept = int(keep.sum(-1).max())
-    change = (gradients @ weights.unsqueeze(-1)).squeeze(-1)
-    return joint_directions_from_kept(gradients, damping, weights, keep, kept, change=change)
-
-
 def joint_directions_with_known_gram(gradients, damping, weights, keep):
     inner = gram(gradients, keep)
     return joint_directions_in_sample_space(gradients, damping, weights, keep, inner)
@@ -51,7 +45,6 @@ JOINT = [
     joint_directions_with_known_gram,
     joint_directions_tile_by_tile,
     joint_directions_over_the_kept,
-    joint_directions_with_known_change,
     joint_directions_in_sample_space,
 ]
 
@@ -117,7 +110,8 @@ def test_the_joint_update_is_the_best_one_on_its_support(problem):
 def test_float32_inputs_give_the_float64_answer():
     gradients, weights = torch.randn(2, 30, 80), torch.randn(2, 80)
     keep = torch.rand(2, 80) < 0.4
-    wide = joint_directions(gradients.double(), 1e-3, weights.double(), keep)
-    narrow = joint_directions(gradients, 1e-3, weights, keep)
+    # A damping that rounding to float32 would matter beside; see test_rounding.py for larger ones.
+    wide = joint_directions(gradients.double(), 1e-5, weights.double(), keep)
+    narrow = joint_directions(gradients, 1e-5, weights, keep)
     torch.testing.assert_close(narrow.compensation, wide.compensation)
     torch.testing.assert_close(narrow.newton, wide.newton)

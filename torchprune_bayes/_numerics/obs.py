@@ -26,16 +26,21 @@ from torchprune_bayes._numerics.fisher_blocks import (
 from torchprune_bayes._numerics.gradient_tiles import (
     Gradients,
     chosen_columns,
+    damped_gram,
     gram,
     mean,
-    times,
+    times_vector,
     transposed_times,
 )
-from torchprune_bayes._numerics.precision import wide
+from torchprune_bayes._numerics.precision import in_dtype, wide
 
 
 class Directions(NamedTuple):
-    """An update ``δ = compensation + η · newton``, each float64 ``[blocks, B]``."""
+    """An update ``δ = compensation + η · newton``, each ``[blocks, B]``.
+
+    In float64, or in float32 where :func:`~torchprune_bayes._numerics.gradient_tiles.damped_gram`
+    finds that enough.
+    """
 
     compensation: Tensor
     """``−w`` on ``P``; what the kept weights do about it on ``K``."""
@@ -71,7 +76,6 @@ def joint_directions(
     *,
     kept: int | None = None,
     inner: Tensor | None = None,
-    change: Tensor | None = None,
     descent: bool = True,
 ) -> Directions:
     """Exact joint update in the cheaper of its two forms.
@@ -84,16 +88,13 @@ def joint_directions(
         kept: Most entries that a block keeps, if already known; reading it from the device takes
             time.
         inner: ``G_K G_Kᵀ``, if already computed.
-        change: ``Gw``, float64 ``[blocks, N]``, if already computed.
         descent: Whether to compute the first-order part; otherwise it is zero.
 
     Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``.
     """
     kept = int(keep.sum(-1).max()) if kept is None else kept
     if needs_kept_columns(gradients, kept):
-        return joint_directions_from_kept(
-            gradients, damping, weights, keep, kept, change=change, descent=descent
-        )
+        return joint_directions_from_kept(gradients, damping, weights, keep, kept, descent=descent)
     inner = kept_inner(gradients, keep, kept) if inner is None else inner
     return joint_directions_in_sample_space(
         gradients, damping, weights, keep, inner, descent=descent
@@ -122,10 +123,11 @@ def kept_inner(
     return inner - gram(gradients, ~keep)
 
 
-def removed_change(gradients: Gradients, weights: Tensor, keep: Tensor) -> Tensor:
-    """``G_P w_P``: what the pruned weights did to every sample, float64 ``[blocks, N]``."""
-    removed = torch.where(keep, 0.0, weights).unsqueeze(-1)
-    return times(gradients, removed).squeeze(-1)
+def removed_change(
+    gradients: Gradients, weights: Tensor, keep: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """``G_P w_P``: what the pruned weights did to every sample, ``[blocks, N]``."""
+    return times_vector(gradients, torch.where(keep, 0.0, weights), dtype)
 
 
 def joint_directions_in_sample_space(
@@ -147,10 +149,11 @@ def joint_directions_in_sample_space(
         inner: ``G_K G_Kᵀ``, if already computed.
         descent: Whether to compute the first-order part.
     """
-    right = _right_hand_side(removed_change(gradients, weights, keep), descent)
-    inner = gram(gradients, keep) if inner is None else inner
-    dual = torch.cholesky_solve(right, damped_factor(inner, gradients.shape[-2] * damping))
-    return _on_support(transposed_times(gradients, dual), weights, keep)
+    ridge = gradients.shape[-2] * damping
+    inner = damped_gram(gradients, ridge, keep) if inner is None else inner
+    change = removed_change(gradients, weights, keep, inner.dtype)
+    dual = torch.cholesky_solve(_right_hand_side(change, descent), damped_factor(inner, ridge))
+    return _on_support(transposed_times(gradients, dual, inner.dtype), weights, keep)
 
 
 def joint_directions_from_kept(
@@ -160,13 +163,11 @@ def joint_directions_from_kept(
     keep: Tensor,
     kept: int,
     *,
-    change: Tensor | None = None,
     descent: bool = True,
 ) -> Directions:
     """The same from the columns of the kept weights side by side, which are all it needs.
 
-    With ``G_P w_P = Gw − G_K w_K``; in the form of least squares over the kept weights where they
-    are fewer than the samples.
+    In the form of least squares over the kept weights where they are fewer than the samples.
 
     Args:
         gradients: ``[blocks, N, B]``.
@@ -174,24 +175,19 @@ def joint_directions_from_kept(
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         kept: Most entries that a block keeps.
-        change: ``Gw``, float64 ``[blocks, N]``, if already computed.
         descent: Whether to compute the first-order part.
     """
     count, (indices, valid) = gradients.shape[-2], _positions(keep, kept)
     # Padding has columns of zero, which solve to zero.
-    columns = wide(chosen_columns(gradients, indices) * valid.unsqueeze(1))
-    if change is None:
-        residual = removed_change(gradients, weights, keep)
-    else:
-        rest = wide(weights.gather(-1, indices)).unsqueeze(-1)
-        residual = change - (columns @ rest).squeeze(-1)
-    right = _right_hand_side(residual, descent)
+    columns = chosen_columns(gradients, indices) * valid.unsqueeze(1)
+    inner = damped_gram(columns.mT if kept <= count else columns, count * damping)
+    dtype, factor = inner.dtype, damped_factor(inner, count * damping)
+    columns = in_dtype(columns, dtype)
+    right = _right_hand_side(removed_change(gradients, weights, keep, dtype), descent)
     if kept <= count:
-        factor = damped_factor(gram(columns.mT) / count, damping)
-        solved = torch.cholesky_solve(transposed_times(columns, right) / count, factor)
+        solved = torch.cholesky_solve(transposed_times(columns, right, dtype), factor)
     else:
-        factor = damped_factor(gram(columns), count * damping)
-        solved = transposed_times(columns, torch.cholesky_solve(right, factor))
+        solved = transposed_times(columns, torch.cholesky_solve(right, factor), dtype)
     moved = solved.new_zeros((*keep.shape, solved.shape[-1]))
     moved.scatter_(1, indices.to(solved.device).unsqueeze(-1).expand_as(solved), solved)
     return _on_support(moved, weights, keep)
@@ -210,7 +206,7 @@ def _right_hand_side(residual: Tensor, descent: bool) -> Tensor:
 
 def _on_support(moved: Tensor, weights: Tensor, keep: Tensor) -> Directions:
     # In place on ``moved``, [blocks, B, 2 or 1]: allocating memory costs more than the arithmetic.
-    removed = torch.where(keep, 0.0, weights).to(moved.device)
+    removed = torch.where(keep, 0.0, weights).to(moved)
     moved.masked_fill_(~keep.to(moved.device).unsqueeze(-1), 0.0)
     moved[..., 0] -= removed
     newton = moved[..., 1] if moved.shape[-1] > 1 else moved.new_zeros(()).expand(keep.shape)

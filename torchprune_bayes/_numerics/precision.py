@@ -42,6 +42,16 @@ def float64_device(device: torch.device | str) -> torch.device:
     return device if has_float64(device) else _CPU
 
 
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, as :func:`wide` where that is float64.
+
+    Example:
+        >>> in_dtype(torch.ones(2), torch.float32)
+        tensor([1., 1.])
+    """
+    return wide(tensor) if dtype == torch.float64 else tensor.to(dtype)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float64, on its own device or on the CPU if that has no float64.
 

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.fisher_blocks import SampleSpace, in_sample_space
-from torchprune_bayes._numerics.gradient_tiles import Gradients, TiledGradients, times
+from torchprune_bayes._numerics.gradient_tiles import Gradients, TiledGradients
 from torchprune_bayes._numerics.obs import kept_inner
 from torchprune_bayes._numerics.partition import runs_of_equal_size
-from torchprune_bayes._numerics.precision import wide
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.curvature.gradient_store import GradientStore
 from torchprune_bayes.memory import MemoryBudget
@@ -27,23 +26,12 @@ class SharedProducts:
     Attributes:
         spaces: ``GGᵀ`` of batches of blocks, by their start.
         kept: The kept entries of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
-        weights: The weights ``[D]`` whose ``changes`` are known.
-        changes: ``Gw`` of batches of blocks, by their start.
+        runs: Start, number and size of consecutive blocks of one size.
     """
 
     spaces: dict[int, SampleSpace] = field(default_factory=dict)
     kept: tuple[Tensor, Tensor] | None = None
-    weights: Tensor | None = None
-    changes: dict[int, Tensor] = field(default_factory=dict)
-
-    def change(self, where: slice, gradients: Gradients, weights: Tensor) -> Tensor:
-        """``Gw`` of a batch of blocks, cached for the same weights ``[D]``."""
-        if self.weights is not weights:
-            self.weights, self.changes = weights, {}
-        if where.start not in self.changes:
-            part = wide(weights[where]).unflatten(0, gradients.shape[::2]).unsqueeze(-1)
-            self.changes[where.start] = times(gradients, part).squeeze(-1)
-        return self.changes[where.start]
+    runs: list[tuple[int, int, int]] | None = None
 
     def inner_of(self, keep: Tensor) -> Tensor | None:
         """``G_K G_Kᵀ``, if it is cached."""
@@ -78,16 +66,22 @@ class BlockedGradients:
             The range of the vector, and its gradients ``[blocks, N, B]``; a block that is larger
             than the budget's share is read tile by tile.
         """
-        for start, number, size in runs_of_equal_size(self.blocks):
-            at_once = max(self._entries_at_once // size, 1)
-            for first in range(0, number, at_once):
-                begin, taken = start + first * size, min(at_once, number - first)
-                where = slice(begin, begin + taken * size)
-                if taken == 1:
-                    yield where, self.block(begin, begin + size)
-                else:
-                    rows = self.store.read(where.start, where.stop)
-                    yield where, rows.unflatten(1, (taken, size)).transpose(0, 1)
+        for where, size in self._batches():
+            if where.stop - where.start == size:
+                yield where, self.block(where.start, where.stop)
+            else:
+                rows = self.store.read(where.start, where.stop)
+                yield where, rows.unflatten(1, (-1, size)).transpose(0, 1)
+
+    def _batches(self) -> Iterator[tuple[slice, int]]:
+        """Ranges of the vector with blocks of one size, and that size."""
+        if self.products.runs is None:
+            self.products.runs = list(runs_of_equal_size(self.blocks))
+        for start, number, size in self.products.runs:
+            step = max(self._entries_at_once // size, 1) * size
+            stop = start + number * size
+            for begin in range(start, stop, step):
+                yield slice(begin, min(begin + step, stop)), size
 
     def whole_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """As :meth:`sweep`, with all gradients of the blocks in one tensor each."""
@@ -146,14 +140,15 @@ class BlockedGradients:
             self.products.kept = keep[0].clone(), inner
         return inner
 
-    def kept_counts(self, keep: Tensor) -> dict[int, int]:
-        """Entries of every block that ``keep`` (boolean ``[D]``) keeps, by the block's start."""
-        runs = [
-            torch.count_nonzero(keep[start : start + number * size].view(number, size), dim=1)
-            for start, number, size in runs_of_equal_size(self.blocks)
-        ]
-        counts = torch.cat(runs).tolist()  # the device is asked once for all
-        return {start: count for (start, _), count in zip(self.blocks, counts, strict=True)}
+    def most_kept(self, keep: Tensor) -> dict[int, int]:
+        """Most entries of a block that ``keep`` (boolean ``[D]``) keeps.
+
+        Of every batch of blocks from :meth:`sweep`, by its start.
+        """
+        batches = list(self._batches())
+        most = [torch.count_nonzero(keep[at].view(-1, size), dim=1).amax() for at, size in batches]
+        counts: list[int] = torch.stack(most).tolist()  # the device is asked once for all
+        return {where.start: count for (where, _), count in zip(batches, counts, strict=True)}
 
     @property
     def in_place(self) -> bool:

@@ -11,13 +11,24 @@ from torch import Tensor
 
 from torchprune_bayes._checks import check_count, check_positive
 from torchprune_bayes._files import reading
-from torchprune_bayes._numerics.fisher_blocks import InverseFisher, SampleSpace, invert
-from torchprune_bayes._numerics.gradient_tiles import mean, mean_squares, times, transposed_times
+from torchprune_bayes._numerics.fisher_blocks import (
+    InverseFisher,
+    SampleSpace,
+    in_sample_space,
+    invert,
+    small_blocks_diagonal,
+)
+from torchprune_bayes._numerics.gradient_tiles import (
+    Gradients,
+    mean,
+    mean_squares,
+    times,
+    transposed_times,
+)
 from torchprune_bayes._numerics.leave_one_out import kept_block, leave_one_out
 from torchprune_bayes._numerics.obs import (
     Directions,
     joint_directions,
-    needs_kept_columns,
     single_directions,
 )
 from torchprune_bayes._numerics.partition import partition
@@ -210,16 +221,21 @@ class EmpiricalFisher(BlockedGradients):
     def inverses(self) -> Iterator[tuple[slice, InverseFisher]]:
         """Yield batches of inverted blocks with their range of the vector."""
         for where, gradients in self.sweep():
-            space = self.space_of(where, gradients)
-            if space is None:
-                yield where, invert(gradients, self.damping)
-            else:
-                yield where, space.inverse(gradients, self.damping)
+            yield where, self._inverse(where, gradients)
+
+    def _inverse(self, where: slice, gradients: Gradients) -> InverseFisher:
+        space = self.space_of(where, gradients)
+        if space is None:
+            return invert(gradients, self.damping)
+        return space.inverse(gradients, self.damping)
 
     def directions(
         self, weights: Tensor, keep: Tensor, *, single: bool = False, descent: bool = True
     ) -> Directions:
-        """Update of the kept weights when the others are set to zero, float64 ``[D]``.
+        """Update of the kept weights when the others are set to zero, ``[D]``.
+
+        In float64; in float32 with many blocks if the damping is so large that its rounding is
+        harmless (:func:`~torchprune_bayes._numerics.gradient_tiles.damped_gram`).
 
         Args:
             weights: ``[D]``.
@@ -228,7 +244,7 @@ class EmpiricalFisher(BlockedGradients):
                 WoodFisher paper does, instead of solving for all together.
             descent: Whether to compute the first-order part; otherwise it is zero.
         """
-        parts, kept = [], self.kept_counts(keep)
+        parts, kept = [], self.most_kept(keep)
         for where, gradients in self.sweep():
             shape = gradients.shape[::2]
             w, k = weights[where].unflatten(0, shape), keep[where].unflatten(0, shape)
@@ -236,11 +252,8 @@ class EmpiricalFisher(BlockedGradients):
                 space = self.products.spaces.get(where.start)
                 found = single_directions(invert(gradients, self.damping, space), w, k)
             else:
-                most = max(kept[start] for start in range(where.start, where.stop, shape[1]))
+                most = kept[where.start]
                 inner = self.kept_inner(gradients, k, most)
-                change = None
-                if needs_kept_columns(gradients, most):
-                    change = self.products.change(where, gradients, weights)
                 found = joint_directions(
                     gradients,
                     self.damping,
@@ -248,7 +261,6 @@ class EmpiricalFisher(BlockedGradients):
                     k,
                     kept=most,
                     inner=inner,
-                    change=change,
                     descent=descent,
                 )
             parts.append([part.flatten() for part in found])
@@ -273,17 +285,26 @@ class EmpiricalFisher(BlockedGradients):
         entries = sum(stop - start for start, stop in chosen)
         room = self.count**2 * entries / (9 * len(chosen))
         count = min(self.count, max(int(room ** (1 / 3)), _FEWEST_SAMPLES))
-        parts, kept = [], self.kept_counts(keep)
+        parts, most = [], int(torch.count_nonzero(keep))  # of a single block, all it keeps
         for start, stop in chosen:
             gradients, k = self.block(start, stop), keep[None, start:stop]
-            inner = self.kept_inner(gradients, k, kept[start])
+            inner = self.kept_inner(gradients, k, most)
             parts.append(kept_block(gradients, weights[None, start:stop], k, count, inner))
         ridges = self.count * torch.tensor(dampings, dtype=torch.float64)
         return leave_one_out(parts, ridges.to(parts[0].values.device))
 
     def inverse_diagonal(self) -> Tensor:
-        """Diagonal of ``F⁻¹``, float64 ``[D]``. Cost: ``N²D`` (``N < B``) or ``(N + B) B D``."""
-        return _joined([inverse.inverse_diagonal().flatten() for _, inverse in self.inverses()])
+        """Diagonal of ``F⁻¹``, float64 ``[D]``; within one per cent with many blocks.
+
+        Cost: ``N²D`` (``N < B``) or ``(N + B) B D``.
+        """
+        parts = []
+        for where, gradients in self.sweep():
+            if isinstance(gradients, Tensor) and len(gradients) > 1 and in_sample_space(gradients):
+                parts.append(small_blocks_diagonal(gradients, self.damping).flatten())
+            else:
+                parts.append(self._inverse(where, gradients).inverse_diagonal().flatten())
+        return _joined(parts)
 
     def solve(self, vector: Tensor) -> Tensor:
         """``F⁻¹ v`` for ``v`` of shape ``[D]``, float64."""

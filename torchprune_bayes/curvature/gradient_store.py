@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchprune_bayes._numerics.gradient_tiles import columns_of
 from torchprune_bayes.errors import CalibrationError
 
 
@@ -129,7 +130,7 @@ class GradientStore:
         else:
             chosen = self.columns[start:stop]
             low, high = int(chosen.min()), int(chosen.max()) + 1
-            part = self.rows[:, low:high].index_select(1, (chosen - low).to(self.rows.device))
+            part = columns_of(self.rows[:, low:high], (chosen - low).to(self.rows.device))
         part = part.to(self.device, self.dtype)
         return part if self.active is None else part * self.active[start:stop]
 
@@ -149,7 +150,7 @@ class GradientStore:
         columns = chosen if self.columns is None else self.columns[chosen]
         active = None if self.active is None else self.active[keep.to(self.active.device)]
         if self.count * len(columns) * self.rows.dtype.itemsize <= copy_bytes:
-            rows = self.rows.index_select(1, columns.to(self.rows.device))
+            rows = columns_of(self.rows, columns.to(self.rows.device))
             return GradientStore(rows, self.device, None, active)
         return GradientStore(self.rows, self.device, columns, active)
 
