@@ -45,7 +45,12 @@ class Moments:
         rows = wide(rows)
         self.count += len(rows)
         self.total += rows.sum(0)
-        self.products.addmm_(rows.T, rows)
+        seen = rows.any(0).nonzero()[:, 0]
+        if 2 * len(seen) > rows.shape[1]:
+            self.products.addmm_(rows.T, rows)
+        else:  # most entries are zero, as of kernels that only see padding
+            rows = rows[:, seen]
+            self.products[seen[:, None], seen] += rows.T @ rows
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(

@@ -8,44 +8,25 @@ different groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from torchprune_bayes._checks import check_count
-from torchprune_bayes.calibration import Batch, Calibration, batch_size
-from torchprune_bayes.calibration.batches import cut
+from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, CalibrationError
-from torchprune_bayes.structured._pairs import Pairs
-from torchprune_bayes.structured._reader import Reader, Statistics, matched
-from torchprune_bayes.structured._readers import (
-    Tensors,
-    first_samples,
-    in_pieces,
-    installed,
-    readers_of,
-    rows_that_go,
-    survey,
-    watched,
-    without_rows,
-)
 from torchprune_bayes.structured._space import space_of
+from torchprune_bayes.structured._trials import MOST_SAMPLES, Trials
 from torchprune_bayes.structured.groups import UnitGroup
-from torchprune_bayes.structured.slicing import first_names
 
 _POINTS = 8
-_MOST_SAMPLES, _LEAST_SAMPLES = 512, 256
+_LEAST_SAMPLES = 256
 _SAMPLE_LOSSES = 60 * _LEAST_SAMPLES
 """Of all points together, so that few points are taken on more samples each."""
-
-_ACTIVATION_BYTES, _CPU_BATCH = 2**25, 128
-"""Of the largest layer in a batch on a CPU: with a ResNet-18 on 224 pixels larger ones cost the
-system as much again as a third of the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +101,8 @@ def measure_curves(
         CalibrationError: If the loss of the whole model is not finite.
 
     Cost: one evaluation of the loss for each point, and one for the whole model; one pass for the
-    inputs' moments of all layers, or more if memory demands it.
+    inputs' moments of all layers, or more if memory demands it. What runs before the layers that
+    read a group runs for its first point alone, where its outputs fit into the memory.
     """
     check_count("evaluations", evaluations)
     chosen = [group for group in groups if group.name in orders and group.units > min_keep]
@@ -138,7 +120,7 @@ def measure_curves(
     points = {group.name: _counts(group.units - min_keep, each) for group in chosen}
     total = sum(map(len, points.values()))
     _, tried = points_on(total)
-    trials = _Trials(calibration.with_space(space), damping, tried)
+    trials = Trials(calibration.with_space(space), damping, tried)
     whole = trials.loss({})
     if not whole < float("inf"):
         raise CalibrationError(
@@ -150,9 +132,10 @@ def measure_curves(
         for part in trials.parts(chosen):
             trials.watch(part)
             for group in part:
-                losses = [whole]
+                losses, playback = [whole], trials.playback()
                 for count in points[group.name]:
-                    losses.append(trials.loss(trials.without(group, orders[group.name][:count])))
+                    tensors = trials.without(group, orders[group.name][:count])
+                    losses.append(trials.loss(tensors, playback))
                     bar.update()
                 removed = (0, *points[group.name])
                 curves.append(LossCurve(group.name, group.units, removed, tuple(losses)))
@@ -167,102 +150,7 @@ def points_on(points: int) -> tuple[int, int]:
         ((512, 256), (512, 512))
     """
     tried = _SAMPLE_LOSSES // max(points, 1)
-    return _MOST_SAMPLES, min(max(tried, _LEAST_SAMPLES), _MOST_SAMPLES)
-
-
-class _Trials:
-    """Losses of a model in which the readers of one group are fitted without some of its units."""
-
-    def __init__(self, calibration: Calibration, damping: float, tried: int) -> None:
-        self._calibration, self._damping = calibration, damping
-        batches = list(first_samples(calibration, _MOST_SAMPLES))
-        size = _batch_size(calibration, cut(batches[0], 0, 1))
-        self._batches = in_pieces(batches, size)
-        self._samples = sum(batch_size(batch) for batch in self._batches)
-        self._tried = list(_first(self._batches, tried))
-        self._readers: dict[str, Reader] = {}
-        self._outputs: dict[str, Statistics] = {}
-        self._pairs = Pairs(calibration.model, [])
-        self._first, _ = first_names(calibration.model)
-
-    def loss(self, tensors: Tensors) -> float:
-        """Mean loss with other tensors in the model; infinite if it is NaN."""
-        return self._mean_loss(self._tried, tensors)
-
-    def _mean_loss(self, batches: Sequence[Batch], tensors: Tensors) -> float:
-        total = 0.0
-        with torch.no_grad(), installed(tensors):
-            for batch in batches:
-                total += float(self._calibration.loss(None, batch)) * batch_size(batch)
-        samples = sum(batch_size(batch) for batch in batches)
-        return total / samples if total == total else float("inf")
-
-    def parts(self, groups: Sequence[UnitGroup]) -> list[list[UnitGroup]]:
-        """Divide groups such that the moments of each part fit into memory at once."""
-        room, held = self._calibration.memory.factor_bytes, 0
-        parts: list[list[UnitGroup]] = [[]]
-        for group in groups:
-            readers, _ = readers_of(self._calibration.model, [group])
-            pairs = Pairs(self._calibration.model, [group]).readers
-            needed = sum(each.moment_bytes for each in [*readers.values(), *pairs.values()])
-            if parts[-1] and held + needed > room:
-                parts, held = [*parts, []], 0
-            parts[-1].append(group)
-            held += needed
-        return parts
-
-    def watch(self, groups: Sequence[UnitGroup]) -> None:
-        """Collect the moments of all readers of some groups, in the whole model."""
-        self._readers, _ = readers_of(self._calibration.model, groups)
-        readers = list(self._readers.values())
-        survey(self._calibration, cut(self._batches[0], 0, 1), readers)
-        self._pairs = Pairs(self._calibration.model, groups)
-        with watched([*readers, *self._pairs.readers.values()], self._samples):
-            self._mean_loss(self._batches, {})
-        for reader in readers:
-            reader.summarise()
-        self._outputs = {
-            reader.name: reader.output_statistics({"weight": reader.weight})
-            for reader in readers
-            if reader.norm is not None and reader.summary is not None
-        }
-
-    def without(self, group: UnitGroup, gone: Tensor) -> Tensors:
-        """Re-fit readers without some units, and the batch norms directly behind them."""
-        rows = rows_that_go(self._calibration.model, [group], {group.name: gone})
-        result = self._pairs.without([group], {group.name: gone}, self._damping)
-        keeps: dict[str, Tensor] = {}
-        for piece in group.slices:
-            reader = self._readers.get(self._first.get(piece.name, ""))
-            if piece.role != "consumer" or reader is None or reader.summary is None:
-                continue  # what is not called does not matter to the loss
-            keep = torch.ones(reader.weight.shape[reader.dim], dtype=torch.bool)
-            keep = keeps.setdefault(reader.name, keep)
-            keep[piece.positions.cpu()[gone.cpu()].flatten()] = False
-        for name, keep in keeps.items():
-            reader = self._readers[name]
-            fitted = reader.refit(keep, self._damping)
-            result[reader.module] = without_rows(reader.module, rows.get(reader.module, []), fitted)
-            norm: Any = reader.norm
-            if norm is not None and norm.running_mean is not None:
-                before = self._outputs[name]
-                now = reader.output_statistics(result[reader.module])
-                result[norm] = matched(norm, before, now)
-        return result
-
-
-def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
-    for batch in batches:
-        if samples > 0:
-            yield cut(batch, 0, samples)
-        samples -= batch_size(batch)
-
-
-def _batch_size(calibration: Calibration, sample: Batch) -> int:
-    """Number of samples per batch: on a CPU so few that activations fit into its caches."""
-    if calibration.device.type != "cpu":
-        return _MOST_SAMPLES
-    return min(max(_ACTIVATION_BYTES // survey(calibration, sample, []), 1), _CPU_BATCH)
+    return MOST_SAMPLES, min(max(tried, _LEAST_SAMPLES), MOST_SAMPLES)
 
 
 def _counts(removable: int, points: int) -> tuple[int, ...]:
