@@ -32,6 +32,7 @@ class Placed(Protocol):
     @property
     def device(self) -> torch.device:
         """The present device."""
+        ...
 
 
 class SampleStream:

@@ -59,5 +59,5 @@ def checked_options(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parser(method: type[BasePruningMethod]) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(method, None, skip=_NOT_OPTIONS, fail_untyped=False)
+    parser.add_class_arguments(method, None, skip={*_NOT_OPTIONS}, fail_untyped=False)
     return parser

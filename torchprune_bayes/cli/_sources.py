@@ -250,7 +250,8 @@ def _image_transform(model: nn.Module) -> Any:
 
             from torchprune_bayes.integrations.timm import WithChannels, data_config
         config = data_config(model)
-        return WithChannels(create_transform(**config, is_training=False), config["input_size"][0])
+        transform: Any = create_transform(**config, is_training=False)
+        return WithChannels(transform, config["input_size"][0])
     from torchvision import transforms
 
     return transforms.Compose(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -186,7 +186,7 @@ def _steps(info: dict[str, Any]) -> dict[str, ResultsTable]:
 
 def _method_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = checked_options(arguments.method, arguments.options)
-    method: Callable[..., Any] = find_method(arguments.method).method
+    method = cast("Callable[..., Any]", find_method(arguments.method).method)
     try:  # Before anything is loaded; PyTorch's own methods raise plain exceptions.
         method(arguments.amount, **options)
     except (TypeError, ValueError) as error:

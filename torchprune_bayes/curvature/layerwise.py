@@ -237,7 +237,8 @@ class LayerCurvature(LayerStatistics):
             total = self._summed(passes, check, routes, batches())
         sums = total.finished(masks)
         self.masks, self.sums, self.count = masks, sums, total.samples
-        self.coverage, self.calibration = coverage_of(total.routes, masks), calibration
+        self.coverage = coverage_of(total.routes, masks)
+        self.calibration: Calibration | None = calibration
         self._routes = routes
         return self
 

@@ -127,6 +127,7 @@ class Start(Protocol):
 
     def make(self, trial: Trial) -> Started:
         """Make the network."""
+        ...
 
 
 class Pruning(Protocol):
@@ -135,9 +136,11 @@ class Pruning(Protocol):
     @property
     def is_random(self) -> bool:
         """Whether draws of calibration samples matter."""
+        ...
 
     def run(self, started: Started, trial: Trial, target: Target) -> nn.Module:
         """Prune, train as it prescribes; returns the network to measure."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -163,16 +166,20 @@ class Figure(Protocol):
     @property
     def name(self) -> str:
         """Name of its files."""
+        ...
 
     @property
     def start(self) -> Start:
         """The preparation of the network that is drawn."""
+        ...
 
     def rows(self, trial: Trial, started: Started) -> list[dict[str, Any]]:
         """Data of one seed."""
+        ...
 
     def draw(self, rows: ResultsTable, folder: Path) -> Path:
         """Draw the rows of all seeds into a folder."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def _from_hub(name: str) -> Rows:
     with optional("datasets", "hf"):
         from datasets import load_dataset
     try:
-        return list(load_dataset(name, split=split or "train"))
+        rows: Any = load_dataset(name, split=split or "train")
+        return list(rows)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ArgumentError(f"Expected a data set of the Hub, got: {reason}") from error

@@ -141,6 +141,7 @@ class Course(Protocol):
 
     def schedule(self, training: Training, final: float) -> Schedule:
         """The schedule in updates of a training."""
+        ...
 
 
 @dataclass(frozen=True)

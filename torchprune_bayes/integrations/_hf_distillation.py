@@ -50,8 +50,8 @@ class DistillationTrainer(Trainer):
         check_positive("temperature", temperature)
         check_fraction("distillation_weight", distillation_weight)
         super().__init__(*args, **kwargs)
-        teacher = deepcopy(self.model) if teacher is None else teacher
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        copied: Any = deepcopy(self.model) if teacher is None else teacher
+        self.teacher = copied.to(self.args.device).eval().requires_grad_(False)
         self.temperature = temperature
         self.distillation_weight = distillation_weight
 
@@ -66,7 +66,8 @@ class DistillationTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         teacher_inputs = dict(inputs)  # the Trainer may remove the labels
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = result
         labels = teacher_inputs.pop("labels", None)
         with torch.no_grad():
             target = self.teacher(**teacher_inputs).logits

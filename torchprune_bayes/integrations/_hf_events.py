@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import sys
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from torchprune_bayes._extras import optional
 
 with optional("transformers", "hf"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import CallbackHandler
+
+
+def records_of(state: TrainerState) -> dict[str, Any]:
+    """What callbacks keep in the Trainer's checkpoints, by name; changes are kept."""
+    # Annotated as the list of callbacks that is given, but a dictionary once training has begun.
+    return cast("dict[str, Any]", state.stateful_callbacks)
 
 
 class FirstToLog(TrainerCallback):

@@ -24,7 +24,7 @@ from torchprune_bayes.integrations._checkpoints import (
     state_from,
 )
 from torchprune_bayes.integrations._distributed_steps import step_on_all_ranks
-from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog
+from torchprune_bayes.integrations._hf_events import AtEpochEnds, FirstToLog, records_of
 from torchprune_bayes.integrations._hf_metrics import TrainerMetrics
 from torchprune_bayes.integrations._hf_resume import (
     RECORD,
@@ -273,11 +273,11 @@ class PruningCallback(FirstToLog, AtEpochEnds):
             self._record = record_of(self.pruner)
             if self.forget_best:
                 forget_best(state)
-        state.stateful_callbacks[RECORD] = self._record
+        records_of(state)[RECORD] = self._record
 
     def _resumed(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         assert self.pruner is not None
-        record = state.stateful_callbacks.get(RECORD)
+        record = records_of(state).get(RECORD)
         if record is None:
             done = state.global_step if self.unit == "step" else int(state.epoch)
             warn_of("The checkpoint was not made with this callback: pruning starts from dense.")

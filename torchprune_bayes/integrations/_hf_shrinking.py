@@ -14,6 +14,7 @@ from torchprune_bayes._distributed import is_distributed
 from torchprune_bayes._extras import optional
 from torchprune_bayes.calibration.batches import map_tensors
 from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.integrations._hf_events import records_of
 from torchprune_bayes.integrations._hf_resume import checkpoint_folder, forget_best
 from torchprune_bayes.integrations._ranks import refuse_sharded
 from torchprune_bayes.schedules import Schedule
@@ -135,7 +136,7 @@ class ShrinkingCallback(TrainerCallback):
         refuse_sharded(model)
         if callable(self._schedule) and not isinstance(self._schedule, Schedule):
             self._schedule = self._schedule(state.max_steps)
-        self._stages = Stages(**state.stateful_callbacks.get(RECORD, {}))
+        self._stages = Stages(**records_of(state).get(RECORD, {}))
         self._check(model)
         if not state.global_step:
             self._cut(0, model, optimizer, state)
@@ -164,7 +165,7 @@ class ShrinkingCallback(TrainerCallback):
     ) -> None:
         """Write the files to rebuild the shrunk model into the folder of the checkpoint."""
         folder = checkpoint_folder(args, state)
-        if RECORD in state.stateful_callbacks and args.should_save and folder.is_dir():
+        if RECORD in records_of(state) and args.should_save and folder.is_dir():
             save_shrunk(model, folder)
 
     def _check(self, model: nn.Module) -> None:
@@ -203,5 +204,5 @@ class ShrinkingCallback(TrainerCallback):
         )
         self.reports.append(report)
         self._stages.count(report)
-        state.stateful_callbacks[RECORD] = {"left": self._stages.left}
+        records_of(state)[RECORD] = {"left": self._stages.left}
         forget_best(state)

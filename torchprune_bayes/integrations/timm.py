@@ -86,7 +86,7 @@ def calibrate(
     config = _config_of(model) if data_config is None else data_config
     known = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     chosen = {key: config[key] for key in known if key in config}
-    transform = create_transform(**chosen, is_training=False)
+    transform: Any = create_transform(**chosen, is_training=False)
     dataset.transform = WithChannels(  # type: ignore[attr-defined]
         transform, config["input_size"][0] if "input_size" in config else 3
     )

@@ -28,6 +28,7 @@ class Scorer(Protocol):
 
     def decide(self, space: ParameterSpace, amount: Any, pattern: Pattern | None) -> Decision:
         """Masks of the next round, at the weights and masks of ``space``."""
+        ...
 
 
 class TokenFisher:
@@ -62,7 +63,8 @@ class TokenFisher:
         check_count("labels", labels)
         check_positive("damping", damping)
         self.calibration, self.scope, self.damping = calibration, scope, damping
-        self.kind, self.labels = kind, labels
+        self.kind: Literal["empirical", "monte_carlo"] = kind
+        self.labels = labels
         self._diagonal: dict[str, Tensor] = {}
         self._samples = 0
 

@@ -293,7 +293,7 @@ def _decide_by_pytorch(method: prune.BasePruningMethod, space: ParameterSpace) -
     # PyTorch's contract: a flat vector of the remaining entries and a mask of ones.
     remaining = RemainingVector(space.masks())
     flat = remaining.gather(space.values())
-    mask = method.compute_mask(flat, torch.ones_like(flat))
+    mask: Any = method.compute_mask(flat, torch.ones_like(flat))
     if not ((mask == 0) | (mask == 1)).all():
         raise ArgumentError(
             f"Expected a mask of zeros and ones from {type(method).__name__}, got other values."

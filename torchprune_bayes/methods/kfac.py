@@ -117,7 +117,7 @@ class KFAC(CurvatureHolder[LayerCurvature]):
                 "samples: check the loss and its labels."
             )
         step = _Step(weights, masks, curvature, self)
-        if self.damping == "auto":
+        if isinstance(self.damping, str):
             chosen = best_damping(step.decide, unit, self.calibration)
         else:
             chosen = ChosenDamping(step.decide(self.damping), self.damping)

@@ -17,5 +17,5 @@ def named(
         ['snr', 'PosteriorMean(threshold=0.1)']
     """
     if isinstance(criteria, Mapping):
-        return {name: find_criterion(criterion) for name, criterion in criteria.items()}
+        return {str(name): find_criterion(criterion) for name, criterion in criteria.items()}
     return {str(criterion): find_criterion(criterion) for criterion in criteria}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,4 +66,6 @@ def _correlations(x: Tensor, y: Tensor) -> tuple[float, float]:
         from scipy import stats
     if len(x.unique()) == 1 or len(y.unique()) == 1:  # no order, of which scipy would warn
         return math.nan, math.nan
-    return float(stats.spearmanr(x, y).statistic), float(stats.kendalltau(x, y).statistic)
+    results: list[Any] = [stats.spearmanr(x, y), stats.kendalltau(x, y)]
+    spearman, kendall = (float(result.statistic) for result in results)
+    return spearman, kendall

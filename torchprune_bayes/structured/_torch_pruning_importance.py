@@ -70,7 +70,7 @@ def as_torch_pruning_group(group: UnitGroup, model: nn.Module) -> Any:
         positions = piece.positions
         width = width or positions.shape[1]
         entry = [place % width for place in range(positions.shape[1])]
-        item = GroupItem(_dependency(layer, handler), positions.reshape(-1).tolist())
+        item: Any = GroupItem(_dependency(layer, handler), positions.reshape(-1).tolist())
         item.root_idxs = [unit * width + each for unit in range(group.units) for each in entry]
         result._group.append(item)
     return result if len(result._group) else None

@@ -33,6 +33,7 @@ class Costs(Protocol):
 
     def total(self, resource: Resource, left: Units) -> float:
         """Return the amount with so many units left in each group."""
+        ...
 
 
 @dataclass(frozen=True)

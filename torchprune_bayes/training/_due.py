@@ -73,6 +73,7 @@ class Goal(Protocol):
 
     def is_reached(self, space: ParameterSpace, schedule: Schedule) -> bool:
         """Whether the end of the schedule is reached."""
+        ...
 
 
 class SparsityGoal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -109,7 +109,8 @@ def lbfgs_directions(optimizer: Optimizer) -> list[Tensor]:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The tensor itself, or the local part of a sharded one."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
 
 
 def _takes_hooks(optimizer: Any) -> bool:

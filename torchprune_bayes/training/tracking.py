@@ -44,7 +44,8 @@ class PruningLog:
                 "Expected a SummaryWriter or a function (numbers, step=...) as `tracker`, got "
                 f"{type(tracker).__name__}."
             )
-        self._tracker, self._pruner = tracker, pruner
+        self._tracker: Any = tracker
+        self._pruner = pruner
         self._layers, self._prefix, self._seen = layers, prefix, 0
 
     def __call__(self, step: int, **numbers: float) -> None:

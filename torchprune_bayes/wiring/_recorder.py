@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from torchprune_bayes.wiring import _products as products
@@ -162,7 +162,7 @@ class Recorder(TorchDispatchMode):
         output = operation(*args, **kwargs)
         if computes(operation):
             self.operations.append(str(operation))
-        with torch.utils._python_dispatch._disable_current_modes():
+        with _disable_current_modes():
             self._note(operation, args, kwargs, output)
         return output
 

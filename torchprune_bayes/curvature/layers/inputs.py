@@ -149,9 +149,10 @@ def _is_convolution(module: nn.Module) -> bool:
 def _rows(module: nn.Module, x: Tensor, real: Tensor | None) -> Tensor:
     """The input that a layer's weight multiplies, ``[groups, tokens, n]``."""
     if _is_convolution(module):
-        unbatched = x.ndim == len(cast("nn.Conv2d", module).kernel_size) + 1
-        cut = patches(cast("nn.Conv2d", module), x.unsqueeze(0) if unbatched else x)
-        return cut.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        convolution = cast("nn.Conv2d", module)
+        unbatched = x.ndim == len(convolution.kernel_size) + 1
+        cut = patches(convolution, x.unsqueeze(0) if unbatched else x)
+        return cut.unflatten(1, (convolution.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     if real is not None:
         if x.shape[:2] == real.shape and x.ndim == 3:
             x = x[real]
