@@ -102,6 +102,19 @@ def test_latency_goes_where_it_is_spent(slow_layers):
     assert dense[3].out_channels == 8
 
 
+def test_a_latency_is_reported_from_a_measurement_of_its_own(slow_layers, monkeypatch):
+    model, inputs = build("vgg"), images()
+    lucky, latency = [0.5], MeasuredCosts._latency
+    monkeypatch.setattr(MeasuredCosts, "_latency", lambda *args: lucky[0] * latency(*args))
+    anew = MeasuredCosts.anew
+    monkeypatch.setattr(
+        MeasuredCosts, "anew", lambda *args: (lucky.__setitem__(0, 1.0), anew(*args))[1]
+    )
+    report = shrink(model, inputs, RowNorm(), sparsity=0.3, target="latency")
+    assert report.measured is not None
+    assert report.measured.after == round(1e9 * (1.0 + model[3].out_channels))
+
+
 def test_what_cannot_be_measured_is_refused():
     model = build("vgg")
     groups = find_groups(model, images())

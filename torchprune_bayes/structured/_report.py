@@ -67,6 +67,8 @@ class ShrinkReport:
         left_out: Groups that cannot be cut, by the layer that produces their units, each with the
             reason.
         measured: For ``target="latency"`` nanoseconds of one forward pass, for ``"memory"`` bytes.
+            A latency is measured once more at the end: it may differ from what was asked for by
+            the noise of the machine, see :class:`~torchprune_bayes.structured.MeasuredCosts`.
         curves: The loss curves that the last step measured, see
             :class:`~torchprune_bayes.structured.curves.LossCurve`.
         repairs: Report of the repair of each step.

@@ -74,19 +74,33 @@ class MeasuredCosts:
             ArgumentError: If the resource is another one.
         """
         check_choice("resource", resource, (self.kind,))
-        key = tuple(left.get(group.name, group.units) for group in self.groups)
+        key = self._key(left)
         if key not in self._seen:
-            kept = {
-                group.name: torch.arange(count)
-                for group, count in zip(self.groups, key, strict=True)
-                if count < group.units
-            }
-            change = apply_plan(self.model, plan_of(self.model, self.groups, kept))
-            try:
-                self._seen[key] = self._latency(change) if self.kind == "latency" else self._bytes()
-            finally:
-                change.undo()
+            self._seen[key] = self._measured(key)
         return self._seen[key]
+
+    def anew(self, left: Units) -> float:
+        """Return the cost from a measurement of its own.
+
+        The sizes that a search has settled on are those whose measurement happened to be low, so
+        that the same measurement would flatter them.
+        """
+        return self._measured(self._key(left))
+
+    def _key(self, left: Units) -> tuple[int, ...]:
+        return tuple(left.get(group.name, group.units) for group in self.groups)
+
+    def _measured(self, key: tuple[int, ...]) -> float:
+        kept = {
+            group.name: torch.arange(count)
+            for group, count in zip(self.groups, key, strict=True)
+            if count < group.units
+        }
+        change = apply_plan(self.model, plan_of(self.model, self.groups, kept))
+        try:
+            return self._latency(change) if self.kind == "latency" else self._bytes()
+        finally:
+            change.undo()
 
     def prices(self, left: Units) -> dict[str, float]:
         """Return the cost of one unit of each group, from halving the group alone.

@@ -275,5 +275,5 @@ def _report(
 def _measured_amount(run: Shrinking, target: Target) -> Amount | None:
     if run.measured is None or target == "evidence":
         return None
-    before, after = (run.measured.total(target, left) for left in ({}, run.left()))
+    before, after = run.measured.total(target, {}), run.measured.anew(run.left())
     return Amount(round(before), round(after))
