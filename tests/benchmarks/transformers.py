@@ -44,6 +44,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "layerwise",
         {"scores": "opd", "score_options": {"structure": "kronecker"}},
     ),
+    "layerwise, kfac": ("layerwise", {"scores": "kfac"}),
     "layerwise, damping 0.01": ("layerwise", {"score_options": {"damping": 0.01}}),
     "layerwise, 1 step": ("layerwise", {"steps": 1}),
     "layerwise, 8 steps": ("layerwise", {"steps": 8}),

@@ -14,26 +14,29 @@ PEER = "sparsegpt"
 
 @torch.no_grad()
 def measured(model: nn.Module, data: Data, samples: int) -> dict[str, Any]:
-    """Mean negative log-likelihood, with its exponential or its error, accuracy and ``losses``."""
+    """Mean negative log-likelihood with its standard error over samples, and ``losses`` of each.
+
+    A sample is a sentence, an image or a block of text, whose loss is the mean over its tokens.
+    """
     model.eval()
-    total = right = 0.0
+    right = 0.0
     losses: list[float] = []
     number = min(samples or len(data["labels"]), len(data["labels"]))
     for start in range(0, number, 128):
         batch = part_of(data, slice(start, min(start + 128, number)))
-        output = model(**batch)
-        size = len(batch["labels"])
-        total += float(output.loss) * size
-        if output.logits.ndim == 2:
-            right += float((output.logits.argmax(1) == batch["labels"]).sum())
-            each = nn.functional.cross_entropy(output.logits, batch["labels"], reduction="none")
-            losses += each.tolist()
-    nll = total / number
+        logits, labels = model(**batch).logits, batch["labels"]
+        if logits.ndim == 2:
+            right += float((logits.argmax(1) == labels).sum())
+        else:
+            logits, labels = logits[:, :-1].transpose(1, 2), labels[:, 1:]
+        each = nn.functional.cross_entropy(logits, labels, reduction="none")
+        losses += each.reshape(len(each), -1).mean(1).tolist()
+    values = torch.tensor(losses)
+    nll = float(values.mean())
+    found = {"nll": nll, "standard_error": float(values.std()) / number**0.5, "losses": losses}
     if data["labels"].ndim > 1:
-        return {"nll": nll, "perplexity": float(torch.tensor(nll).exp())}
-    error = float(torch.tensor(losses).std()) / number**0.5
-    accuracy = 100 * right / number
-    return {"nll": nll, "standard_error": error, "accuracy": accuracy, "losses": losses}
+        return found | {"perplexity": float(torch.tensor(nll).exp())}
+    return found | {"accuracy": 100 * right / number}
 
 
 @torch.no_grad()
@@ -49,7 +52,7 @@ def divergence(dense: nn.Module, model: nn.Module, data: Data, samples: int) -> 
 
 
 def compared(rows: list[dict[str, Any]]) -> list[str]:
-    """NLL of each method minus SparseGPT's with the same calibration samples, sentence by sentence.
+    """NLL of each method minus SparseGPT's with the same calibration samples, sample by sample.
 
     Differences of a sample are averaged over the seeds; the standard error is over the samples.
     """

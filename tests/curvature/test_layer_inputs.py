@@ -131,9 +131,9 @@ def test_a_layer_that_is_called_twice_adds_up():
 class Experts(nn.Module):
     """A mixture whose second expert sees samples with a positive first entry, the third none."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 3) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))
+        self.experts = nn.ModuleList(nn.Linear(inputs, 2) for _ in range(3))
 
     def forward(self, x):
         second = x[:, 0] > 0

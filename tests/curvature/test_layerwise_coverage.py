@@ -262,24 +262,51 @@ def test_a_bias_whose_gradient_is_zero_stays_with_its_rule() -> None:
     assert set(found.coverage.values()) == {"Linear"}
 
 
-def test_layers_that_see_parts_of_samples_at_some_sizes_only_are_refused() -> None:
-    from torchprune_bayes.errors import CalibrationError
+class Halves(nn.Module):
+    """Pads an odd batch for a layer that works on pairs of samples."""
 
-    class Halves(nn.Module):
-        """Pads an odd batch for a layer that works on pairs of samples."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 3)
+    def forward(self, x: Tensor) -> Tensor:
+        extra: Any = x[:1].detach() if len(x) > 2 and len(x) % 2 else x[:0]
+        return self.fc(torch.cat([x, extra]))[: len(x)]
 
-        def forward(self, x: Tensor) -> Tensor:
-            extra: Any = x[:1].detach() if len(x) > 2 and len(x) % 2 else x[:0]
-            return self.fc(torch.cat([x, extra]))[: len(x)]
 
-    x, y = _normal(5, 4), torch.arange(5) % 3
-    model: Any = Halves().double()
-    with pytest.raises(CalibrationError, match=r"layer of `fc\.\w+` with inputs that are no"):
-        LayerCurvature().fit_model(model, [(x, y)], cross_entropy)
+class Routed(nn.Module):
+    """Experts that see the samples that begin with their sign: of two, perhaps both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for expert, chosen in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0), strict=True):
+            if chosen.any():
+                out[chosen] = expert(x[chosen])
+        return self.fc(out)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("build", [Halves, Routed])
+def test_layers_that_see_parts_of_samples_in_some_batches_only(
+    build: Callable[[], nn.Module], verify: bool
+) -> None:
+    torch.manual_seed(0)
+    x, y = _normal(9, 4), torch.arange(9) % 3
+    x[:4, 0] = 1.0
+    x[4:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])
+    model: Any = build().double()
+    expected = empirical_diagonal(model, [(x, y)], cross_entropy, trainable_parameters(model))
+    found = LayerCurvature(batch_size=5, verify=verify).fit_model(model, [(x, y)], cross_entropy)
+    for key, value in expected.items():
+        torch.testing.assert_close(found.diagonal()[key], value, rtol=1e-9, atol=1e-15)
+    assert found.count == 9
+    names = [key for key, how in found.coverage.items() if how.startswith("one by one")]
+    assert any(name.startswith("fc" if build is Halves else "experts.0") for name in names)
     assert not model.fc._forward_hooks
 
 

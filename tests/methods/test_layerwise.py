@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tests.curvature.test_layer_inputs import Experts, Twice, bert, gpt2
-from tests.references.layer_update import solved_rows
+from tests.references.layer_update import solved_rows, swept
 from torchprune_bayes import (
     Calibration,
     GradualPruner,
@@ -64,22 +64,36 @@ def test_every_method_that_scores_chooses_the_masks_of_a_step(scores):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("build", [mlp, gpt2, lambda: bert(pad=True)])
-def test_the_rows_are_least_squares_on_what_the_pruned_model_sees(build):
+def convolutions():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2, groups=2),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
+    return model, [(torch.randn(64, 3, 6, 6), torch.randint(4, (64,)))]
+
+
+@pytest.mark.parametrize("build", [mlp, convolutions, gpt2, lambda: bert(pad=True)])
+@pytest.mark.parametrize(("solver", "literal"), [("exact", solved_rows), ("sequential", swept)])
+def test_the_rows_are_least_squares_on_what_the_pruned_model_sees(build, solver, literal):
     model, data = build()
     calibration = calibrated(model, data)
     dense = {name: value.clone() for name, value in calibration.space.values().items()}
-    method_options = {"scores": "magnitude", "steps": 1, "damping": 0.05, "solver": "exact"}
+    method_options = {"scores": "magnitude", "steps": 1, "damping": 0.05, "solver": solver}
     decision = prune_global(
         None, "layerwise", amount=0.6, calibration=calibration, **method_options
     )
     moments = LayerInputs(calibration).moments()  # of the pruned model
     assert decision.updates is not None
     for name, moment in moments.items():
-        rows, keep = (matrix_of(moment.module, t)[0] for t in (dense[name], decision.masks[name]))
-        expected = solved_rows(damped(moment.mean[0], 0.05), rows, keep)
-        found = matrix_of(moment.module, decision.updates[name])[0].double()
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+        tensors = (dense[name], decision.masks[name], decision.updates[name])
+        parts = (matrix_of(moment.module, tensor) for tensor in tensors)  # one for each group
+        for gram, rows, keep, found in zip(moment.mean, *parts, strict=True):
+            expected = literal(damped(gram, 0.05), rows, keep)
+            torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_the_tokens_of_a_layer_are_squared_one_by_one():
@@ -129,8 +143,9 @@ def test_an_expert_that_no_token_reaches_is_ranked_by_magnitude():
     model = Experts()
     dense = model.experts[2].weight.detach().abs().flatten()
     calibration = calibrated(model, [(torch.randn(32, 3), torch.arange(32) % 2)])
-    with pytest.warns(CalibrationWarning, match=r"weights of experts\.2\.weight stay"):
-        masks = prune_global(None, "layerwise", amount=9, calibration=calibration, steps=1).masks
+    with pytest.warns(CalibrationWarning, match=r"weights of experts\.2\.weight stay") as warned:
+        masks = prune_global(None, "layerwise", amount=9, calibration=calibration).masks
+    assert len(warned) == 1  # and not one for each round
     kept = masks["experts.2.weight"].flatten()
     assert 0 < int(kept.sum()) < 6
     assert dense[kept].min() > dense[~kept].max()

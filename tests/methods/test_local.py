@@ -93,6 +93,24 @@ def test_layers_without_tokens_are_pruned_by_magnitude(name):
     assert torch.equal(model.experts[2].weight, dense * mask["experts.2.weight"])
 
 
+@pytest.mark.parametrize("name", [*NAMES, "layerwise"])
+@pytest.mark.parametrize(("pattern", "kept"), [("2:4", 2), ("4:8", 4)])
+def test_patterns_of_layers_without_tokens(name, pattern, kept):
+    torch.manual_seed(0)
+    model = Experts(inputs=8)
+    calibration = calibrated(model, [(torch.randn(16, 8), torch.arange(16) % 2)])
+    dense = model.experts[2].weight.detach().clone()
+    with pytest.warns(CalibrationWarning, match=r"experts\.2\.weight"):
+        masks = prune_global(
+            None, name, amount=None, pattern=pattern, calibration=calibration
+        ).masks
+    for mask in masks.values():
+        assert (mask.unflatten(1, (-1, 2 * kept)).sum(-1) == kept).all()
+    groups = dense.abs().unflatten(1, (-1, 2 * kept))
+    expected = groups >= groups.topk(kept, dim=-1).values[..., -1:]
+    assert torch.equal(masks["experts.2.weight"], expected.flatten(1))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_on_inputs_that_are_always_zero_go_first(name):
     model, data = mlp()

@@ -231,10 +231,11 @@ class LayerCurvature(LayerStatistics):
         check = NormalisationCheck(passes)
         if self.verify:
             check.examine(joined(head) or head[0])
+        apart: set[str] = set()
         total = None
         while total is None:
-            routes = self._routes_of(passes, head[0], couples=check.couples)
-            total = self._summed(passes, check, routes, batches())
+            routes = self._routes_of(passes, head[0], check.couples, apart)
+            total = self._summed(passes, check, routes, batches(), apart)
         sums = total.finished(masks)
         self.masks, self.sums, self.count = masks, sums, total.samples
         self.coverage = coverage_of(total.routes, masks)
@@ -243,9 +244,14 @@ class LayerCurvature(LayerStatistics):
         return self
 
     def _summed(
-        self, passes: Passes, check: NormalisationCheck, routes: Routes, batches: Iterator[Batch]
+        self,
+        passes: Passes,
+        check: NormalisationCheck,
+        routes: Routes,
+        batches: Iterator[Batch],
+        apart: set[str],
     ) -> BatchSums | None:
-        """The sums over all batches; ``None`` if a late one shows that they were made wrongly."""
+        """The sums over all batches; ``None``, and more ``apart``, if one shows them wrong."""
         taken, factors = needed(routes, self.structure, self.factor_limit)
         total = BatchSums(
             passes,
@@ -263,18 +269,20 @@ class LayerCurvature(LayerStatistics):
                 if check.found_late:
                     check.found_late = False
                     return None
-            total.add(batch)
+            if unbatched := total.add(batch):
+                apart |= unbatched
+                return None
             if self.most_terms is not None and total.terms >= self.most_terms:
                 break
         return total
 
-    def _routes_of(self, passes: Passes, first: Batch, *, couples: bool) -> Routes:
+    def _routes_of(self, passes: Passes, first: Batch, couples: bool, apart: set[str]) -> Routes:
         if not self.verify:
-            return unverified_routes(passes.calibration.space)
+            return unverified_routes(passes.calibration.space, apart)
         before = self.calibration
-        if couples or before is None or not _same_task(before, passes.calibration):
+        if couples or apart or before is None or not _same_task(before, passes.calibration):
             two = examples_of(first, passes.losses.ignore_index, 2, self.mini_batch)
-            return verified_routes(passes, two, couples=couples)
+            return verified_routes(passes, two, couples=couples, apart=apart)
         return self._routes
 
     def _passes(

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import count_to_prune
 from torchprune_bayes._numerics.precision import wide
-from torchprune_bayes._numerics.selection import smallest_k
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.curvature.layer_inputs import LayerInputs
 from torchprune_bayes.curvature.layers.inputs import InputMoment, matrix_of, weight_of
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
-from torchprune_bayes.methods._pattern import Pattern
+from torchprune_bayes.methods._pattern import Pattern, kept_by
 from torchprune_bayes.methods._target import Target
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.params import ParameterSpace
@@ -88,10 +87,11 @@ class LayerLocalPruning(PruningMethod):
             return new
 
         found = inputs.update(update, weights)
-        for name in sorted(left):
-            magnitude = weights[name].abs()
-            [masks[name]] = smallest_k([magnitude], counts[name], [masks[name]])
         if left:
+            part = space.subset(left)
+            sizes = {name: value.abs() for name, value in part.values().items()}
+            few = {name: counts[name] for name in sizes}
+            masks |= kept_by(part, sizes, few, pattern=self.pattern, scope="layer")
             warnings.warn(
                 f"The weights of {', '.join(sorted(left))} are pruned by magnitude, because no "
                 "calibration sample reaches them or they are of no linear layer or convolution: "

@@ -130,6 +130,7 @@ class Layerwise(PruningMethod):
         """
         weights, masks, reports = space.values(), space.masks(), []
         scores, rounds = None, self._rounds(space, masks)
+        unsolved: list[str] = []
         scorer: Scorer | None = self._scorer(self.required_calibration)
         for index, (amount, pattern) in enumerate(rounds):
             assert scorer is not None
@@ -140,7 +141,8 @@ class Layerwise(PruningMethod):
             if index == len(rounds) - 1:  # either what scores or the scores: both are large
                 scores, scorer = found.scores, None
             del found, seen
-            weights = self._solved(space, weights, masks)
+            weights, unsolved = self._solved(space, weights, masks)
+        _warn_of(unsolved)
         info = {"steps": reports, "scores": self.scores, "damping": self.damping}
         return Decision(masks, weights if rounds else None, scores, info)
 
@@ -182,7 +184,8 @@ class Layerwise(PruningMethod):
 
     def _solved(
         self, space: ParameterSpace, weights: Mapping[str, Tensor], masks: Masks
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """New weights, and the names of those that are only masked."""
         calibration = self.required_calibration.with_space(space)
         inputs = LayerInputs(calibration, ignore_padding=self.ignore_padding)
         unsolved = [name for name in weights if name not in inputs.names]
@@ -194,11 +197,11 @@ class Layerwise(PruningMethod):
             return self._new_weight(moment, weights[name], masks[name])
 
         found = inputs.update(update, weights, masks)
-        _warn_of(unsolved)
-        return {
+        new = {
             name: found[name].to(value) if name in found else value * masks[name]
             for name, value in weights.items()
         }
+        return new, unsolved
 
     def _new_weight(self, moment: InputMoment, weight: Tensor, mask: Tensor) -> Tensor:
         module, place = moment.module, moment.total.device

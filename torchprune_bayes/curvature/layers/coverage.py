@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,14 +23,16 @@ _ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-12}
 _MOST_INSERTED = 3
 
 
-def unverified_routes(space: ParameterSpace) -> Routes:
-    """Rules for all layers that have one, and the rest sample by sample."""
-    layers = layers_of(space)
+def unverified_routes(space: ParameterSpace, apart: Collection[str] = ()) -> Routes:
+    """Rules for all layers that have one, and the rest, and ``apart``, sample by sample."""
+    layers = _restricted(layers_of(space), set(space.names).difference(apart))
     known = _names_in(layers)
     return Routes(layers, singles=[name for name in space.names if name not in known])
 
 
-def verified_routes(passes: Passes, two: Batch, *, couples: bool = False) -> Routes:
+def verified_routes(
+    passes: Passes, two: Batch, *, couples: bool = False, apart: Collection[str] = ()
+) -> Routes:
     """Routes that agree with autograd on two separate samples.
 
     Parameters without a correct rule are tried in one copy per sample, which suits those that the
@@ -41,6 +43,8 @@ def verified_routes(passes: Passes, two: Batch, *, couples: bool = False) -> Rou
         passes: The model.
         two: A batch of two samples.
         couples: Whether a batch's loss is not a mean of per-sample losses, so that no rule applies.
+        apart: Parameters of layers that did not see whole samples in another batch, whose rule may
+            agree on these two by chance.
 
     Cost: about ten passes over two samples, and two gradients.
     """
@@ -48,9 +52,10 @@ def verified_routes(passes: Passes, two: Batch, *, couples: bool = False) -> Rou
     layers = [] if couples else layers_of(space)
     exact = _exact_squares(passes, two, space.names)
     squares = _squares_by_rules(passes, two, layers)
-    right = _agreeing(squares, exact, space.masks())
+    right = _agreeing(squares, exact, space.masks()).difference(apart)
     rest = [name for name in space.names if name not in right]
-    expanded = {} if couples else _expandable(passes, two, rest, exact)
+    shared = [] if couples else [name for name in rest if name not in apart]
+    expanded = _expandable(passes, two, shared, exact)
     singles = [name for name in rest if name not in expanded]
     whole = _right_as_a_whole(passes, two, _restricted(layers, set(singles)))
     routes = Routes(_restricted(layers, right), whole, expanded, singles)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._numerics.precision import float64_device
-from torchprune_bayes.calibration import Batch, batch_size
+from torchprune_bayes.calibration import Batch
 from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
 from torchprune_bayes.errors import CalibrationError
@@ -83,20 +83,17 @@ class BatchSums:
         """Terms of the loss so far."""
         return int(self._terms)
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch) -> set[str]:
         """Add the sums over one batch.
 
-        Raises:
-            CalibrationError: If a layer does not see whole samples.
+        Returns:
+            Parameters of layers that did not see whole samples, such as experts that only some of
+            the tokens reach; if there are any, nothing has been added.
         """
         passes = self._passes
         evaluated, recording = passes.forward(batch, self.routes)
         if recording.unbatched:
-            raise CalibrationError(
-                f"Expected layers that see whole samples, got a layer of "
-                f"`{min(recording.unbatched)}` with inputs that are no multiple of "
-                f"{batch_size(batch)} samples: pass batch_size=1."
-            )
+            return recording.unbatched
         self.samples += len(evaluated.terms)
         self._loss = self._loss + evaluated.total_loss.to(self._place)
         self._terms = self._terms + evaluated.terms.sum().to(self._place)
@@ -105,6 +102,7 @@ class BatchSums:
         )
         for index, vector in enumerate(vectors):
             self._add_pass(batch, evaluated, recording, vector, index, len(vectors))
+        return set()
 
     def finished(self, masks: Masks) -> dict[str, Tensor]:
         """All sums, checked; on the CPU if the device has no float64.
