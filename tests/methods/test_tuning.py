@@ -243,7 +243,7 @@ def test_every_step_goes_on_from_the_last_one(method, monkeypatch: pytest.Monkey
 
 
 def test_small_blocks_are_tried_with_one_damping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tuning, "_SMALLEST_BLOCKS", 10)
+    monkeypatch.setattr(_tuning, "_SMALL_BLOCKS", (10, 10))
     tried: list[tuple[int | str, float]] = []
     plain = prune_step
 
@@ -260,8 +260,8 @@ def test_small_blocks_are_tried_with_one_damping(monkeypatch: pytest.MonkeyPatch
 
 def test_a_large_network_has_small_blocks_and_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """The damping is that of the smallest left-out error, and only lengths are tried."""
-    monkeypatch.setattr(_tuning, "_MOST_FOR_TRIALS", 100)
-    monkeypatch.setattr(_tuning, "_SMALLEST_BLOCKS", 10)
+    monkeypatch.setattr(_tuning, "MOST_FOR_TRIALS", 100)
+    monkeypatch.setattr(_tuning, "_SMALL_BLOCKS", (10, 10))
     calibration, measured = _little(), []
     plain = calibration.held_out_loss
 

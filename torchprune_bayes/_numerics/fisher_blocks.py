@@ -264,8 +264,10 @@ def small_blocks_diagonal(gradients: Tensor, damping: float) -> Tensor:
     ridge = gradients.shape[-2] * damping
     inner = damped_gram(gradients, ridge)
     whitened = _inverse_of_triangular(damped_factor(inner, ridge)).to(gradients) @ gradients
-    part = wide(whitened.square_().sum(-2)).neg_().add_(1.0).div_(damping)
-    return _bounded(part, mean_squares(gradients), damping)
+    left = wide(whitened.square_().sum(-2)).neg_().add_(1.0)
+    # F⁻¹_ii is at least 1/F_ii, and no F_ii more than the trace: guards against cancellation.
+    trace = wide(inner.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True))
+    return left.maximum(ridge / (ridge + trace)).clamp_(max=1.0).div_(damping)
 
 
 def _inverse_of_triangular(factor: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ def joint_directions(
     *,
     kept: int | None = None,
     inner: Tensor | None = None,
+    change: Tensor | None = None,
     descent: bool = True,
 ) -> Directions:
     """Exact joint update in the cheaper of its two forms.
@@ -88,14 +89,16 @@ def joint_directions(
         kept: Most entries that a block keeps, if already known; reading it from the device takes
             time.
         inner: ``G_K G_Kᵀ``, if already computed.
+        change: ``Gw``, ``[blocks, N]``, if already computed; taken in its dtype alone.
         descent: Whether to compute the first-order part; otherwise it is zero.
 
     Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``.
     """
     kept = int(keep.sum(-1).max()) if kept is None else kept
     if needs_kept_columns(gradients, kept):
-        return joint_directions_from_kept(gradients, damping, weights, keep, kept, descent=descent)
-    inner = kept_inner(gradients, keep, kept) if inner is None else inner
+        return joint_directions_from_kept(
+            gradients, damping, weights, keep, kept, change=change, descent=descent
+        )
     return joint_directions_in_sample_space(
         gradients, damping, weights, keep, inner, descent=descent
     )
@@ -104,7 +107,7 @@ def joint_directions(
 def needs_kept_columns(gradients: Gradients, kept: int) -> bool:
     """Whether the update is computed from the columns of the kept weights, copied side by side."""
     blocks, count, size = gradients.shape
-    return kept <= count or (blocks > 1 and 2 * kept <= size)
+    return kept <= count or (blocks > 1 and 4 * kept <= 3 * size)
 
 
 def kept_inner(
@@ -163,6 +166,7 @@ def joint_directions_from_kept(
     keep: Tensor,
     kept: int,
     *,
+    change: Tensor | None = None,
     descent: bool = True,
 ) -> Directions:
     """The same from the columns of the kept weights side by side, which are all it needs.
@@ -175,6 +179,7 @@ def joint_directions_from_kept(
         weights: ``[blocks, B]``.
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         kept: Most entries that a block keeps.
+        change: ``Gw``, ``[blocks, N]``, if already computed; taken in its dtype alone.
         descent: Whether to compute the first-order part.
     """
     count, (indices, valid) = gradients.shape[-2], _positions(keep, kept)
@@ -183,7 +188,11 @@ def joint_directions_from_kept(
     inner = damped_gram(columns.mT if kept <= count else columns, count * damping)
     dtype, factor = inner.dtype, damped_factor(inner, count * damping)
     columns = in_dtype(columns, dtype)
-    right = _right_hand_side(removed_change(gradients, weights, keep, dtype), descent)
+    if change is None or change.dtype != dtype:
+        residual = removed_change(gradients, weights, keep, dtype)
+    else:  # G_P w_P = Gw − G_K w_K
+        residual = change - times_vector(columns, weights.gather(-1, indices), dtype)
+    right = _right_hand_side(residual, descent)
     if kept <= count:
         solved = torch.cholesky_solve(transposed_times(columns, right, dtype), factor)
     else:
@@ -194,9 +203,15 @@ def joint_directions_from_kept(
 
 
 def _positions(keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    # Indices of the kept entries of each block, padded to the longest; `valid` marks the real.
-    order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True)[..., :most]
-    return order, keep.gather(-1, order)
+    # Indices of the kept entries of each block, padded to the longest; `valid` marks the real. The
+    # padding is the place of a pruned entry, where nothing is kept.
+    blocks, size = keep.shape
+    rank = keep.cumsum(-1, dtype=torch.int32)
+    place = torch.where(keep, rank - 1, most).long()
+    padding = keep.to(torch.uint8).argmin(-1, keepdim=True)
+    order = padding.repeat(1, most + 1)
+    order.scatter_(1, place, torch.arange(size, device=keep.device).expand(blocks, size))
+    return order[:, :most], torch.arange(most, device=keep.device) < rank[:, -1:]
 
 
 def _right_hand_side(residual: Tensor, descent: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchprune_bayes._numerics.fisher_blocks import SampleSpace, in_sample_space
-from torchprune_bayes._numerics.gradient_tiles import Gradients, TiledGradients
+from torchprune_bayes._numerics.gradient_tiles import Gradients, TiledGradients, times_vector
 from torchprune_bayes._numerics.obs import kept_inner
 from torchprune_bayes._numerics.partition import runs_of_equal_size
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
@@ -27,11 +27,24 @@ class SharedProducts:
         spaces: ``GGᵀ`` of batches of blocks, by their start.
         kept: The kept entries of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
         runs: Start, number and size of consecutive blocks of one size.
+        weights: The weights ``[D]`` whose ``changes`` are known.
+        changes: ``Gw`` of batches of blocks, in the gradients' dtype, by their start.
     """
 
     spaces: dict[int, SampleSpace] = field(default_factory=dict)
     kept: tuple[Tensor, Tensor] | None = None
     runs: list[tuple[int, int, int]] | None = None
+    weights: Tensor | None = None
+    changes: dict[int, Tensor] = field(default_factory=dict)
+
+    def change(self, where: slice, gradients: Gradients, weights: Tensor) -> Tensor:
+        """``Gw`` of a batch of blocks, cached for the same weights ``[D]``."""
+        if self.weights is not weights:
+            self.weights, self.changes = weights, {}
+        if where.start not in self.changes:
+            part = weights[where].unflatten(0, gradients.shape[::2])
+            self.changes[where.start] = times_vector(gradients, part, gradients.dtype)
+        return self.changes[where.start]
 
     def inner_of(self, keep: Tensor) -> Tensor | None:
         """``G_K G_Kᵀ``, if it is cached."""

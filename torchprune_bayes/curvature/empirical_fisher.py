@@ -254,6 +254,9 @@ class EmpiricalFisher(BlockedGradients):
             else:
                 most = kept[where.start]
                 inner = self.kept_inner(gradients, k, most)
+                change = None
+                if gradients.shape[0] > 1:
+                    change = self.products.change(where, gradients, weights)
                 found = joint_directions(
                     gradients,
                     self.damping,
@@ -261,6 +264,7 @@ class EmpiricalFisher(BlockedGradients):
                     k,
                     kept=most,
                     inner=inner,
+                    change=change,
                     descent=descent,
                 )
             parts.append([part.flatten() for part in found])

@@ -37,8 +37,9 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the update that ``"auto"`` chooses from."""
 _WALK_FACTOR = 3.0
 _ABOUT_EQUAL = 1.05
-_SMALLEST_BLOCKS = 256
-_MOST_FOR_TRIALS = 2_000_000  # entries; beyond, a trial of a damping costs more than the gradients
+_SMALL_BLOCKS = (128, 256)
+MOST_FOR_TRIALS = 2_000_000
+"""Entries; beyond, a trial of a damping costs more than the gradients."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Tuning:
 
     def _with_blocks(self, step: Step, procedure: Procedure, dampings: list[float]) -> Move:
         cuts = block_choices(step)
-        if step.fisher.remaining.numel > _MOST_FOR_TRIALS:
+        if step.fisher.remaining.numel > MOST_FOR_TRIALS:
             damping = dampings[_least_left_out_error(cuts[0], dampings, procedure)]
             return self._best_lengths(prune_step(cuts[0], damping, procedure))
         if len(cuts) == len(dampings) == 1:
@@ -248,11 +249,13 @@ def block_choices(step: Step) -> list[Step]:
     fisher = step.fisher
     if fisher.block_size != "auto" or step.held_out is None:
         return [step]
-    small, entries = max(2 * fisher.count, _SMALLEST_BLOCKS), fisher.remaining.numel
+    count, entries = fisher.count, fisher.remaining.numel
+    least, most = _SMALL_BLOCKS
+    small = max(2 * count, min(max(4 * count, least), most))
     sizes: list[int | str] = ["full", small]
     if small >= entries:
         sizes = ["full"]
-    elif entries > _MOST_FOR_TRIALS:
+    elif entries > MOST_FOR_TRIALS:
         sizes = [small]
     return [step.with_blocks(size) for size in sizes]
 

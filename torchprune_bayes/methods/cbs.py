@@ -111,7 +111,7 @@ class CBS(WoodFisher):
         super().__init__(amount, stages=stages, **options)
         if isinstance(initial, str):
             check_choice("initial", initial, INITIALS)
-        elif self.steps * self.stages > 1:
+        elif (self.steps, self.stages) != (1, 1):
             raise ArgumentError("Expected one step and one stage with masks as `initial`.")
         check_choice("objective", objective, OBJECTIVES)
         check_count("perturbations", perturbations)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchprune_bayes._checks import check_choice, check_fraction, check_positive
 from torchprune_bayes._numerics.precision import wide
+from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.curvature import EmpiricalFisher
@@ -30,7 +31,7 @@ from torchprune_bayes.methods._obs_checks import (
 from torchprune_bayes.methods._obs_step import Procedure, Stage, State, Step, Update, smallest
 from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods._tuning import SCALES, Tuning, warn_of_a_rise
+from torchprune_bayes.methods._tuning import MOST_FOR_TRIALS, SCALES, Tuning, warn_of_a_rise
 from torchprune_bayes.methods.paper_variant import PaperVariant
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
@@ -38,7 +39,7 @@ from torchprune_bayes.types import Decision
 
 logger = logging.getLogger("torchprune_bayes")
 
-_STAGES = 4
+_STAGES, _STAGES_OF_LARGE = 4, 3
 _PAPER_EPSILON = 1e-10
 
 
@@ -68,8 +69,9 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         calibration: Data, model and loss.
         curvature: An :class:`~torchprune_bayes.curvature.EmpiricalFisher` fitted already.
         block_size: Blocks of the Fisher: ``"full"``, ``"tensor"``, an int, or ``"auto"``: one
-            block or blocks of ``2N`` entries (256 at least), whichever has the smaller loss on
-            held-out samples; beyond two million entries the small blocks.
+            block or small blocks (of ``2N`` entries; of fewer than 128 gradients ``4N``, between
+            128 and 256), whichever has the smaller loss on held-out samples; beyond two million
+            entries the small blocks.
         damping: ``λ``, or ``"auto"``: the value, in units of the mean squared gradient, whose
             update does best on gradients left out of it, and then on held-out samples
             (:mod:`torchprune_bayes.methods._tuning`).
@@ -77,8 +79,8 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             individually, as in the paper; ``"joint"`` solves for all of them jointly.
         update_scale: Share of the update to take, or ``"auto"``, a line search on held-out loss.
         steps: Steps, each with new gradients.
-        stages: Parts of each step, or ``"auto"``: 4 for one step with the joint update, otherwise
-            1.
+        stages: Parts of each step, or ``"auto"``: 4 for one step with the joint update, 3 beyond
+            two million entries, otherwise 1.
         path: Sparsity over the steps, ``"cubic"``, ``"geometric"`` or ``"linear"``.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
         flops_target: Share of the dense FLOPs of these tensors to keep.
@@ -151,9 +153,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             check_fraction("update_scale", update_scale)
         self.damping, self.update, self.update_scale = damping, update, update_scale
         self.steps, self.path, self.flops_target = steps, path, flops_target
-        self.stages = _STAGES if steps == 1 and update == "joint" else 1
-        if isinstance(stages, int):
-            self.stages = stages
+        self.stages = stages
         self.block_size = block_size
         self.procedure = Procedure(self.score, smallest, update)
         self.tuning = Tuning(damping, _scales(update, update_scale))
@@ -169,11 +169,12 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             CalibrationError: If the data gave no usable gradients.
             NumericalError: If a factorisation failed.
         """
-        start, target = State.of(space), self._target(space)
-        state = start
+        state = start = State.of(space)
+        each = self._stages_of(space)
+        target = self._target(space, self.steps * each)
         for index in range(self.steps):
             fisher = self._fisher_at(state, index)  # F = λI + (1/N) Σ g gᵀ at the weights now
-            stages = range(index * self.stages, (index + 1) * self.stages)
+            stages = range(index * each, (index + 1) * each)
             step = Step(
                 index,
                 fisher,
@@ -205,7 +206,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             diagonal = stage.fisher.inverse_diagonal()
             scores = weights.square() / (diagonal + _PAPER_EPSILON) + _PAPER_EPSILON
         else:
-            scores = weights.square().div_(2.0 * stage.fisher.inverse_diagonal())
+            scores = weights.square().div_(stage.fisher.inverse_diagonal().mul_(2.0))
         return self._per_cost(stage, scores).to(stage.weights.dtype)
 
     def _per_cost(self, stage: Stage, scores: Tensor) -> Tensor:
@@ -238,8 +239,16 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             layout=layout,
         )
 
-    def _target(self, space: ParameterSpace) -> Target:
-        masks, steps = space.masks(), self.steps * self.stages
+    def _stages_of(self, space: ParameterSpace) -> int:
+        if isinstance(self.stages, int):
+            return self.stages
+        if self.steps > 1 or self.update != "joint":
+            return 1
+        large = RemainingVector(space.masks()).numel > MOST_FOR_TRIALS
+        return _STAGES_OF_LARGE if large else _STAGES
+
+    def _target(self, space: ParameterSpace, steps: int) -> Target:
+        masks = space.masks()
         if self.pattern is not None:
             dims = self.pattern.dims(self.space)
             return self.pattern.target(
