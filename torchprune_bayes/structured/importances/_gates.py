@@ -57,7 +57,7 @@ class Gates:
         return self._derivatives(sums)
 
     def mean_squares(self) -> dict[str, Tensor]:
-        """``mean_n (∂ℓ_n/∂c)²``, ``[units]``; one pass of gradients."""
+        """``mean_n (∂ℓ_n/∂c)²``, ``[units]``; cost of :func:`line_sums`."""
         totals: dict[str, Tensor] = {}
         for sums in line_sums(self.calibration, self._lines):
             for group, result in self._derivatives(sums).items():

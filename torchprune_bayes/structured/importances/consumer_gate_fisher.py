@@ -45,7 +45,9 @@ class ConsumerGateFisherImportance(CalibratedImportance):
     Raises:
         ArgumentTypeError: If there is no calibration.
 
-    Cost: one pass of gradients of the reading layers' weights; ``N d`` for ``d`` such weights.
+    Cost: one forward and backward pass where the layers have rules
+    (:attr:`~torchprune_bayes.Calibration.engine` is ``"layers"``), without forming gradients by
+    weights; otherwise one pass of gradients of the reading layers' weights.
 
     Example:
         >>> import torch
