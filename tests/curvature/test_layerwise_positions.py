@@ -68,6 +68,42 @@ def test_they_are_sums_of_squares_of_positions(
     torch.testing.assert_close(curvature.diagonal()["layer.weight"], expected)
 
 
+class _Experts(nn.Module):
+    """Layers that see some of the tokens of some samples, and one that no token reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 3)
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        out = torch.zeros_like(tokens)
+        for index, chosen in enumerate((tokens[:, 0] > 0, tokens[:, 0] <= 0)):
+            if chosen.any():
+                a = tokens[chosen]
+                output = self.experts[index](a)
+                self.seen[index] = (a, output)
+                out[chosen] = output
+        return self.head(out.view_as(x).tanh().sum(1))
+
+
+def test_tokens_of_experts_are_squared_one_by_one_wherever_they_are() -> None:
+    torch.manual_seed(0)
+    model, x, y = _Experts(), torch.randn(8, 5, 4), torch.arange(8) % 3
+    curvature = LayerCurvature(positions="independent", batch_size=8)
+    curvature.fit_model(model, [(x, y)], cross_entropy)
+    loss = cross_entropy(model(x), y) * len(x)
+    for index, (a, output) in model.seen.items():
+        assert len(a) % len(x)  # no whole number of tokens of each sample
+        (g,) = torch.autograd.grad(loss, output, retain_graph=True)
+        found = curvature.diagonal()[f"experts.{index}.weight"]
+        torch.testing.assert_close(found, _outer(a, g).detach() / len(x))
+    assert not curvature.diagonal()["experts.2.weight"].any()
+    assert curvature.coverage["experts.0.weight"] == "Linear (factors of whole batches)"
+
+
 def test_no_batch_follows_when_there_were_labels_enough() -> None:
     torch.manual_seed(0)
     model, x, y = nn.Linear(4, 3), torch.randn(24, 4), torch.arange(24) % 3

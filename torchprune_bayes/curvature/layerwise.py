@@ -252,7 +252,8 @@ class LayerCurvature(LayerStatistics):
         apart: set[str],
     ) -> BatchSums | None:
         """The sums over all batches; ``None``, and more ``apart``, if one shows them wrong."""
-        taken, factors = needed(routes, self.structure, self.factor_limit)
+        by_position = self.positions == "independent"
+        taken, factors = needed(routes, self.structure, self.factor_limit, by_position=by_position)
         total = BatchSums(
             passes,
             taken,
@@ -261,7 +262,7 @@ class LayerCurvature(LayerStatistics):
             every=self.structure != "kronecker",
             draws=self.draws,
             stream=self.stream,
-            by_position=self.positions == "independent",
+            by_position=by_position,
         )
         for batch in batches:
             if self.verify:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -64,8 +64,10 @@ class BatchSums:
             derived_seed(passes.calibration.seed, "curvature", stream)
         )
         self._kronecker = factors
-        self._whole = {name for layer in routes.whole for name in layer.names.values()}
-        in_factors = _names_in(factors)
+        self._whole = set(_names_of(routes.whole))
+        if by_position:  # whichever sample each of them is of
+            self._whole -= _weights_of(routes.whole)
+        in_factors = set(_names_of(factors.values()))
         self._diagonal = {
             name: new_total(value)
             for name, value in passes.leaves.items()
@@ -189,28 +191,40 @@ def _what(key: str) -> str:
     return name if kind == "diagonal" else "the loss"
 
 
-def needed(routes: Routes, structure: str, limit: int) -> tuple[Routes, dict[str, Layer]]:
+def needed(
+    routes: Routes, structure: str, limit: int, *, by_position: bool = False
+) -> tuple[Routes, dict[str, Layer]]:
     """What a structure takes of the routes, and the layers with factors by their weight's name.
 
     Args:
         routes: How gradients of samples are computed.
         structure: ``"diagonal"``, ``"kronecker"`` or ``"both"``.
         limit: Rows of a Kronecker factor at most.
+        by_position: Whether positions are squared one by one: for weights a batch is then as good
+            as its samples.
     """
+    if by_position:
+        known = _weights_of(routes.whole)
+        routes = replace(routes, singles=[name for name in routes.singles if name not in known])
     if structure == "diagonal":
-        return replace(routes, whole=()), {}
+        return (routes if by_position else replace(routes, whole=())), {}
     factors = _with_factors([*routes.layers, *routes.whole], limit)
-    whole = [layer for layer in routes.whole if layer.names.get("weight") in factors]
-    routes = replace(routes, whole=whole)
+    if not by_position:
+        whole = [layer for layer in routes.whole if layer.names.get("weight") in factors]
+        routes = replace(routes, whole=whole)
     if structure == "kronecker":
-        in_factors = _names_in(factors)
+        in_factors = set(_names_of(factors.values()))
         singles = [name for name in routes.singles if name not in in_factors]
         routes = replace(routes, singles=singles)
     return routes, factors
 
 
-def _names_in(factors: Mapping[str, Layer]) -> set[str]:
-    return {name for layer in factors.values() for name in layer.names.values()}
+def _weights_of(layers: Iterable[Layer]) -> set[str]:
+    return {layer.names["weight"] for layer in layers if "weight" in layer.names}
+
+
+def _names_of(layers: Iterable[Layer]) -> Iterator[str]:
+    return (name for layer in layers for name in layer.names.values())
 
 
 def _with_factors(layers: Sequence[Layer], limit: int) -> dict[str, Layer]:
