@@ -29,3 +29,31 @@ def test_a_fit_is_finite_and_no_worse_than_the_cut_however_little_inputs_vary(
     torch.testing.assert_close(
         found, wanted, rtol=0.0, atol=float(10 ** (size + spread + 1) + 1e-6)
     )
+
+
+@given(st.integers(0, 2**31), st.integers(2, 40), st.booleans())
+def test_the_damping_is_the_one_that_predicts_the_other_half_best(
+    seed: int, count: int, intercept: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 7, generator=generator, dtype=torch.float64) + 1.0
+    x[:, 5:] = x[:, :2] + 0.3 * x[:, 5:]
+    weight = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    keep = torch.tensor([True, True, False, True, False, True, False])
+    halves = Moments.zeros(7, x.device), Moments.zeros(7, x.device)
+    for half, moments in enumerate(halves):
+        moments.add(x[half::2])
+    chosen = least_squares(weight, keep, halves, intercept=intercept).damping
+
+    def error(damping: float) -> float:
+        total = 0.0
+        for fitted, unseen in (halves, halves[::-1]):
+            alone = (fitted, Moments.zeros(7, x.device))
+            fit = least_squares(weight, keep, alone, intercept=intercept, damping=damping)
+            change = weight - fit.weight
+            second = unseen.second(centred=intercept)
+            total += float(((change @ second) * change).sum())
+        return total
+
+    best = min(map(error, (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)))
+    assert error(chosen) <= best * (1 + 1e-9) + 1e-9
