@@ -17,8 +17,9 @@ from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher
 from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods import _tuning, find_method
+from torchprune_bayes.methods._moves import Move, best_by_coordinates
 from torchprune_bayes.methods._obs_step import StepReport, prune_step
-from torchprune_bayes.methods._tuning import Move, Tuning, best_by_coordinates
+from torchprune_bayes.methods._tuning import Tuning
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 ETAS = (0.0, 0.01, 0.02, 0.04, 0.08)
@@ -310,3 +311,65 @@ def test_a_step_without_any_move_does_not_stop_the_next() -> None:
     tuning = Tuning("auto", (1.0,), ETAS)
     found = tuning._best_lengths(pruned)
     assert (found.scale, found.gradient_step) == (0.0, 0.0)
+
+
+@dataclass
+class Walked:
+    """The start of a second step; pruned with a damping, its losses are those in ``curves``."""
+
+    curves: dict[float, Tensor]
+    last: StepReport
+    index: int = 1
+    damping_unit: float = 1.0
+    tried: list[float] = field(default_factory=list)
+
+    def with_blocks(self, block_size: Any) -> Walked:
+        assert block_size == "full"
+        return self
+
+    def pruned(self, damping: float) -> Pruned:
+        self.tried.append(damping)
+        return Pruned(Step(Losses(self.curves[damping]), self.last))
+
+
+def _walk(monkeypatch: pytest.MonkeyPatch, scale: float, curves: dict[float, Tensor]) -> Any:
+    """The move of a second step, from a damping of 1, and the dampings that were tried."""
+    monkeypatch.setattr(_tuning, "prune_step", lambda step, damping, _: step.pruned(damping))
+    step: Any = Walked(curves, StepReport(0.5, "full", 1.0, 1.0, scale, 0.0, 1.0, False))
+    move = Tuning("auto", (1.0,), ETAS)._from_last(step, step.last, _NO_PROCEDURE)
+    return move, step.tried
+
+
+_NO_PROCEDURE: Any = None
+_HARM = torch.arange(1.0, 26.0).reshape(5, 5)  # the smallest loss is that of no move at all
+
+
+def _good(scale: int, eta: int, loss: float) -> Tensor:
+    curve = torch.full((5, 5), 100.0)
+    curve[0, 0] = 5.0
+    curve[scale, : eta + 1] = torch.linspace(loss + 1, loss, eta + 1)
+    return curve
+
+
+def test_a_step_after_one_without_a_move_finds_its_lengths_again(monkeypatch) -> None:
+    """Its lengths, a scale of 0 here, are none of the candidates."""
+    move, tried = _walk(monkeypatch, 0.0, {1.0: _good(4, 2, 1.0), 3.0: _good(4, 2, 2.0)})
+    assert tried == [1.0, 3.0]
+    assert (move.scale, move.gradient_step, move.loss) == (1.0, ETAS[2], 1.0)
+
+
+def test_a_walk_goes_on_from_a_damping_without_a_move(monkeypatch) -> None:
+    """No move is best at the first damping, and at the next one pruning alone does better."""
+    curves = {1.0: _HARM, 3.0: _HARM - 0.5, 9.0: _HARM}
+    curves[3.0][4, 1] = 0.25  # and a move does better still
+    move, tried = _walk(monkeypatch, 1.0, curves)
+    assert tried == [1.0, 3.0, 9.0]
+    assert (move.scale, move.gradient_step, move.loss) == (1.0, ETAS[1], 0.25)
+
+
+def test_a_walk_keeps_the_lengths_of_the_last_damping(monkeypatch) -> None:
+    curves = {1.0: _good(4, 1, 3.0), 3.0: _good(4, 1, 2.0), 9.0: _good(4, 1, 4.0)}
+    move, tried = _walk(monkeypatch, 1.0, curves)
+    assert tried == [1.0, 3.0, 9.0]
+    assert (move.scale, move.gradient_step, move.loss) == (1.0, ETAS[1], 2.0)
+    assert move.pruned.step.held_out.calls <= 5

@@ -15,6 +15,7 @@ from torchprune_bayes.errors import NumericalError, NumericalWarning
 T = TypeVar("T")
 
 _ATTEMPTS = 6
+_SMALL = 16
 
 
 class LaterChecks:
@@ -106,3 +107,37 @@ def safe_cholesky(matrix: Tensor) -> Tensor:
         f"Expected a positive definite matrix, got one that stays indefinite with {jitter:.0e} of "
         "its mean diagonal added: use a larger damping."
     )
+
+
+def damped_factor(matrix: Tensor, damping: float) -> Tensor:
+    """Cholesky factor of ``matrix + damping I``, which is not written to."""
+    damped = matrix.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return safe_cholesky(damped)
+
+
+def inverse_of_lower(factor: Tensor) -> Tensor:
+    """Inverse of lower triangular matrices.
+
+    By halves, where many are inverted together: products of many small matrices are fast, solving
+    with them is not.
+
+    Args:
+        factor: ``[n, n]`` or ``[blocks, n, n]``.
+
+    Example:
+        >>> inverse_of_lower(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        tensor([[ 0.5000,  0.0000],
+                [-0.5000,  1.0000]])
+    """
+    size = factor.shape[-1]
+    if size <= _SMALL or size % 2 or factor.ndim != 3:
+        eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
+        return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    half = size // 2
+    halves = torch.cat([factor[:, :half, :half], factor[:, half:, half:]])
+    above, below = inverse_of_lower(halves).chunk(2)
+    inverse = torch.zeros_like(factor)
+    inverse[:, :half, :half], inverse[:, half:, half:] = above, below
+    inverse[:, half:, :half] = (below @ (factor[:, half:, :half] @ above)).neg_()
+    return inverse

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.cholesky import safe_cholesky
+from torchprune_bayes._numerics.cholesky import damped_factor, inverse_of_lower
 from torchprune_bayes._numerics.gradient_tiles import (
     Gradients,
     damped_gram,
@@ -29,8 +29,6 @@ from torchprune_bayes._numerics.gradient_tiles import (
     transposed_times,
 )
 from torchprune_bayes._numerics.precision import float64_device, wide
-
-_SMALL = 16
 
 
 class InverseFisher(ABC):
@@ -113,7 +111,7 @@ class SampleSpaceInverse(WoodburyInverse):
     @cached_property
     def _inverse_factor(self) -> Tensor:
         # A product of many small matrices is ten times as fast as solving with them.
-        return _inverse_of_triangular(self.factor)
+        return inverse_of_lower(self.factor)
 
     def solve_columns(self, columns: Tensor) -> Tensor:
         """``(V − Gᵀ S⁻¹ G V)/λ``."""
@@ -201,7 +199,7 @@ class PrimalInverse(InverseFisher):
 
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``: column sums of squares of ``L⁻¹``."""
-        inverse = _inverse_of_triangular(self.factor)
+        inverse = inverse_of_lower(self.factor)
         return _bounded(inverse.square().sum(-2), mean_squares(self.gradients), self.damping)
 
     def solve_columns(self, columns: Tensor) -> Tensor:
@@ -263,33 +261,11 @@ def small_blocks_diagonal(gradients: Tensor, damping: float) -> Tensor:
     """
     ridge = gradients.shape[-2] * damping
     inner = damped_gram(gradients, ridge)
-    whitened = _inverse_of_triangular(damped_factor(inner, ridge)).to(gradients) @ gradients
+    whitened = inverse_of_lower(damped_factor(inner, ridge)).to(gradients) @ gradients
     left = wide(whitened.square_().sum(-2)).neg_().add_(1.0)
     # F⁻¹_ii is at least 1/F_ii, and no F_ii more than the trace: guards against cancellation.
     trace = wide(inner.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True))
     return left.maximum(ridge / (ridge + trace)).clamp_(max=1.0).div_(damping)
-
-
-def _inverse_of_triangular(factor: Tensor) -> Tensor:
-    """Of lower factors, by halves: products of many small matrices are fast, solving is not."""
-    size = factor.shape[-1]
-    if size <= _SMALL or size % 2 or factor.ndim != 3:
-        eye = torch.eye(size, dtype=factor.dtype, device=factor.device)
-        return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-    half = size // 2
-    halves = torch.cat([factor[:, :half, :half], factor[:, half:, half:]])
-    above, below = _inverse_of_triangular(halves).chunk(2)
-    inverse = torch.zeros_like(factor)
-    inverse[:, :half, :half], inverse[:, half:, half:] = above, below
-    inverse[:, half:, :half] = (below @ (factor[:, half:, :half] @ above)).neg_()
-    return inverse
-
-
-def damped_factor(matrix: Tensor, damping: float) -> Tensor:
-    """Cholesky factor of ``matrix + damping I``, which is not written to."""
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-    return safe_cholesky(damped)
 
 
 def invert(gradients: Gradients, damping: float, space: SampleSpace | None = None) -> InverseFisher:

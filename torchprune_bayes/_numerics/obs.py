@@ -19,10 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.fisher_blocks import (
-    InverseFisher,
-    damped_factor,
-)
+from torchprune_bayes._numerics.cholesky import damped_factor
+from torchprune_bayes._numerics.fisher_blocks import InverseFisher
 from torchprune_bayes._numerics.gradient_tiles import (
     Gradients,
     chosen_columns,

@@ -9,18 +9,21 @@ little, because the weights that are left late need far more of it than the netw
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from warnings import warn
 
 import torch
-from torch import Tensor
 
 from torchprune_bayes._numerics.selection import smallest_k
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ArgumentError, CalibrationWarning
+from torchprune_bayes.errors import CalibrationWarning
+from torchprune_bayes.methods._moves import (
+    Move,
+    best_by_coordinates,
+    falling,
+    loss_of,
+    walk_from,
+)
 from torchprune_bayes.methods._obs_step import (
     Procedure,
     Pruned,
@@ -40,54 +43,6 @@ _ABOUT_EQUAL = 1.05
 _SMALL_BLOCKS = (128, 256)
 MOST_FOR_TRIALS = 2_000_000
 """Entries; beyond, a trial of a damping costs more than the gradients."""
-
-
-@dataclass(frozen=True)
-class Move:
-    """One way to take a step; its loss is measured only where there is a choice."""
-
-    pruned: Pruned
-    scale: float
-    gradient_step: float
-    loss: float | None = None
-    in_sample: bool | None = None
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        """The weights after it."""
-        return self.pruned.weights(self.scale, self.gradient_step)
-
-    def measured(self) -> Move:
-        """The same with its held-out loss, which is measured once."""
-        if self.loss is not None:
-            return self
-        held_out = self.pruned.step.held_out
-        if held_out is None:
-            raise ArgumentError(
-                "Expected numbers for `damping` and `update_scale` with a curvature alone: "
-                "choosing them needs `calibration=`."
-            )
-        at, losses = (self.scale, self.gradient_step), self.pruned.losses
-        if at not in losses:
-            losses[at] = held_out.held_out_loss(self.weights)
-        found = losses[at]
-        return replace(self, loss=found.value, in_sample=found.in_sample)
-
-    def after(self, state: State) -> State:
-        """The state after the move."""
-        pruned = self.pruned
-        total = sum(mask.numel() for mask in pruned.masks.values())
-        report = StepReport(
-            1.0 - int(sum(torch.count_nonzero(mask) for mask in pruned.masks.values())) / total,
-            pruned.fisher.block_size,
-            pruned.fisher.damping,
-            pruned.step.known_unit,
-            self.scale,
-            self.gradient_step,
-            self.loss,
-            self.in_sample,
-        )
-        return State(self.weights, pruned.masks, pruned.scores, (*state.reports, report))
 
 
 @dataclass(frozen=True)
@@ -136,7 +91,7 @@ class Tuning:
         if len(cuts) == len(dampings) == 1:
             return self._best_lengths(prune_step(cuts[0], dampings[0], procedure))
         moves = [self._best_lengths(self._at_best(cut, dampings, procedure)) for cut in cuts]
-        return moves[0] if len(moves) == 1 else min(moves, key=_loss)
+        return moves[0] if len(moves) == 1 else min(moves, key=loss_of)
 
     def _at_best(self, step: Step, dampings: list[float], procedure: Procedure) -> Pruned:
         """The step with the best of several dampings.
@@ -154,7 +109,7 @@ class Tuning:
         def loss_at(index: int) -> float:
             if index not in moves:
                 moves[index] = self._at_full_length(prune_step(step, dampings[index], quick))
-            return _loss(moves[index])
+            return loss_of(moves[index])
 
         found = moves[falling(loss_at, start, len(dampings))].pruned
         return found if quick is procedure else found.again(procedure)
@@ -178,27 +133,34 @@ class Tuning:
         best = self._best_lengths(prune_step(step, walk[0], procedure)).measured()
         for damping in walk[1:]:
             same = Move(prune_step(step, damping, procedure), best.scale, best.gradient_step)
-            if _loss(same := same.measured()) >= _loss(best):
+            if loss_of(same := same.measured()) >= loss_of(best):
                 break
-            if best.scale in self.scales:
-                best = self._by_coordinates(same.pruned, (best.scale, best.gradient_step))
-            else:  # it made no move
+            lengths = self._candidate(best)
+            if lengths is None:
                 best = self._best_lengths(same.pruned).measured()
+            else:
+                best = self._by_coordinates(same.pruned, lengths)
         return best
 
     def _best_lengths(self, pruned: Pruned) -> Move:
         """The best move, from that of the last step or from the smallest if this is better."""
-        last, axes = pruned.step.last, (self.scales, self.gradient_steps)
-        start = (axes[0][-1], axes[1][0])
-        if last is not None and last.scale in axes[0]:  # it is not after a step without any move
-            start = (last.scale, last.gradient_step)
-        smallest = (axes[0][0], axes[1][0])
+        smallest, whole = ((self.scales[at], self.gradient_steps[0]) for at in (0, -1))
+        start = self._candidate(pruned.step.last) or whole
         if smallest != start:
-            start = min((start, smallest), key=lambda at: _loss(Move(pruned, *at)))
+            start = min((start, smallest), key=lambda at: loss_of(Move(pruned, *at)))
         best = self._by_coordinates(pruned, start)
         if best.loss is None or not self.scales[0]:
             return best
-        return min(best, Move(pruned, 0.0, 0.0).measured(), key=_loss)  # no move at all
+        return min(best, Move(pruned, 0.0, 0.0).measured(), key=loss_of)  # no move at all
+
+    def _candidate(self, last: Move | StepReport | None) -> tuple[float, float] | None:
+        """The lengths of a move, to search from; ``None`` for one that only pruned.
+
+        Without any update is a way out that need not be among the candidates.
+        """
+        if last is None or last.scale not in self.scales:
+            return None
+        return last.scale, last.gradient_step
 
     def _by_coordinates(self, pruned: Pruned, start: tuple[float, float]) -> Move:
         axes = self.scales, self.gradient_steps
@@ -258,80 +220,3 @@ def block_choices(step: Step) -> list[Step]:
     elif entries > MOST_FOR_TRIALS:
         sizes = [small]
     return [step.with_blocks(size) for size in sizes]
-
-
-def falling(loss_at: Callable[[int], float], start: int, count: int) -> int:
-    """The index where a walk from ``start``, up and then down, no longer finds smaller losses.
-
-    Example:
-        >>> falling(lambda index: (index - 3) ** 2, 1, 10)
-        3
-    """
-    at = start
-    for way in (1, -1):
-        while 0 <= at + way < count and loss_at(at + way) < loss_at(at):
-            at += way
-    return at
-
-
-def walk_from(start: float, factor: float, bounds: tuple[float, float]) -> list[float]:
-    """Dampings from ``start`` on, each ``factor`` times the one before, as far as the bounds.
-
-    Example:
-        >>> walk_from(2.0, 3.0, (1.0, 20.0))
-        [2.0, 6.0, 18.0]
-    """
-    lowest, highest = bounds
-    walk = [min(max(start, lowest), highest)]
-    while lowest <= walk[-1] * factor <= highest:
-        walk.append(walk[-1] * factor)
-    return walk
-
-
-def best_by_coordinates(
-    move_at: Callable[[float, float], Move],
-    axes: tuple[Sequence[float], Sequence[float]],
-    start: tuple[float, float],
-) -> Move:
-    """The best move on a grid: along one axis after the other, each as far as the loss falls.
-
-    Near its minimum the loss is close to a parabola along both axes, so this finds what the whole
-    grid would for a fraction of its forward passes. A single move is not measured.
-
-    Args:
-        move_at: Makes the move at one value of each axis.
-        axes: Values in rising order.
-        start: Start, a value of each axis.
-    """
-    if len(axes[0]) == len(axes[1]) == 1:
-        return move_at(*start)
-    seen: dict[tuple[int, int], Move] = {}
-
-    def loss_at(point: tuple[int, int]) -> float:
-        if point not in seen:
-            seen[point] = move_at(axes[0][point[0]], axes[1][point[1]]).measured()
-        return _loss(seen[point])
-
-    best = (axes[0].index(start[0]), axes[1].index(start[1]))
-    before = None
-    while best != before:
-        before = best
-        for along, way in product((0, 1), (1, -1)):
-            while (ahead := _neighbour(best, along, way, axes)) and loss_at(ahead) < loss_at(best):
-                best = ahead
-    return seen[best]
-
-
-def _neighbour(
-    point: tuple[int, int], along: int, way: int, axes: tuple[Sequence[float], Sequence[float]]
-) -> tuple[int, int] | None:
-    ahead = point[along] + way
-    if not 0 <= ahead < len(axes[along]):
-        return None
-    return (ahead, point[1]) if along == 0 else (point[0], ahead)
-
-
-def _loss(move: Move) -> float:
-    # A loss that is not a number loses against any number.
-    loss = move.measured().loss
-    return math.inf if loss is None or math.isnan(loss) else loss
