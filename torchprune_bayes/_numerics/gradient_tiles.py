@@ -110,10 +110,10 @@ def damped_gram(gradients: Gradients, ridge: float, keep: Tensor | None = None) 
     """
     cheap = gradients.device.type == "cpu" and gradients.dtype == torch.float32
     if cheap and gradients.shape[0] > 1:
-        found = gram(gradients, keep, torch.float32)
-        largest = float(found.diagonal(dim1=-2, dim2=-1).sum(-1).max())
-        if largest * torch.finfo(found.dtype).eps <= _HARMLESS * ridge:
-            return found
+        narrow = gram(gradients, keep, torch.float32)
+        largest = float(narrow.diagonal(dim1=-2, dim2=-1).sum(-1).max())
+        if largest * torch.finfo(narrow.dtype).eps <= _HARMLESS * ridge:
+            return narrow
     return gram(gradients, keep)
 
 
@@ -184,8 +184,8 @@ def chosen_columns(gradients: Gradients, indices: Tensor) -> Tensor:
         if gradients.device.type == "cpu" and gradients.stride(0) == gradients.shape[-1]:
             starts = torch.arange(len(indices)).unsqueeze(1) * gradients.shape[-1]
             rows = gradients.transpose(0, 1).flatten(1)  # a view
-            found = columns_of(rows, (indices + starts).flatten())
-            return found.unflatten(1, indices.shape).transpose(0, 1)
+            columns = columns_of(rows, (indices + starts).flatten())
+            return columns.unflatten(1, indices.shape).transpose(0, 1)
         return gradients.gather(-1, indices.unsqueeze(1).expand(-1, gradients.shape[1], -1))
     columns = torch.zeros(
         (1, gradients.shape[1], indices.shape[1]), dtype=gradients.dtype, device=gradients.device

@@ -45,14 +45,14 @@ class StoredFisher:
         with reading(path, stored.what):
             masks = stored.prefixed("mask:")
             order = stored.json("order", list)
-            found = cls(
+            fisher = cls(
                 stored.tensors["gradients"],
                 {name: masks[name].bool() for name in order},
                 stored.json("settings", dict),
             )
-            entries = sum(int(torch.count_nonzero(mask)) for mask in found.masks.values())
-            if found.rows.ndim != 2 or found.rows.shape[1] != entries or not len(found.rows):
-                raise ValueError(f"gradients of shape {tuple(found.rows.shape)}")
-            if not torch.isfinite(found.rows).all():
+            entries = sum(int(torch.count_nonzero(mask)) for mask in fisher.masks.values())
+            if fisher.rows.ndim != 2 or fisher.rows.shape[1] != entries or not len(fisher.rows):
+                raise ValueError(f"gradients of shape {tuple(fisher.rows.shape)}")
+            if not torch.isfinite(fisher.rows).all():
                 raise ValueError("gradients that are not finite")
-        return found
+        return fisher

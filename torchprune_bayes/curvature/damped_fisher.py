@@ -74,14 +74,14 @@ class DampedFisher(BlockedGradients):
             w, k = weights[where].unflatten(0, shape), keep[where].unflatten(0, shape)
             if single:
                 space = self.products.spaces.get(where.start)
-                found = single_directions(invert(gradients, self.damping, space), w, k)
+                update = single_directions(invert(gradients, self.damping, space), w, k)
             else:
                 most = kept[where.start]
                 inner = self.kept_inner(gradients, k, most)
                 change = None
                 if gradients.shape[0] > 1:
                     change = self.products.change(where, gradients, weights)
-                found = joint_directions(
+                update = joint_directions(
                     gradients,
                     self.damping,
                     w,
@@ -91,7 +91,7 @@ class DampedFisher(BlockedGradients):
                     change=change,
                     descent=descent,
                 )
-            parts.append([part.flatten() for part in found])
+            parts.append([part.flatten() for part in update])
         return Directions(*(_joined(part) for part in zip(*parts, strict=True)))
 
     def held_out_errors(self, weights: Tensor, keep: Tensor, dampings: Sequence[float]) -> Tensor:

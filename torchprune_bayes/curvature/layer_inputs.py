@@ -70,9 +70,9 @@ class LayerInputs:
         Cost: a forward pass, ``n²`` multiplications per token and ``n²`` numbers per layer.
         """
         run = _Run(self, weights)
-        found: dict[str, InputMoment] = {}
-        run.stage(self._batches(_BATCH), self.names, lambda name, m: found.update({name: m}))
-        return found
+        moments: dict[str, InputMoment] = {}
+        run.stage(self._batches(_BATCH), self.names, lambda name, m: moments.update({name: m}))
+        return moments
 
     def update(
         self,

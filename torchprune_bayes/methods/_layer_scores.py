@@ -172,13 +172,13 @@ class Registered:
         method = self.method(amount, pattern)
         assert self.calibration is not None
         method.calibration = self.calibration.with_space(space)
-        found = method.decide(space)
-        if found.updates is not None:
+        decision = method.decide(space)
+        if decision.updates is not None:
             raise ArgumentError(
                 f"Expected a method that only scores for `scores`, got {self.name!r}, which moves "
                 "weights."
             )
-        return found
+        return decision
 
 
 def _solves_layers(kind: type) -> bool:

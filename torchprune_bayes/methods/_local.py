@@ -86,7 +86,7 @@ class LayerLocalPruning(PruningMethod):
             new, masks[name] = self._pruned(moment, weights[name], masks[name], counts[name])
             return new
 
-        found = inputs.update(update, weights)
+        updated = inputs.update(update, weights)
         if left:
             part = space.subset(left)
             sizes = {name: value.abs() for name, value in part.values().items()}
@@ -99,7 +99,7 @@ class LayerLocalPruning(PruningMethod):
                 CalibrationWarning,
                 stacklevel=2,
             )
-        new = {n: found.get(n, value).to(value) * masks[n] for n, value in weights.items()}
+        new = {n: updated.get(n, value).to(value) * masks[n] for n, value in weights.items()}
         return Decision(masks, new, info={"pruned": counts})
 
     def _counts(self, space: ParameterSpace, inputs: LayerInputs) -> dict[str, int]:
@@ -128,13 +128,13 @@ class LayerLocalPruning(PruningMethod):
 
     def _dense_scores(self, space: ParameterSpace, inputs: LayerInputs) -> dict[str, Tensor]:
         weights = space.values()
-        found = {name: wide(value.abs()) for name, value in weights.items()}
+        dense = {name: wide(value.abs()) for name, value in weights.items()}
         for name, moment in inputs.moments().items():
             if moment.tokens:
                 rows = matrix_of(moment.module, weights[name].to(moment.total.device))
                 scores = [self.scores(g, w) for g, w in zip(moment.mean, rows, strict=True)]
-                found[name] = weight_of(moment.module, torch.stack(scores), found[name])
-        return found
+                dense[name] = weight_of(moment.module, torch.stack(scores), dense[name])
+        return dense
 
     def _pruned(
         self, moment: InputMoment, weight: Tensor, mask: Tensor, count: int
@@ -148,7 +148,7 @@ class LayerLocalPruning(PruningMethod):
             self.prune_rows(g[order][:, order], w[:, order], r[:, order], k)
             for g, w, r, k in zip(moment.mean, rows, remaining, parts, strict=True)
         ]
-        new, keep = (torch.stack(found)[..., back] for found in zip(*pruned, strict=True))
+        new, keep = (torch.stack(part)[..., back] for part in zip(*pruned, strict=True))
         return weight_of(module, new, weight), weight_of(module, keep, mask)
 
 
@@ -170,10 +170,10 @@ def shares(count: int, sizes: list[int]) -> list[int]:
         >>> shares(5, [4, 4, 2])
         [2, 2, 1]
     """
-    total, found, seen, given = sum(sizes), [], 0, 0
+    total, parts, seen, given = sum(sizes), [], 0, 0
     for size in sizes:
         seen += size
         share = round(count * seen / total) - given if total else 0
-        found.append(share)
+        parts.append(share)
         given += share
-    return found
+    return parts

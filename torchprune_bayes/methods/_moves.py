@@ -42,8 +42,8 @@ class Move:
         at, losses = (self.scale, self.gradient_step), self.pruned.losses
         if at not in losses:
             losses[at] = held_out.held_out_loss(self.weights)
-        found = losses[at]
-        return replace(self, loss=found.value, in_sample=found.in_sample)
+        mean_loss = losses[at]
+        return replace(self, loss=mean_loss.value, in_sample=mean_loss.in_sample)
 
     def after(self, state: State) -> State:
         """The state after the move."""

@@ -38,7 +38,7 @@ def check_goes_with_pattern(
         "flops_power": bool(variant.flops_power),
         "compat": variant.threshold,
     }
-    for name in (name for name, found in given.items() if found):
+    for name in (name for name, is_given in given.items() if is_given):
         raise ArgumentError(f"Expected no `{name}` with a pattern, got one.")
 
 

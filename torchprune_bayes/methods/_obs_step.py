@@ -219,14 +219,14 @@ class Pruned:
 
     def weights(self, scale: float, gradient_step: float) -> dict[str, Tensor]:
         """The kept weights after a share of both moves, by name; zero where pruned."""
-        found = {}
+        moved_weights = {}
         for name, mask in self.masks.items():
             start = self.step.weights[name]
             moved = torch.lerp(start, self.moved[name], scale)
             if gradient_step and self.newton is not None:
                 moved = moved + gradient_step * self.newton[name]
-            found[name] = torch.where(mask, moved, 0.0)
-        return found
+            moved_weights[name] = torch.where(mask, moved, 0.0)
+        return moved_weights
 
     def again(self, procedure: Procedure) -> Pruned:
         """The same step with the same damping and blocks by another procedure."""
@@ -280,9 +280,9 @@ def _moved(
     keep = remaining.gather(masks)
     if procedure.update == "none":
         return remaining.scatter(torch.where(keep, weights, 0.0)), None
-    found = stage.fisher.directions(
+    update = stage.fisher.directions(
         weights, keep, single=procedure.update == "single", descent=procedure.descends
     )
-    moved = found.compensation.to(weights.device, weights.dtype, copy=True).add_(weights)
-    newton = remaining.scatter(found.newton.to(weights)) if procedure.descends else None
+    moved = update.compensation.to(weights.device, weights.dtype, copy=True).add_(weights)
+    newton = remaining.scatter(update.newton.to(weights)) if procedure.descends else None
     return remaining.scatter(moved), newton

@@ -44,9 +44,9 @@ class Pattern:
             >>> Pattern.parse("2:4"), Pattern.parse("1x4")
             (Pattern(size=4, kept=2), Pattern(size=4, kept=0))
         """
-        found = re.fullmatch(r"(\d+)([:x])(\d+)", str(text))
-        if found:
-            first, kind, size = int(found[1]), found[2], int(found[3])
+        match = re.fullmatch(r"(\d+)([:x])(\d+)", str(text))
+        if match:
+            first, kind, size = int(match[1]), match[2], int(match[3])
             if (first == 1 and size > 1) if kind == "x" else 0 < first < size:
                 return cls(size, 0 if kind == "x" else first)
         raise ArgumentError(f"Expected `pattern` like '2:4' or '1x4', got {text!r}.")
@@ -79,7 +79,7 @@ class Pattern:
         Raises:
             ParameterError: If a tensor has none, or no multiple of ``M`` inputs.
         """
-        found = {}
+        dims = {}
         for tensor in space:
             shape = tuple(tensor.leaf.shape)
             dim = kind_of(tensor.module).input_dim
@@ -88,8 +88,8 @@ class Pattern:
                     f"Expected a multiple of {self.size} inputs in `{tensor.name}` for the "
                     f"pattern, got the shape {shape}: leave it out."
                 )
-            found[tensor.name] = dim
-        return found
+            dims[tensor.name] = dim
+        return dims
 
     def scores(self, fisher: EmpiricalFisher, weights: Tensor, remaining: Tensor) -> Tensor:
         """Scores by the rise of the quadratic model with the interactions within a group.
@@ -102,15 +102,15 @@ class Pattern:
         Returns:
             ``[D]`` float64; of whole groups every entry has the score of its group.
         """
-        found = []
+        parts = []
         for where, inverse in fisher.inverses():
             w, left = (v[where].unflatten(0, inverse.shape) for v in (weights, remaining))
             if self.takes_whole_groups:
                 scores = group_scores(inverse, w, self.size)
             else:
                 scores = n_of_m_scores(inverse, w, self.kept, self.size, left)
-            found.append(scores.flatten())
-        return torch.cat(found)
+            parts.append(scores.flatten())
+        return torch.cat(parts)
 
     def ranks(self, scores: Tensor, remaining: Tensor) -> Tensor:
         """Scores in the pattern from those of single entries, ``[..., B]``, not negative."""

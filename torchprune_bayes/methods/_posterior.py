@@ -131,12 +131,12 @@ class PosteriorPruning(PruningMethod):
 def _space_of_model(model: nn.Module, names: Collection[str]) -> ParameterSpace:
     """The prunable parameters of a model that are among ``names``."""
     space = ParameterSpace(model, prunable_parameters(model))
-    found = [name for name in space.names if name in names]
-    if not found:
+    shared = [name for name in space.names if name in names]
+    if not shared:
         raise AlignmentError(
             f"Expected a posterior of weights of the model, got one of {_shortened(names)}."
         )
-    return space.subset(found)
+    return space.subset(shared)
 
 
 def _among(space: ParameterSpace, names: Collection[str]) -> ParameterSpace:

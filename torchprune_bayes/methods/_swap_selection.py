@@ -69,9 +69,9 @@ class SwapSelection:
     def _searched(self, best: _Judged, where: slice, gradients: Tensor) -> _Judged:
         """The best mask on the way of a search through some blocks."""
         shape, remaining, since = gradients.shape[::2], self._remaining()[where], 0
-        for found in self._search_through(best.keep[where].unflatten(0, shape), where, gradients):
+        for kept in self._search_through(best.keep[where].unflatten(0, shape), where, gradients):
             keep = best.keep.clone()
-            keep[where] = found.flatten() & remaining
+            keep[where] = kept.flatten() & remaining
             judged = self._judged(keep)
             since = 0 if judged.loss < best.loss else since + 1
             best = min(best, judged, key=_loss)
@@ -91,8 +91,8 @@ class SwapSelection:
         size = self.pattern.size
         keep, own = (v.unflatten(-1, (-1, size)).amax(-1) for v in (keep, own))
         objective = make(*merged(gradients, weights, size), keep, damping)
-        for found in self.search(objective, groups=own):
-            yield found.repeat_interleave(size, dim=-1)
+        for kept in self.search(objective, groups=own):
+            yield kept.repeat_interleave(size, dim=-1)
 
     def _perturbed(
         self, keep: Tensor, members: list[_Members], generator: torch.Generator
@@ -104,8 +104,8 @@ class SwapSelection:
         size = self.pattern.size
         scores, keep = scores.unflatten(-1, (-1, size)), keep.unflatten(-1, (-1, size))
         if self.pattern.takes_whole_groups:
-            found = _perturbed_classes(scores.norm(dim=-1), members, generator)
-            return found.repeat_interleave(size) & self._remaining()
+            kept = _perturbed_classes(scores.norm(dim=-1), members, generator)
+            return kept.repeat_interleave(size) & self._remaining()
         scores = scores.masked_fill(self._classes().view_as(scores) < 0, -1.0)
         return perturbed_in_groups(scores, keep.sum(-1), generator).flatten()
 

@@ -47,8 +47,8 @@ class Target:
             return self._within_flops(step, scores, masks)
         kept: Masks = {}
         for names in self._groups:
-            found = self._keep_in_group(step, names, scores, masks)
-            kept |= dict(zip(names, found, strict=True))
+            masks_of_group = self._keep_in_group(step, names, scores, masks)
+            kept |= dict(zip(names, masks_of_group, strict=True))
         return kept
 
     def share(self, step: int, masks: Masks) -> float:
@@ -90,8 +90,8 @@ class Target:
     def _within_flops(self, step: int, scores: Scores, masks: Masks) -> Masks:
         costs, (budget, _) = self._costs_of(masks), self._budget(step, masks)
         ranked = [scores[name] for name in masks]
-        found = within_budget(ranked, costs, budget, list(masks.values()))
-        return dict(zip(masks, found, strict=True))
+        kept = within_budget(ranked, costs, budget, list(masks.values()))
+        return dict(zip(masks, kept, strict=True))
 
     def _budget(self, step: int, masks: Masks) -> tuple[float, float]:
         """FLOPs that the kept entries may have after ``step``, and those of ``masks``."""

@@ -111,8 +111,8 @@ class Tuning:
                 moves[index] = self._at_full_length(prune_step(step, dampings[index], quick))
             return loss_of(moves[index])
 
-        found = moves[falling(loss_at, start, len(dampings))].pruned
-        return found if quick is procedure else found.again(procedure)
+        best = moves[falling(loss_at, start, len(dampings))].pruned
+        return best if quick is procedure else best.again(procedure)
 
     def _at_full_length(self, pruned: Pruned) -> Move:
         return self._by_coordinates(pruned, (self.scales[-1], self.gradient_steps[0]))

@@ -337,10 +337,10 @@ def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -
             tensor.leaf.copy_(updates[tensor.name])
 
 
-def _beside(space: ParameterSpace, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _beside(space: ParameterSpace, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Move values to the devices of the tensors of the same names; others are unchanged."""
     places = {tensor.name: tensor.leaf.device for tensor in space}
-    return {name: value.to(places.get(name, value.device)) for name, value in found.items()}
+    return {name: value.to(places.get(name, value.device)) for name, value in tensors.items()}
 
 
 def _check_amount_in(scope: str, amount: float | int | Mapping[str, int]) -> None:
@@ -357,11 +357,11 @@ def _check_amount_in(scope: str, amount: float | int | Mapping[str, int]) -> Non
 
 
 def _check_like(
-    leaf: Tensor, what: str, found: Tensor | None, dtype: torch.dtype | None = None
+    leaf: Tensor, what: str, tensor: Tensor | None, dtype: torch.dtype | None = None
 ) -> None:
-    if found is None or found.shape != leaf.shape or dtype not in (None, found.dtype):
+    if tensor is None or tensor.shape != leaf.shape or dtype not in (None, tensor.dtype):
         kind = "a tensor" if dtype is None else f"a {dtype} tensor"
-        got = "none" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+        got = "none" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         raise ArgumentError(
             f"Expected {kind} of shape {tuple(leaf.shape)} for `{what}`, got {got}."
         )

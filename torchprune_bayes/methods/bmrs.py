@@ -156,10 +156,10 @@ class BMRS(BasePruningMethod):
     def _scores(self, module: nn.Module, name: str, gate: NoiseGate, side: Side) -> Tensor:
         tensor = leaf(module, name)
         if tensor is None or tensor.shape[self.dim] != gate.units * gate.repeat:
-            found = "none" if tensor is None else f"{tensor.shape[self.dim]}"
+            got = "none" if tensor is None else f"{tensor.shape[self.dim]}"
             raise ArgumentError(
                 f"Expected {gate.units * gate.repeat} entries along dimension {self.dim} of "
-                f"`{name}`, got {found}."
+                f"`{name}`, got {got}."
             )
         if gate.repeat != 1:
             raise ArgumentError(
@@ -267,9 +267,9 @@ def _remaining_units(mask: Tensor, dim: int) -> Tensor:
 def _gate_for(module: nn.Module, gate: NoiseGate | None) -> tuple[NoiseGate, Side]:
     sides: tuple[Side, Side] = ("out", "in")
     for side in sides:
-        found = module._modules.get(GATE_NAMES[side])
-        if isinstance(found, NoiseGate) and gate in (None, found):
-            return found, side
+        noise_gate = module._modules.get(GATE_NAMES[side])
+        if isinstance(noise_gate, NoiseGate) and gate in (None, noise_gate):
+            return noise_gate, side
     if not isinstance(gate, NoiseGate):
         raise ArgumentTypeError(
             f"Expected `gate=` or a gate on the {type(module).__name__}, got {gate!r}."

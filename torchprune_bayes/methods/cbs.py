@@ -170,8 +170,8 @@ class CBS(WoodFisher):
         return torch.Generator().manual_seed(derived_seed(seed, "perturbations", stage.step.index))
 
 
-def _check_start(found: Masks, initial: Masks) -> None:
-    if any(not torch.equal(mask, initial[name].to(mask.device)) for name, mask in found.items()):
+def _check_start(start: Masks, initial: Masks) -> None:
+    if any(not torch.equal(mask, initial[name].to(mask.device)) for name, mask in start.items()):
         raise ArgumentError(
             "Expected masks as `initial` that prune as many entries as `amount` says, got "
             f"{sum(int((~mask).sum()) for mask in initial.values())} pruned."

@@ -204,13 +204,13 @@ def masks_of(model: nn.Module) -> Masks:
         {'1.weight': tensor([[False],
                 [False]])}
     """
-    found: Masks = {}
+    masks: Masks = {}
     for prefix, module in unwrap(model).named_modules():
         for name in pruning_hooks(module):
             mask = mask_of(module, name)
             assert mask is not None
-            found[f"{prefix}.{name}" if prefix else name] = mask.detach() != 0
-    return found
+            masks[f"{prefix}.{name}" if prefix else name] = mask.detach() != 0
+    return masks
 
 
 def export_masks(model: nn.Module, path: str | Path) -> None:
@@ -273,10 +273,10 @@ def unstructured_method(
     kind = find_method(method).method if isinstance(method, str) else method
     if not (isinstance(kind, type) and issubclass(kind, prune.BasePruningMethod)):
         raise ArgumentTypeError(f"Expected a BasePruningMethod class, got {kind!r}.")
-    found = getattr(kind, "PRUNING_TYPE", None)
-    if found != "unstructured":
+    pruning_type = getattr(kind, "PRUNING_TYPE", None)
+    if pruning_type != "unstructured":
         raise ArgumentTypeError(
-            f"Expected an unstructured method, got {kind.__name__} of type {found!r}."
+            f"Expected an unstructured method, got {kind.__name__} of type {pruning_type!r}."
         )
     return kind
 
@@ -330,8 +330,6 @@ def _place_of(modules: Mapping[str, nn.Module], full: str, mask: Tensor) -> tupl
     prefix, _, name = full.rpartition(".")
     tensor = leaf(modules[prefix], name) if prefix in modules else None
     if tensor is None or tensor.shape != mask.shape:
-        found = "none" if tensor is None else f"one of shape {tuple(tensor.shape)}"
-        raise AlignmentError(
-            f"Expected a tensor `{full}` of shape {tuple(mask.shape)}, got {found}."
-        )
+        got = "none" if tensor is None else f"one of shape {tuple(tensor.shape)}"
+        raise AlignmentError(f"Expected a tensor `{full}` of shape {tuple(mask.shape)}, got {got}.")
     return modules[prefix], name

@@ -147,5 +147,5 @@ def _directional_derivative(
     slope = sum((g * direction[name]).sum() for name, g in zip(leaves, gradient, strict=True))
     if not (isinstance(slope, Tensor) and slope.requires_grad):  # the loss is linear in all weights
         return {}
-    found = torch.autograd.grad(slope, inputs, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
+    gradients = torch.autograd.grad(slope, inputs, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))

@@ -68,11 +68,11 @@ class GreedyOBS(WoodFisher):
 
         In float64, because ties are broken in the last places.
         """
-        weights, remaining, found = wide(stage.weights), stage.remaining, []
+        weights, remaining, scores = wide(stage.weights), stage.remaining, []
         for where, inverse in stage.fisher.inverses():
             w, left = (v[where].unflatten(0, inverse.shape) for v in (weights, remaining))
-            found.append(self._removals(inverse, w, left).flatten())
-        return self._per_cost(stage, torch.cat(found))
+            scores.append(self._removals(inverse, w, left).flatten())
+        return self._per_cost(stage, torch.cat(scores))
 
     def _removals(self, inverse: InverseFisher, weights: Tensor, remaining: Tensor) -> Tensor:
         if self.pattern is None:

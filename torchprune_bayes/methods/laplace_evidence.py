@@ -123,12 +123,12 @@ class LaplaceEvidence(PosteriorPruning):
 
 def delta_f_of(posterior: Posterior, space: ParameterSpace) -> Scores:
     """Change of the log evidence when each weight is removed by itself, float64 by name."""
-    found: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     for tensor in space:
         name, device = tensor.name, tensor.value.device
-        found[name] = delta_f_gaussian(
+        scores[name] = delta_f_gaussian(
             tensor.value,
             posterior.variance(name).to(device),
             posterior.prior.values(name).to(device),
         )
-    return found
+    return scores

@@ -135,12 +135,12 @@ class Layerwise(PruningMethod):
         for index, (amount, pattern) in enumerate(rounds):
             assert scorer is not None
             seen = space.with_masks(masks).with_values(weights)
-            found = scorer.decide(seen, amount, pattern)
-            masks = found.masks
-            reports.append({"kept": _count(masks), "scores": found.info})
+            decision = scorer.decide(seen, amount, pattern)
+            masks = decision.masks
+            reports.append({"kept": _count(masks), "scores": decision.info})
             if index == len(rounds) - 1:  # either what scores or the scores: both are large
-                scores, scorer = found.scores, None
-            del found, seen
+                scores, scorer = decision.scores, None
+            del decision, seen
             weights, unsolved = self._solved(space, weights, masks)
         _warn_of(unsolved)
         info = {"steps": reports, "scores": self.scores, "damping": self.damping}
@@ -196,9 +196,9 @@ class Layerwise(PruningMethod):
                 return None
             return self._new_weight(moment, weights[name], masks[name])
 
-        found = inputs.update(update, weights, masks)
+        updated = inputs.update(update, weights, masks)
         new = {
-            name: found[name].to(value) if name in found else value * masks[name]
+            name: updated[name].to(value) if name in updated else value * masks[name]
             for name, value in weights.items()
         }
         return new, unsolved

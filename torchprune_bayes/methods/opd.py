@@ -119,8 +119,8 @@ class OPD(PosteriorPruning):
         """
         masks = space.masks()
         posterior = self.posterior_at(space)
-        found = posterior.scores(self.mode, smoothed=self.smoothed)
-        scores = {name: found[name].to(mask.device) for name, mask in masks.items()}
+        all_scores = posterior.scores(self.mode, smoothed=self.smoothed)
+        scores = {name: all_scores[name].to(mask.device) for name, mask in masks.items()}
         kept = kept_by(space, scores, self.amount, pattern=self.pattern, scope=self.scope)
         info = {
             "log_marginal_likelihood": posterior.log_marginal_likelihood(),

@@ -132,7 +132,7 @@ class SNIPit(SensitivityPruning):
         kept = min(max(int(group.entries * (1.0 - group.sparsities[step])), 1), group.entries)
         # The threshold is the `kept`-th largest score; half an entry keeps rounding away from it.
         sparsity = 1.0 - (kept - 0.5) / group.entries
-        ranked, remaining = ([found[name] for name in group.names] for found in (scores, pool))
+        ranked, remaining = ([tensors[name] for name in group.names] for tensors in (scores, pool))
         return keep_strictly_above(ranked, sparsity, remaining)
 
 

@@ -108,8 +108,8 @@ class StepwisePruning(PruningMethod):
             chosen: Masks = {}
             for group in groups:
                 done = sum(int((remaining[name] & ~pool[name]).sum()) for name in group.names)
-                found = self._keep(group, step, done, scores, pool)
-                chosen |= dict(zip(group.names, found, strict=True))
+                masks = self._keep(group, step, done, scores, pool)
+                chosen |= dict(zip(group.names, masks, strict=True))
             reports.append(_report(kept, chosen))
             before, kept = kept, chosen
         return Decision(
@@ -198,8 +198,8 @@ def _steps_that_prune(groups: list[RankedGroup]) -> list[int]:
     """Steps in which some group prunes something; the last one if there is none."""
     steps = range(len(groups[0].goals))
     before = [[0, *group.goals] for group in groups]
-    found = [step for step in steps if any(goals[step] < goals[step + 1] for goals in before)]
-    return found or [steps[-1]]
+    effective = [step for step in steps if any(goals[step] < goals[step + 1] for goals in before)]
+    return effective or [steps[-1]]
 
 
 def _report(before: Masks, after: Masks) -> dict[str, Any]:

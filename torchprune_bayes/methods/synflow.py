@@ -82,10 +82,10 @@ class SynFlow(StepwisePruning):
                 "Expected a finite flow through the network in float64, got "
                 f"{float(flow.detach())}: scale the weights down."
             )
-        found = torch.autograd.grad(flow, list(leaves.values()), materialize_grads=True)
+        gradients = torch.autograd.grad(flow, list(leaves.values()), materialize_grads=True)
         return {
             name: (leaf.detach() * gradient).to(weights[name].device)
-            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
         }
 
 
