@@ -233,3 +233,80 @@ class Recurrent(nn.Module):
 def test_units_that_several_layers_read_have_no_site_and_the_refusal_says_so():
     with pytest.raises(ArgumentError, match="Recurrent; none of its units are all read by one"):
         find_sites(Recurrent(), "auto", torch.ones(2, 4, 3))
+
+
+def resnet_with(activation: nn.Module) -> nn.Module:
+    """A ResNet of torchvision with another activation in its stem and blocks."""
+    model = torchvision_resnet()
+    for module in model.modules():
+        if isinstance(getattr(module, "relu", None), nn.Module):
+            module.relu = activation
+    return model.eval()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("preset", ["auto", "resnet"])
+def test_a_resnet_holds_no_gates_whose_closed_units_go_on_as_constants(preset, residual):
+    model = resnet_with(nn.Sigmoid())
+    with pytest.raises(ArgumentError, match=r"got none in ResNet|a chain of layers"):
+        find_sites(model, preset, residual=residual)
+    gates = attach_gates(model, "auto", torch.ones(2, 3, 32, 32), preserve=True)
+    assert {site.side for site in gates.sites.values()} == {"in"}
+    for name, gate in gates.items():
+        gate.close(torch.arange(gate.units) % 3 == 1) if "layer1" in name else None
+    inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    closed = model(inputs)
+    prune_gated(model)
+    torch.testing.assert_close(model(inputs), closed, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.Hardswish(), nn.Tanh()])
+def test_a_resnet_with_another_activation_that_keeps_zeros_holds_all_gates(activation):
+    assert find_sites(resnet_with(activation)) == find_sites(torchvision_resnet())
+    sites = find_sites(resnet_with(activation), residual=True)
+    assert sites == find_sites(torchvision_resnet(), residual=True)
+
+
+def test_a_block_that_does_not_run_on_its_own_holds_no_gates():
+    class BasicBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.conv2 = nn.Conv2d(4, 3, 1)
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return x + scale * self.conv2(self.bn1(self.conv1(x)))
+
+    with pytest.raises(ArgumentError, match="got none in BasicBlock"):
+        find_sites(BasicBlock(), "resnet")
+
+
+@pytest.mark.parametrize(("activation", "sides"), [("sigmoid", "in"), ("tanh", "out")])
+def test_a_chain_gates_in_front_of_the_next_layer_what_an_activation_makes_constant(
+    activation, sides
+):
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3), nn.Linear(80, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = getattr(torch, activation)(self.b(getattr(torch, activation)(self.a(x))))
+            return self.c(nn.functional.avg_pool2d(x, 2).view(-1, 80))
+
+    sites = find_sites(Chain())
+    behind = [("a", "out", 4), ("b", "out", 5)]
+    expected = [("b", "in", 4)] if sides == "in" else behind
+    assert [(site.module, site.side, site.units) for site in sites] == expected
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Softplus()])
+def test_norms_of_a_chain_hold_no_gates_in_front_of_what_makes_zeros_constant(activation):
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), activation, nn.Linear(5, 3)).eval()
+    gates = attach_gates(model)
+    assert [(site.module, site.side) for site in gates.sites.values()] == [("3", "in")]
+    gates["3:in"].close(torch.arange(5) % 2 == 1)
+    inputs = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    closed = model(inputs)
+    prune_gated(model)
+    torch.testing.assert_close(model(inputs), closed)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from tests.references.layer_curvature import empirical_diagonal
 from torchprune_bayes import Calibration, LayerCurvature, prunable_parameters, prune_global
 from torchprune_bayes.costs import flop_counter, flops_per_weight
-from torchprune_bayes.gates.sites import entries_of, weight_dim
+from torchprune_bayes.gates.site import entries_of, weight_dim
 from torchprune_bayes.layer_kinds import (
     LayerKind,
     SampleGradients,

@@ -47,7 +47,8 @@ from torchprune_bayes.gates.criteria import (
 )
 from torchprune_bayes.gates.fold import fold_gates
 from torchprune_bayes.gates.noise_gate import NoiseGate
-from torchprune_bayes.gates.sites import Site, find_sites
+from torchprune_bayes.gates.site import Site
+from torchprune_bayes.gates.sites import find_sites
 
 __all__ = [
     "DEFAULT_TAU",

@@ -18,7 +18,8 @@ from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.gates.collection import Gates
 from torchprune_bayes.gates.noise_gate import NoiseGate
 from torchprune_bayes.gates.scaling import scale_units
-from torchprune_bayes.gates.sites import Site, activation_dim, check_site, entries_of, find_sites
+from torchprune_bayes.gates.site import Site, activation_dim, entries_of
+from torchprune_bayes.gates.sites import check_site, find_sites
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.wiring.forward import ForwardFunction
 

@@ -12,7 +12,7 @@ from torchprune_bayes._numerics.precision import float64_device, wide
 from torchprune_bayes.gates.criteria import Criterion, choose_closed, find_criterion
 from torchprune_bayes.gates.noise_gate import NoiseGate
 from torchprune_bayes.gates.scaling import unit_norms
-from torchprune_bayes.gates.sites import Site
+from torchprune_bayes.gates.site import Site
 
 
 class Gates(Mapping[str, NoiseGate]):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes._numerics.precision import float64_device, wide
-from torchprune_bayes.gates.sites import weight_dim
+from torchprune_bayes.gates.site import weight_dim
 from torchprune_bayes.layer_kinds import Side
 from torchprune_bayes.params import leaf
 

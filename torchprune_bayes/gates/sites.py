@@ -8,99 +8,22 @@ between, so it is how hidden units and attention heads are gated.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from torchprune_bayes.errors import ArgumentError, ParameterError
-from torchprune_bayes.gates._chains import check_chain
+from torchprune_bayes.gates._blocks import BLOCKS, resnet_sites, transformer_sites
+from torchprune_bayes.gates._chains import chain_sites
 from torchprune_bayes.gates._silence import silenced
-from torchprune_bayes.layer_kinds import Side, kind_of
+from torchprune_bayes.gates.site import Site, entries_of
+from torchprune_bayes.layer_kinds import Side
 from torchprune_bayes.wiring.forward import ForwardFunction
 from torchprune_bayes.wiring.groups import UnitGroup, UnitSlice
 from torchprune_bayes.wiring.trace import observe
 from torchprune_bayes.wiring.units import groups_of
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place for a gate.
-
-    Attributes:
-        module: Qualified name of the layer or batch norm that holds the gate.
-        side: Whether the gate scales its output or its input.
-        units: Number of gates.
-        repeat: Neighbouring entries that share one.
-        kind: ``"hidden"``, ``"channel"`` or ``"head"``.
-        producer: Qualified name of the layer whose weights produce the units, if known.
-    """
-
-    module: str
-    side: Side
-    units: int
-    repeat: int = 1
-    kind: str = "hidden"
-    producer: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The module's name, with ``":in"`` where the gate scales its input."""
-        return self.module if self.side == "out" else f"{self.module}:in"
-
-
-@dataclass(frozen=True)
-class BlockRule:
-    """Where a transformer block has its heads and hidden units, relative to the block."""
-
-    preset: str
-    block: str
-    attention: str
-    heads: str
-    producer: str
-    consumer: str
-
-
-BLOCKS = (
-    BlockRule("timm-vit", "Block", "attn.proj", "attn.num_heads", "mlp.fc1", "mlp.fc2"),
-    BlockRule(
-        "hf-vit",
-        "ViTLayer",
-        "attention.o_proj",
-        "attention.num_attention_heads",
-        "mlp.fc1",
-        "mlp.fc2",
-    ),
-    BlockRule(  # as it was named before transformers 5
-        "hf-vit",
-        "ViTLayer",
-        "attention.output.dense",
-        "attention.attention.num_attention_heads",
-        "intermediate.dense",
-        "output.dense",
-    ),
-    BlockRule(
-        "bert",
-        "BertLayer",
-        "attention.output.dense",
-        "attention.self.num_attention_heads",
-        "intermediate.dense",
-        "output.dense",
-    ),
-    BlockRule(
-        "distilbert",
-        "TransformerBlock",
-        "attention.out_lin",
-        "attention.n_heads",
-        "ffn.lin1",
-        "ffn.lin2",
-    ),
-    BlockRule("gpt2", "GPT2Block", "attn.c_proj", "attn.num_heads", "mlp.c_fc", "mlp.c_proj"),
-)
-
-RESNET_BLOCKS = ("BasicBlock", "Bottleneck")
 
 
 def find_sites(
@@ -148,19 +71,17 @@ def find_sites(
         [Site(module='2', side='in', units=3, repeat=1, kind='hidden', producer='0')]
     """
     finders: dict[str, Callable[[], Iterator[Site]]] = {
-        rule.preset: lambda preset=rule.preset: _transformer(model, preset, heads)  # type: ignore[misc]
-        for rule in BLOCKS
+        rule.preset: partial(transformer_sites, model, rule.preset, heads) for rule in BLOCKS
     }
-    finders |= {"resnet": lambda: _resnet(model, residual), "chain": lambda: _chain(model)}
+    finders["resnet"] = partial(resnet_sites, model, residual)
+    finders["chain"] = partial(chain_sites, model)
     if preset != "auto" and preset not in finders:
         raise ArgumentError(f"Expected one of auto, {', '.join(finders)}, got {preset!r}.")
     if preset == "auto" and example_inputs is not None:
-        finders["chain"] = lambda: _wired(model, example_inputs, forward_fn, heads)
+        finders["chain"] = partial(_wired, model, example_inputs, forward_fn, heads)
     for name in finders if preset == "auto" else [preset]:
         sites = list(finders[name]())
         if sites:
-            if name == "chain" and example_inputs is None:
-                check_chain(model)
             return sites
     why = (
         "; none of its units are all read by one layer that is called, or scaled by one batch norm"
@@ -171,99 +92,6 @@ def find_sites(
         f"Expected a model with sites of preset {preset!r}, got none in "
         f"{type(model).__name__}{why}."
     )
-
-
-def entries_of(module: nn.Module, side: Side) -> int | None:
-    """How many entries a gate on a module has; ``None`` where no gate fits.
-
-    A gate fits where it can be folded: behind linear layers, convolutions and affine batch norms,
-    and in front of linear layers and convolutions without groups.
-    """
-    return kind_of(module).gate_entries(module, side)
-
-
-def weight_dim(module: nn.Module, side: Side) -> int:
-    """Dimension of ``module.weight`` that a gate on this side scales."""
-    return kind_of(module).weight_dim(side)
-
-
-def activation_dim(module: nn.Module) -> int:
-    """Dimension of a module's activations that holds the units."""
-    return kind_of(module).units_dim
-
-
-def _transformer(model: nn.Module, preset: str, heads: bool) -> Iterator[Site]:
-    for name, block in model.named_modules():
-        for rule in BLOCKS:
-            if rule.preset != preset or type(block).__name__ != rule.block:
-                continue
-            at = f"{name}." if name else ""
-            attention, consumer = _lookup(block, rule.attention), _lookup(block, rule.consumer)
-            count = _lookup(block, rule.heads)
-            if heads and isinstance(attention, nn.Module) and isinstance(count, int):
-                entries = entries_of(attention, "in")
-                if entries:
-                    yield Site(at + rule.attention, "in", count, entries // count, "head")
-            if isinstance(consumer, nn.Module) and (entries := entries_of(consumer, "in")):
-                yield Site(at + rule.consumer, "in", entries, producer=at + rule.producer)
-
-
-def _resnet(model: nn.Module, residual: bool) -> Iterator[Site]:
-    seen = False
-    modules = dict(model.named_modules())
-    for name, block in modules.items():
-        if type(block).__name__ not in RESNET_BLOCKS or not hasattr(block, "conv2"):
-            continue
-        if residual and not seen:
-            yield from _batch_norms(modules, [("bn1", "conv1")])
-        seen = True
-        last = 3 if hasattr(block, "conv3") else 2
-        inner = range(1, last + 1 if residual else last)
-        places = [(f"{name}.bn{i}", f"{name}.conv{i}") for i in inner]
-        if residual:
-            places += [
-                (key, "")
-                for key in modules
-                if key.startswith((f"{name}.downsample.", f"{name}.shortcut."))
-            ]
-        yield from _batch_norms(modules, places)
-
-
-def _batch_norms(modules: dict[str, nn.Module], places: list[tuple[str, str]]) -> Iterator[Site]:
-    for name, producer in places:
-        module = modules.get(name)
-        if module is None or not kind_of(module).is_norm:
-            continue
-        if entries := entries_of(module, "out"):
-            yield Site(name, "out", entries, kind="channel", producer=producer or None)
-
-
-def _chain(model: nn.Module) -> Iterator[Site]:
-    layers = list(_layers(model))
-    weighty = [i for i, (_, layer) in enumerate(layers) if not kind_of(layer).is_norm]
-    for index, following in pairwise(weighty):
-        name, layer = layers[index]
-        norm_name, norm = layers[index + 1]
-        next_name, successor = layers[following]
-        units = entries_of(layer, "out")
-        assert units is not None
-        kind = "hidden" if activation_dim(layer) == -1 else "channel"
-        if kind_of(norm).is_norm:
-            # Norms over units mix them, so that none can be gated or removed on its own.
-            if entries_of(norm, "out") == units:
-                yield Site(norm_name, "out", units, kind=kind, producer=name)
-        elif kind == "channel":
-            yield Site(name, "out", units, kind=kind, producer=name)
-        elif activation_dim(successor) == -1 and units == entries_of(successor, "in"):
-            yield Site(next_name, "in", units, producer=name)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    attention = [name for name, m in model.named_modules() if "Attention" in type(m).__name__]
-    for name, module in model.named_modules():
-        gateable = kind_of(module).is_norm or entries_of(module, "out") is not None
-        if gateable and not any(f"{name}.".startswith(f"{outer}.") for outer in attention):
-            yield name, module
 
 
 def _wired(
@@ -316,12 +144,6 @@ def _fits(model: nn.Module, group: UnitGroup, piece: UnitSlice, side: Side) -> b
     entries = piece.positions.numel()
     in_order = torch.equal(piece.positions.reshape(-1), torch.arange(entries))
     return in_order and key == "weight" and entries_of(model.get_submodule(name), side) == entries
-
-
-def _lookup(module: object, path: str) -> object:
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module
 
 
 def check_site(model: nn.Module, site: Site) -> nn.Module:

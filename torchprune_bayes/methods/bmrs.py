@@ -23,7 +23,7 @@ from torchprune_bayes.gates import (
 )
 from torchprune_bayes.gates.attach import GATE_NAMES
 from torchprune_bayes.gates.scaling import unit_norms
-from torchprune_bayes.gates.sites import weight_dim
+from torchprune_bayes.gates.site import weight_dim
 from torchprune_bayes.layer_kinds import Side
 from torchprune_bayes.methods.module_state import all_or_nothing, same_order
 from torchprune_bayes.methods.registry import register

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.gates.scaling import scale_units
-from torchprune_bayes.gates.sites import Site, activation_dim, check_site, find_sites
+from torchprune_bayes.gates.site import Site, activation_dim
+from torchprune_bayes.gates.sites import check_site, find_sites
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.training.hard_concrete import HardConcreteGate
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes.errors import AlignmentError
 from torchprune_bayes.gates import Criterion, Gates, Site, find_criterion
-from torchprune_bayes.gates.sites import weight_dim
+from torchprune_bayes.gates.site import weight_dim
 from torchprune_bayes.params import leaf
 from torchprune_bayes.structured.groups import Kept, UnitGroup, UnitSlice
 from torchprune_bayes.structured.importance import UnitImportance
