@@ -95,6 +95,15 @@ def test_data_that_shuffle_are_drawn_under_another_seed(data: Any) -> None:
     assert numbers_of(calibration.reseeded(derived_seed(0, 2))) == draws[2]
 
 
+def test_the_former_name_of_a_further_draw_still_works() -> None:
+    calibration = calibration_on(
+        [(torch.arange(30.0)[:, None].expand(-1, 3), torch.arange(30) % 3)]
+    )
+    with pytest.warns(DeprecationWarning, match="now `redrawn`"):
+        former = calibration.fresh(1)
+    assert numbers_of(former) == numbers_of(calibration.redrawn(1))
+
+
 @given(
     samples=st.integers(1, 25),
     num_samples=st.integers(1, 25),

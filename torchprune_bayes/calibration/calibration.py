@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -284,6 +285,12 @@ class Calibration:
         other = copy.copy(self)
         other._samples = self._samples.redrawn(index)
         return other
+
+    def fresh(self, index: int) -> Calibration:
+        """The former name of :meth:`redrawn`, deprecated."""
+        message = "`Calibration.fresh` is now `redrawn`, and goes in 0.3."
+        warn(message, DeprecationWarning, stacklevel=2)
+        return self.redrawn(index)
 
     def share(self, index: int, shares: int) -> Calibration:
         """The same calibration as one of several that together make one.
