@@ -166,11 +166,13 @@ def _built(case: Architecture) -> nn.Module:
 
 
 def _stir(model: nn.Module) -> None:
-    """Move every vector, so that no channel hides behind a zero bias or a tiny layer scale."""
+    """Move vectors and constant weights, so that no unit hides behind a zero or a tiny scale."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel() == max(parameter.shape, default=1):
                 parameter.add_(0.1 * torch.randn_like(parameter))
+            elif parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(parameter.shape[-1] ** -0.5 * torch.randn_like(parameter))
 
 
 def _groups(report: ShrinkReport) -> str:
