@@ -253,3 +253,21 @@ def test_shares_divide_the_default_number(monkeypatch: pytest.MonkeyPatch) -> No
     shares = [calibration_on(lists(), None, mini_batch=2).share(i, 3) for i in range(3)]
     assert [share.num_samples for share in shares] == [6, 6, 4]
     assert calibration_on(lists(), "all").share(0, 3).num_samples == SAMPLES
+
+
+def test_held_out_batches_are_as_large_as_a_cache_allows() -> None:
+    sizes = []
+
+    def counted(output: Tensor, target: Tensor) -> Tensor:
+        sizes.append(len(output))
+        return cross_entropy(output, target)
+
+    data = [numbered(600)]
+    unknown = calibration_on(data, 300, check_deterministic=False).with_loss(counted)
+    expected = unknown.held_out_loss().value
+    assert sizes == [128, 128, 44]
+    known = calibration_on(data, 300, check_deterministic=False).with_loss(counted)
+    list(known.gradients())  # after which it is known what a sample takes
+    sizes.clear()
+    assert known.held_out_loss().value == pytest.approx(expected, rel=1e-6)
+    assert sizes == [300]

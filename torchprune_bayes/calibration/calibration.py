@@ -423,7 +423,9 @@ class Calibration:
         Raises:
             CalibrationError: If there is no sample with a finite loss.
         """
-        held_out = self._samples.held_out(self.memory.held_out_bytes)
+        engine = self._rows.engine
+        activations = 0 if engine is None else engine.activation_bytes
+        held_out = self._samples.held_out(self.memory.held_out_bytes, activations)
         return held_out.mean_loss(self.losses_at, weights)
 
     def losses_at(self, weights: Mapping[str, Tensor] | None) -> LossesOf:
