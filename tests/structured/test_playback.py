@@ -121,8 +121,8 @@ def test_losses_are_right_whatever_modules_leave_behind(reads: bool, room: float
         return float(calibration.loss(None, batch))
 
     expected = [loss_of(batch) for batch in batches]
-    playback = Playback(calls, room)
+    playback = Playback(calls, room, batches, loss_of)
     for _ in range(3):
-        assert playback.losses([model.third], batches, loss_of) == expected
+        assert playback.losses([model.third]) == expected
     assert bool(playback._outputs) == (room > 0 and not reads)
     assert "forward" not in vars(model.first)

@@ -84,7 +84,7 @@ def without(pieces: Iterable[Batch], skipped: int) -> Iterator[Batch]:
     for piece in pieces:
         samples = batch_size(piece)
         if skipped < samples:
-            yield cut(piece, skipped, samples)
+            yield cut(piece, skipped, samples) if skipped > 0 else piece
         skipped = max(skipped - samples, 0)
 
 

@@ -64,68 +64,63 @@ class Playback:
     Args:
         calls: Of the model.
         room: Bytes that outputs may take; if they take more, everything is computed each time.
+        batches: The batches.
+        loss_of: Runs the model on one of them, with the changes.
     """
 
-    def __init__(self, calls: Calls, room: float) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        room: float,
+        batches: Sequence[Batch],
+        loss_of: Callable[[Batch], float],
+    ) -> None:
         self._calls, self._room = calls, room
+        self._batches, self._loss_of = batches, loss_of
         self._changed: set[nn.Module] | None = None
         self._outputs: list[dict[nn.Module, Any]] = []
 
-    def losses(
-        self,
-        changed: Collection[nn.Module],
-        batches: Sequence[Batch],
-        loss_of: Callable[[Batch], float],
-    ) -> list[float]:
+    def losses(self, changed: Collection[nn.Module]) -> list[float]:
         """Return the loss of each batch.
 
         Args:
             changed: All modules that are not as they were, or are about to change.
-            batches: The same at every call.
-            loss_of: Runs the model, with the changes.
         """
         if self._changed is None or not set(changed) <= self._changed:
-            return self._recorded(changed, batches, loss_of)
-        return [
-            self._played(index, batch, loss_of) if self._outputs else loss_of(batch)
-            for index, batch in enumerate(batches)
-        ]
+            return self._recorded(changed)
+        if not self._outputs:
+            return [self._loss_of(batch) for batch in self._batches]
+        return [self._played(index) for index in range(len(self._batches))]
 
-    def _recorded(
-        self,
-        changed: Collection[nn.Module],
-        batches: Sequence[Batch],
-        loss_of: Callable[[Batch], float],
-    ) -> list[float]:
+    def _recorded(self, changed: Collection[nn.Module]) -> list[float]:
         self._changed, self._outputs = set(changed), []
         modules = self._calls.done_before(changed)
         losses, held = [], 0
-        for batch in batches:
+        for batch in self._batches:
             outputs: dict[nn.Module, Any] = {}
             with _kept(modules, outputs):
-                losses.append(loss_of(batch))
+                losses.append(self._loss_of(batch))
             held += sum(map(_bytes, outputs.values()))
             modules = modules if held <= self._room else []
             self._outputs.append(outputs)
-        if not modules or not self._is_exact(batches[0], losses[0], loss_of):
+        if not modules or not self._is_exact(losses[0]):
             self._outputs = []
         return losses
 
-    def _is_exact(self, batch: Batch, loss: float, loss_of: Callable[[Batch], float]) -> bool:
-        """Whether a batch has the very same loss: modules may act on more than their outputs."""
+    def _is_exact(self, loss: float) -> bool:
+        """Whether the first batch has the very same loss: modules may do more than return."""
         try:
-            found = self._played(0, batch, loss_of)
+            return self._played(0) == loss
         except Exception as error:
             logger.debug("No outputs are played back, since the model fails: %s", error)
             return False
-        return found == loss
 
-    def _played(self, index: int, batch: Batch, loss_of: Callable[[Batch], float]) -> float:
+    def _played(self, index: int) -> float:
         with ExitStack() as stack:
             for module, output in self._outputs[index].items():
                 vars(module)["forward"] = _returning(output)
                 stack.callback(vars(module).pop, "forward")
-            return loss_of(batch)
+            return self._loss_of(self._batches[index])
 
 
 @contextmanager

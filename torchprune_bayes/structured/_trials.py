@@ -59,13 +59,14 @@ class Trials:
 
     def playback(self) -> Playback:
         """For the trials of one group."""
-        return Playback(self._calls, self._calibration.memory.gradients_bytes)
+        room = self._calibration.memory.gradients_bytes
+        return Playback(self._calls, room, self._tried, self._loss_of)
 
     def loss(self, tensors: Tensors, playback: Playback | None = None) -> float:
         """Mean loss with other tensors in the model; infinite if it is NaN."""
         playback = self.playback() if playback is None else playback
         with installed(tensors):
-            losses = playback.losses(tensors.keys(), self._tried, self._loss_of)
+            losses = playback.losses(tensors.keys())
         return _mean(losses, self._tried)
 
     def _loss_of(self, batch: Batch) -> float:
