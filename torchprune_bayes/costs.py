@@ -44,17 +44,26 @@ def flop_counter() -> Iterator[FlopCounterMode]:
 
 
 @contextmanager
-def counted_flops(model: nn.Module, flops: dict[str, int]) -> Iterator[None]:
-    """Count what a model runs, and put the FLOPs of each module outside of its children down.
+def counted_flops(model: nn.Module) -> Iterator[ModuleFlops]:
+    """Count the FLOPs of each module, outside of its children, of what a model runs.
 
     They are those of :func:`flop_counter`, without its tracking of the backward pass, which takes
     longer than small layers themselves.
 
     Args:
         model: The model.
-        flops: Filled at the end, by qualified name, without modules that do nothing themselves.
+
+    Yields:
+        The counter, which holds what has run so far.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> with counted_flops(model) as counter:
+        ...     _ = model(torch.zeros(3, 4))
+        >>> counter.flops
+        {'0': 192}
     """
-    counter = _ModuleFlops()
+    counter = ModuleFlops()
     with ExitStack() as stack:
         for name, module in model.named_modules():
             enter = module.register_forward_pre_hook(partial(counter.enter, name), prepend=True)
@@ -65,15 +74,14 @@ def counted_flops(model: nn.Module, flops: dict[str, int]) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its products
         with torch.inference_mode(False), counter:
-            yield
-    flops.update({name: count for name, count in counter.flops.items() if count})
+            yield counter
 
 
-class _ModuleFlops(TorchDispatchMode):
+class ModuleFlops(TorchDispatchMode):
     """Adds the FLOPs of every operation to those of the module that is running.
 
     Attributes:
-        flops: By qualified name.
+        flops: By qualified name, without modules that compute nothing themselves.
     """
 
     def __init__(self) -> None:
@@ -101,7 +109,8 @@ class _ModuleFlops(TorchDispatchMode):
         if formula is not None:
             name = self._running[-1] if self._running else ""
             count = formula(*args, **kwargs, out_val=output)
-            self.flops[name] = self.flops.get(name, 0) + count
+            if count:
+                self.flops[name] = self.flops.get(name, 0) + count
         return output
 
 

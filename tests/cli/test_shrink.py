@@ -33,11 +33,14 @@ def test_the_smaller_model_is_saved_measured_and_loads_again(tmp_path, capsys):
     assert str(tmp_path / "shrunk.safetensors") in out
 
 
-def test_another_importance_and_target(tmp_path):
+def test_another_importance_and_target(tmp_path, capsys):
     words = ["--importance", "l1filter", "--target", "channels", "--sparsity", 0.5]
     assert shrink(*DIGITS, *words, "--output", tmp_path, "--exclude", "2") == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["units"]["0"] == {"before": 8, "after": 4}
+    out = capsys.readouterr().out
+    assert out.startswith("plan: a repair on 1,000 samples, no gradients\n")
+    assert "layers were fitted anew" in out
 
 
 def test_wrong_usage_is_one_sentence(tmp_path, capsys):

@@ -31,6 +31,14 @@ def test_no_more_samples_run_than_planned(samples, evaluations):
     assert 0.2 * plan.forward_samples < sum(seen) <= plan.forward_samples
 
 
+def test_an_importance_of_the_weights_alone_takes_no_gradients():
+    _, calibration, _ = counting(64)
+    plan = estimate_shrinking(calibration, 0, scored_by_gradients=False)
+    scored = estimate_shrinking(calibration, 0)
+    assert (plan.gradients, scored.gradients) == (0, 64)
+    assert scored.forward_samples - plan.forward_samples == 3 * 64
+
+
 def test_evaluations_take_no_more_samples_than_there_are():
     for samples, evaluations, tried in [(96, 60, 96), (640, 60, 256), (640, 10, 512)]:
         assert estimate_shrinking(counting(samples)[1], evaluations).tried == tried

@@ -22,8 +22,9 @@ from torchprune_bayes._numerics.input_moments import Moments, least_squares
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured import apply_plan, find_groups, plan_of, repair
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
-from torchprune_bayes.structured.repair import Repair, cut_with
+from torchprune_bayes.structured.repair import LayerRepair, Repair, RepairReport, cut_with
 
+NAN = float("nan")
 LAYERS = {
     "linear": (nn.Linear(6, 3), (7, 6), 1),
     "linear without bias, of sequences": (nn.Linear(6, 3, bias=False), (4, 5, 6), 1),
@@ -272,9 +273,21 @@ def test_a_repair_that_raises_the_loss_is_not_taken(caplog):
     _, report = cut_with(calibration, groups, plan, bad)
     assert not report.taken
     assert report.loss_repaired > report.loss_cut
-    assert "not taken" in caplog.text
+    assert "left as it was cut, since the repair does not lower the loss" in caplog.text
+    assert "on more samples" in caplog.text
     apply_plan(twin, plan)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in twin.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("cut", "repaired", "taken"),
+    [(1.0, 0.5, True), (1.0, 2.0, False), (NAN, 2.0, True), (1.0, NAN, False), (NAN, NAN, False)],
+)
+def test_a_loss_that_is_no_number_is_higher_than_any(cut, repaired, taken):
+    layers = (LayerRepair("0", 1.0, 0.5, 1e-3),)
+    assert RepairReport(layers, (), cut, repaired, 8, False, 0.1).taken is taken
+    assert not RepairReport((), (), cut, repaired, 8, False, 0.1).taken
+    assert "no layer" in str(RepairReport((), (), cut, repaired, 8, False, 0.1))
 
 
 @given(

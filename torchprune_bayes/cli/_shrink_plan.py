@@ -20,10 +20,11 @@ _GRADIENT, _MOMENTS, _HELD_OUT = 3, 3, 2
 
 @dataclass(frozen=True)
 class ShrinkEstimate:
-    """Cost of shrinking by measured loss, in passes over the data.
+    """Cost of shrinking with a calibration, in passes over the data.
 
     Attributes:
-        samples: Calibration samples, each of which gives a gradient.
+        samples: Calibration samples.
+        gradients: How many of them give a gradient.
         tried: Samples of each evaluation of the loss.
         evaluations: Largest number of evaluations of the loss, for the curves.
         forward_samples: Largest number of samples run through the model, a gradient counted as
@@ -33,18 +34,22 @@ class ShrinkEstimate:
     """
 
     samples: int
+    gradients: int
     tried: int
     evaluations: int
     forward_samples: int
     seconds: float
 
 
-def estimate_shrinking(calibration: Calibration, evaluations: int) -> ShrinkEstimate:
+def estimate_shrinking(
+    calibration: Calibration, evaluations: int, *, scored_by_gradients: bool = True
+) -> ShrinkEstimate:
     """Estimate the cost of ``shrink(model, inputs, calibration)`` by timing a forward pass.
 
     Args:
         calibration: Model and data; not changed.
         evaluations: Points of all loss curves; 0 if none are measured.
+        scored_by_gradients: Whether the importance takes a gradient of each sample.
 
     Cost: two forward passes over eight samples; a count of the data if ``num_samples`` was not
     given.
@@ -59,9 +64,10 @@ def estimate_shrinking(calibration: Calibration, evaluations: int) -> ShrinkEsti
     """
     samples = calibration.num_samples
     fitted, tried = (min(samples, size) for size in points_on(evaluations))
-    forward = _GRADIENT * samples + tried * evaluations + _MOMENTS * fitted + _HELD_OUT * samples
+    gradients = samples if scored_by_gradients else 0
+    forward = _GRADIENT * gradients + tried * evaluations + _MOMENTS * fitted + _HELD_OUT * samples
     seconds = forward * _seconds_per_sample(calibration)
-    return ShrinkEstimate(samples, tried, evaluations, forward, seconds)
+    return ShrinkEstimate(samples, gradients, tried, evaluations, forward, seconds)
 
 
 def _seconds_per_sample(calibration: Calibration) -> float:

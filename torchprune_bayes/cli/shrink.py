@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -48,6 +48,9 @@ from torchprune_bayes.reports import (
 )
 from torchprune_bayes.structured import ShrinkReport, save_shrunk, shrink
 from torchprune_bayes.structured.tracing import Heads
+
+if TYPE_CHECKING:
+    from torchprune_bayes.structured import UnitImportance
 
 _BY_LOSS = "loss"
 _PLURALS = {
@@ -146,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     calibration = calibration_of(arguments, model, data, None)
     importance = _importance(arguments, calibration)
     check_writable(arguments.output)
-    _print_plan(arguments, calibration)
+    _print_plan(arguments, calibration, importance)
     before, whole = measure(model, data.evaluation), copy.deepcopy(model)
     begin = perf_counter()
     with metered() as meter:
@@ -156,6 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
             importance,
             sparsity=arguments.sparsity,
             target=arguments.target,
+            calibration=calibration,
             evaluations=arguments.evaluations,
             round_to=arguments.round_to,
             ignored=arguments.exclude,
@@ -186,25 +190,38 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_plan(arguments: argparse.Namespace, calibration: Calibration) -> None:
-    measured = arguments.importance == _BY_LOSS
-    plan = estimate_shrinking(calibration, arguments.evaluations if measured else 0)
+def _print_plan(
+    arguments: argparse.Namespace,
+    calibration: Calibration,
+    importance: Calibration | UnitImportance,
+) -> None:
+    measured = isinstance(importance, Calibration)
+    plan = estimate_shrinking(
+        calibration,
+        arguments.evaluations if measured else 0,
+        scored_by_gradients=isinstance(importance, Calibration) or importance.needs_recalibration,
+    )
     calibration.progress = sys.stderr.isatty()
+    scored = f"gradients of {plan.samples:,} samples"
+    repaired = f"a repair on {plan.samples:,} samples, no gradients"
     curves = (
         f", {plan.evaluations} evaluations of the loss on {plan.tried:,} of them at most"
         if measured
         else ""
     )
     print(
-        f"plan: gradients of {plan.samples:,} samples{curves}\n"
-        f"      up to about {in_words(plan.seconds)} for gradients and forward passes, estimated "
-        "from one; solving\n      and measuring the model before and after come on top; a smaller "
+        f"plan: {scored if plan.gradients else repaired}{curves}\n"
+        f"      up to about {in_words(plan.seconds)} for "
+        f"{'gradients and ' if plan.gradients else ''}forward passes, estimated from one; solving\n"
+        "      and measuring the model before and after come on top; a smaller "
         f"--num-samples{' or --evaluations' if measured else ''} is faster",
         flush=True,
     )
 
 
-def _importance(arguments: argparse.Namespace, calibration: Calibration) -> Any:
+def _importance(
+    arguments: argparse.Namespace, calibration: Calibration
+) -> Calibration | UnitImportance:
     if arguments.importance == _BY_LOSS:
         return calibration
     # Importances load torch-pruning, which a command line without them does not need.

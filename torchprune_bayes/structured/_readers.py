@@ -145,13 +145,18 @@ def watched(readers: Iterable[Reader], samples: int) -> Iterator[None]:
 
 
 def first_samples(calibration: Calibration, most: int) -> Iterator[Batch]:
-    """Yield the first samples of a calibration, up to a number, in its batches.
+    """Return the first samples of a calibration, up to a number, in its batches.
 
     Raises:
         CalibrationError: If there are none, or fewer than expected.
     """
+    return leading(calibration.batches(), most)
+
+
+def leading(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """Yield batches until they have so many samples, the last one cut, and look at no more."""
     left = most
-    for batch in calibration.batches():
+    for batch in batches:
         yield cut(batch, 0, left)
         left -= batch_size(batch)
         if left <= 0:

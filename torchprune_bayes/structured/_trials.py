@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torchprune_bayes.structured._readers import (
     first_samples,
     in_pieces,
     installed,
+    leading,
     readers_of,
     rows_that_go,
     survey,
@@ -50,7 +51,7 @@ class Trials:
         size = _batch_size(calibration, cut(batches[0], 0, 1))
         self._batches = in_pieces(batches, size)
         self._samples = sum(batch_size(batch) for batch in self._batches)
-        self._tried = list(_first(self._batches, tried))
+        self._tried = list(leading(self._batches, tried))
         self._calls = Calls(calibration, cut(batches[0], 0, 1))
         self._readers: dict[str, Reader] = {}
         self._outputs: dict[str, Statistics] = {}
@@ -132,13 +133,6 @@ def _mean(losses: Sequence[float], batches: Sequence[Batch]) -> float:
     sizes = [batch_size(batch) for batch in batches]
     total = sum(loss * size for loss, size in zip(losses, sizes, strict=True))
     return total / sum(sizes) if total == total else float("inf")
-
-
-def _first(batches: Sequence[Batch], samples: int) -> Iterator[Batch]:
-    for batch in batches:
-        if samples > 0:
-            yield cut(batch, 0, samples)
-        samples -= batch_size(batch)
 
 
 def _batch_size(calibration: Calibration, sample: Batch) -> int:

@@ -177,14 +177,19 @@ class RepairReport:
     @property
     def taken(self) -> bool:
         """Whether the model has the repaired weights; not if its loss is higher with them."""
-        return bool(self.layers) and self.loss_repaired <= self.loss_cut
+        cut = self.loss_cut if self.loss_cut == self.loss_cut else float("inf")
+        return bool(self.layers) and self.loss_repaired <= cut
 
     def __str__(self) -> str:
-        outcome = "repaired" if self.taken else "repair not taken, since it does not lower the loss"
-        return (
-            f"{outcome}: loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
+        if not self.layers:
+            return f"not repaired, since no layer could be fitted anew: loss {self.loss_cut:.4g}"
+        losses = (
+            f"loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
             f"{len(self.layers)} layers were fitted anew in {self.seconds:.1f} s"
         )
+        if self.taken:
+            return f"repaired: {losses}"
+        return f"left as it was cut, since the repair does not lower the loss: {losses}"
 
 
 def cut_with(
@@ -223,7 +228,8 @@ def cut_with(
         change.undo()
         plain.redo()
         change = plain
-        logger.warning("%s; the layers are left as they were cut.", report)
+        if report.layers:
+            logger.warning("The model is %s. Calibrate on more samples.", report)
     return change, report
 
 

@@ -170,8 +170,7 @@ def _whole_units(
         except ParameterError:  # another version of its blocks, or a variant
             if example_inputs is None:
                 raise
-    flops: dict[str, int] = {}
-    wiring = observe(inner, example_inputs, forward_fn, flops=flops)
+    wiring = observe(inner, example_inputs, forward_fn, count_flops=True)
     result = groups_of(inner, wiring)
     chosen = without_ignored(inner, result, ignored)
     reasons = read_unseen(inner, chosen, wiring.used)
@@ -186,7 +185,7 @@ def _whole_units(
     groups = [again.get(group.name, group) for group in chosen if group.name not in reasons]
     left_out = reasons | kept_whole(inner, wiring, result) | reasons
     heads = [group for group in chosen if group.kind == "head"]
-    return Units(groups, left_out, flops, wiring.operations), heads
+    return Units(groups, left_out, wiring.flops, wiring.operations), heads
 
 
 def without_ignored(

@@ -191,10 +191,9 @@ def _own_flops(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None
 ) -> Mapping[str, int]:
     """FLOPs of each module outside of its children, by qualified name."""
-    flops: dict[str, int] = {}
-    with at_rest(model), counted_flops(model, flops):
+    with at_rest(model), counted_flops(model) as counter:
         run(model, example_inputs, forward_fn)
-    return flops
+    return counter.flops
 
 
 def _attention_of(path: str, groups: Sequence[UnitGroup]) -> list[tuple[str, int]]:

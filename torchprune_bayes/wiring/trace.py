@@ -61,6 +61,7 @@ class Wiring:
         parametrized: Layers with a computed weight, and why they are kept.
         operations: The modules that were called and the operations that computed something, one
             after the other.
+        flops: FLOPs of each module outside of its children, by qualified name, if counted.
     """
 
     sides: tuple[Side, ...]
@@ -76,6 +77,7 @@ class Wiring:
     parts: Tensor
     parametrized: Mapping[str, str]
     operations: tuple[str, ...]
+    flops: Mapping[str, int] | None = None
 
 
 OUTPUTS = "they are outputs of the model"
@@ -88,7 +90,7 @@ def observe(
     forward_fn: ForwardFunction | None,
     *,
     whole_heads: bool = True,
-    flops: dict[str, int] | None = None,
+    count_flops: bool = False,
 ) -> Wiring:
     """Run a model once to find which entries of its tensors are removed together.
 
@@ -98,8 +100,7 @@ def observe(
         forward_fn: Another way to call it.
         whole_heads: Whether all dimensions of a head are removed together; otherwise those of all
             heads are, and the dimensions are removed separately.
-        flops: If given, filled with the FLOPs of each module, see
-            :func:`~torchprune_bayes.costs.counted_flops`.
+        count_flops: Whether to count them, see :func:`~torchprune_bayes.costs.counted_flops`.
 
     Returns:
         The wiring.
@@ -126,7 +127,7 @@ def observe(
         _transparent(recurrent),
         recorder.modules(model),
     ):
-        with nullcontext() if flops is None else counted_flops(model, flops), recorder:
+        with counted_flops(model) if count_flops else nullcontext() as counter, recorder:
             output = run(model, example_inputs, forward_fn)
         operations = tuple(recorder.operations)
         _check_modules(model, modules)
@@ -162,6 +163,7 @@ def observe(
         components([_both_move(*pair) for pair in ledger.pairs], atoms),
         parametrized,
         operations,
+        None if counter is None else counter.flops,
     )
 
 
