@@ -75,7 +75,7 @@ def test_patches_of_a_few_samples_at_a_time_are_the_same(monkeypatch: pytest.Mon
     lines = dict.fromkeys(calibration.space.names, (0, 1))
     whole = [*line_sums(calibration, lines)]
     monkeypatch.setattr(
-        "torchprune_bayes.layer_kinds.gradients._PATCH_BYTES", {"cpu": 1, "cuda": 1}
+        "torchprune_bayes.layer_kinds.outer_products.PATCH_BYTES", {"cpu": 1, "cuda": 1}
     )
     for before, now in zip(whole, line_sums(calibration, lines), strict=True):
         for line, sums in before.items():

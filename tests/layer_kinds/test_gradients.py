@@ -6,15 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchprune_bayes.layer_kinds import gradients
-from torchprune_bayes.layer_kinds.gradients import (
-    DenseGradients,
-    EmbeddingRows,
-    OuterProducts,
-    SampleGradients,
-    add_squares,
-)
+from torchprune_bayes.layer_kinds import outer_products
+from torchprune_bayes.layer_kinds.embedding import EmbeddingRows
+from torchprune_bayes.layer_kinds.gradients import DenseGradients, SampleGradients, add_squares
 from torchprune_bayes.layer_kinds.grams import Gram
+from torchprune_bayes.layer_kinds.outer_products import OuterProducts
 
 _SIZES = st.integers(1, 5)
 
@@ -55,8 +51,8 @@ def test_squares_of_sums_over_positions_and_uses(
 def test_samples_may_be_taken_in_parts(
     budget: int, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "_CACHE_BYTES", {"cpu": budget, "cuda": budget})
-    monkeypatch.setattr(gradients, "_PATCH_BYTES", {"cpu": budget, "cuda": budget})
+    monkeypatch.setattr(outer_products, "CACHE_BYTES", {"cpu": budget, "cuda": budget})
+    monkeypatch.setattr(outer_products, "PATCH_BYTES", {"cpu": budget, "cuda": budget})
     use = _outer(torch.Generator().manual_seed(0), (7, 2, 3, 4, positions), flip=False)
     total = torch.zeros(6, 4, dtype=torch.float64)
     use.add_squares(total)
@@ -74,7 +70,7 @@ def test_samples_may_be_taken_in_parts(
 def test_uses_of_several_kinds_are_added_before_squaring(
     budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "_CACHE_BYTES", {"cpu": budget, "cuda": budget})
+    monkeypatch.setattr(outer_products, "CACHE_BYTES", {"cpu": budget, "cuda": budget})
     generator = torch.Generator().manual_seed(0)
     outer = _outer(generator, (4, 1, 5, 3, 6), flip=False)
     indices = torch.randint(-1, 5, (4, 7), generator=generator)

@@ -204,7 +204,7 @@ def test_rules_are_right_without_verification(name: str) -> None:
 
 def test_groups_of_a_tied_weight_are_refused_in_one_sentence() -> None:
     from torchprune_bayes.errors import ArgumentError
-    from torchprune_bayes.layer_kinds.gradients import OuterProducts
+    from torchprune_bayes.layer_kinds.outer_products import OuterProducts
 
     uses: Any = OuterProducts(_normal(1, 2, 3, 1), lambda _: _normal(1, 2, 3, 1), 6, (6, 3))
     with pytest.raises(ArgumentError, match="Expected one group"):

@@ -13,12 +13,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torchprune_bayes.errors import ParameterError
 from torchprune_bayes.layer_kinds.gradients import (
     DenseGradients,
-    OuterProducts,
     SampleGradients,
     samples_at_once,
 )
 from torchprune_bayes.layer_kinds.grams import Axis, Gram, PatchGram, shares_products
 from torchprune_bayes.layer_kinds.kind import LayerKind, Side
+from torchprune_bayes.layer_kinds.outer_products import OuterProducts
 
 
 class _AnyConvolution(LayerKind):

@@ -7,12 +7,9 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from torchprune_bayes.layer_kinds.gradients import (
-    DenseGradients,
-    OuterProducts,
-    SampleGradients,
-)
+from torchprune_bayes.layer_kinds.gradients import DenseGradients, SampleGradients
 from torchprune_bayes.layer_kinds.kind import LayerKind, Side
+from torchprune_bayes.layer_kinds.outer_products import OuterProducts
 
 
 class _MatrixKind(LayerKind):

@@ -10,9 +10,6 @@ from torchprune_bayes.methods.global_pruning import (
     apply_decision,
     bake,
     detach_views,
-    export_masks,
-    import_masks,
-    masks_of,
     prune_global,
 )
 from torchprune_bayes.methods.grasp import GraSP
@@ -22,6 +19,7 @@ from torchprune_bayes.methods.kfac import KFAC
 from torchprune_bayes.methods.laplace_evidence import LaplaceEvidence
 from torchprune_bayes.methods.layerwise import Layerwise
 from torchprune_bayes.methods.magnitude import LayerMagnitude, Magnitude
+from torchprune_bayes.methods.masks import export_masks, import_masks, masks_of
 from torchprune_bayes.methods.opd import OPD
 from torchprune_bayes.methods.paper_variant import PaperVariant
 from torchprune_bayes.methods.random import Random

@@ -1,13 +1,10 @@
-"""Effect of products, convolutions, norms and attention on the labels of their inputs."""
+"""Effect of matrix products, attention and lookups on the labels of their inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from torchprune_bayes.wiring._labels import Layer, State, aligned, compressed, varying
+from torchprune_bayes.wiring._labels import Layer, State, aligned, varying
 from torchprune_bayes.wiring._rules import Call, combined, tensors_of
 
 _BATCH, _INNER = 0, 2
@@ -121,151 +118,6 @@ def _with_bias(call: Call, state: State, bias: Tensor) -> State:
     return State(call.ledger.keep(call.ledger.merge(layers)), state.weight)
 
 
-def convolved(call: Call) -> State:
-    """Convolutions, transposed and grouped ones too."""
-    x, weight, bias = call.args[:3]
-    groups, channels = int(call.args[8]), x.shape[1]
-    read, made = _sides(call, weight)
-    inputs = [labels for layer in call.state_of(x).layers if (labels := _channelwise(call, layer))
-              is not None]  # fmt: skip
-    if not inputs and channels > 1:
-        inputs = [torch.zeros(channels, dtype=torch.int64)]
-    if groups == channels and groups > 1:
-        made = _depthwise(call, inputs, read, made)
-    else:
-        for labels in inputs:
-            _read(call, labels, read, groups)
-        made = _spread(call, made, groups)
-    if made is None:
-        return State()
-    for layer in call.layers(bias) if isinstance(bias, Tensor) else ():
-        call.ledger.unite(layer, made)
-    layers = [compressed(made.reshape([1, -1] + [1] * (x.dim() - 2)))]
-    return State(call.ledger.keep(layers))
-
-
-def _sides(call: Call, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Labels along the dimensions that read and produce channels; kernel dimensions are fixed."""
-    sides: list[Tensor | None] = [None, None]
-    for layer in call.state_of(weight).layers:
-        dims = varying(layer)
-        if dims in ({0}, {1}):
-            sides[dims.pop()] = layer.reshape(-1)
-        else:
-            call.ledger.fix(layer, call.reason)
-    read, made = sides if call.args[6] else reversed(sides)
-    if read is not None:
-        call.ledger.note_role(read, "consumer")
-    if made is not None:
-        call.ledger.note_role(made, "producer")
-    return read, made
-
-
-def _channelwise(call: Call, layer: Layer) -> Tensor | None:
-    """Labels with the channels at the end; labels that vary only in space are fixed."""
-    if layer.shape[1] == 1:
-        call.ledger.fix(layer, call.reason)
-        return None
-    return layer.movedim(1, -1)
-
-
-def _read(call: Call, labels: Tensor, read: Tensor | None, groups: int) -> None:
-    """Unite channels with the side of the weight that reads them, place by place in its group."""
-    if read is None:
-        call.ledger.fix(labels, call.reason)
-        return
-    rows = labels.reshape(*labels.shape[:-1], groups, -1)
-    call.ledger.unite(rows, read.reshape(groups, -1) if call.args[6] else read)
-    call.ledger.join(rows, [rows.dim() - 2])
-
-
-def _spread(call: Call, made: Tensor | None, groups: int) -> Tensor | None:
-    """Labels of the outputs: the same place in every group is joined."""
-    if made is None or groups == 1:
-        return made
-    if call.args[6]:
-        return made.repeat(groups)
-    call.ledger.join(made.reshape(groups, -1), [0])
-    return made
-
-
-def _depthwise(
-    call: Call, inputs: Sequence[Tensor], read: Tensor | None, made: Tensor | None
-) -> Tensor | None:
-    """Unite each channel with the outputs that only it produces."""
-    channels, outputs = call.args[0].shape[1], call.output.shape[1]
-    filters = read if call.args[6] else made
-    if filters is None or outputs != channels:
-        for labels in inputs:
-            call.ledger.fix(labels, f"`{call.module}` filters them by constants or several times")
-        for side in (read, made):
-            if side is not None:
-                call.ledger.fix(side, call.reason)
-        return None
-    for labels in inputs:
-        call.ledger.unite(labels, filters)
-    return filters
-
-
-def normalized(call: Call) -> State | list[State]:
-    """Norms over channels one by one, in groups, or over the last dimensions."""
-    x = call.args[0]
-    if call.name == "native_group_norm":
-        state = _group_normalized(call, x)
-    elif call.name in ("native_layer_norm", "_fused_rms_norm"):
-        state = _layer_normalized(call, x)
-    else:
-        state = _batch_normalized(call, x)
-    count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
-    return [state] + [State()] * (count - 1) if count > 1 else state
-
-
-def _batch_normalized(call: Call, x: Tensor) -> State:
-    statistics = [tensor for tensor in call.args[3:5] if isinstance(tensor, Tensor)]
-    if not statistics or call.args[5] is True:  # statistics of the input itself, or of a weight
-        for layer in call.state_of(x).layers:
-            call.ledger.stiffen(layer, [dim for dim in varying(layer) if dim != 1], call.reason)
-    return _channels(call, x, [t for t in call.args[1:5] if isinstance(t, Tensor)])
-
-
-def _channels(call: Call, x: Tensor, vectors: Sequence[Tensor]) -> State:
-    """Unite channels along dimension 1 with vectors."""
-    shape = [1, -1] + [1] * (x.dim() - 2)
-    stiff = [vector for vector in vectors if not call.state_of(vector).layers]
-    layers = list(call.state_of(x).layers)
-    if stiff and vectors[0].numel() > 1:
-        layers = [call.ledger.stiffen(layer, [1], call.reason) for layer in layers]
-    own = [layer.reshape(shape) for vector in vectors for layer in call.state_of(vector).layers]
-    if own and not any(layer.shape[1] > 1 for layer in layers):
-        for layer in own:
-            call.ledger.fix(layer, call.reason)
-    return State(call.ledger.keep(call.ledger.merge([*layers, *own])))
-
-
-def _group_normalized(call: Call, x: Tensor) -> State:
-    groups = int(call.args[6])
-    for layer in call.state_of(x).layers:
-        if layer.shape[1] > 1:
-            rows = layer.movedim(1, -1).reshape(-1, groups, layer.shape[1] // groups)
-            if groups == 1 or not call.module:
-                call.ledger.fix(layer, call.reason)
-            call.ledger.join(rows, [2])
-    vectors = [vector for vector in call.args[1:3] if isinstance(vector, Tensor)]
-    return _channels(call, x, vectors)
-
-
-def _layer_normalized(call: Call, x: Tensor) -> State:
-    dims = range(x.dim() - len(call.args[1]), x.dim())
-    layers = [
-        call.ledger.stiffen(layer, set(dims) & varying(layer), call.reason)
-        for layer in call.state_of(x).layers
-    ]
-    for vector in tensors_of(call.args[2:4]):
-        for layer in call.state_of(vector).layers:
-            call.ledger.fix(layer, call.reason)
-    return State(call.ledger.keep(layers))
-
-
 def attended(call: Call) -> State | list[State]:
     """Scaled dot product attention: queries, keys and values ``[..., heads, tokens, width]``."""
     ledger = call.ledger
@@ -343,34 +195,6 @@ def embedded(call: Call) -> State:
             layers.append(aligned(layer.reshape(-1), call.output.dim()))
     weight = call.state_of(call.args[0]).weight and call.state_of(call.args[1]).weight
     return State(call.ledger.keep(layers), weight)
-
-
-def spatial(call: Call) -> State | list[State]:
-    """Pooling, padding and resampling over the last one, two or three dimensions."""
-    x = call.args[0]
-    count = next((int(digit) for digit in "123" if f"{digit}d" in call.name), x.dim() - 2)
-    layers = [
-        call.ledger.stiffen(layer, range(x.dim() - count, x.dim()), call.reason)
-        for layer in call.state_of(x).layers
-    ]
-    state = State(call.ledger.keep(layers))
-    count = len(call.output) if isinstance(call.output, (tuple, list)) else 1
-    return [state] * count if count > 1 else state
-
-
-def columns(call: Call) -> State:
-    """``im2col``: a channel becomes as many rows as its window has entries."""
-    x = call.args[0]
-    layers = [
-        call.ledger.stiffen(layer, range(2, x.dim()), call.reason)
-        for layer in call.state_of(x).layers
-    ]
-    rows = call.output.shape[-2] // x.shape[1]
-    return State(
-        call.ledger.keep(
-            layer.reshape(*layer.shape[:2], 1).repeat_interleave(rows, 1) for layer in layers
-        )
-    )
 
 
 def gated(call: Call) -> State:

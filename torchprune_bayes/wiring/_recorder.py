@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from torchprune_bayes.wiring import _convolutions as convolutions
+from torchprune_bayes.wiring import _norms as norms
 from torchprune_bayes.wiring import _products as products
 from torchprune_bayes.wiring import _rules as rules
 from torchprune_bayes.wiring._labels import Ledger, State
@@ -53,9 +55,9 @@ _NAMES: tuple[tuple[Rule, str], ...] = (
     ),
     (products.multiplied, "mm bmm addmm baddbmm mv addmv"),
     (products.grouped, "_grouped_mm"),
-    (products.convolved, "convolution"),
+    (convolutions.convolved, "convolution"),
     (
-        products.normalized,
+        norms.normalized,
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
         "cudnn_batch_norm native_group_norm native_layer_norm _fused_rms_norm "
         "_batch_norm_no_update _batch_norm_with_update",
@@ -68,7 +70,7 @@ _NAMES: tuple[tuple[Rule, str], ...] = (
     ),
     (products.embedded, "embedding"),
     (
-        products.spatial,
+        convolutions.spatial,
         "avg_pool1d avg_pool2d avg_pool3d max_pool2d_with_indices max_pool3d_with_indices "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool1d "
         "upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
@@ -77,7 +79,7 @@ _NAMES: tuple[tuple[Rule, str], ...] = (
         "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d grid_sampler_2d "
         "mkldnn_max_pool2d max_pool2d roi_align",
     ),
-    (products.columns, "im2col"),
+    (convolutions.columns, "im2col"),
     (products.gated, "glu"),
     (products.written, "copy_"),
     (products.added_at, "index_add index_add_"),

@@ -13,13 +13,9 @@ from torchprune_bayes.calibration import Batch
 from torchprune_bayes.curvature.layers.losses import Evaluated, cotangents
 from torchprune_bayes.curvature.layers.passes import Passes, Routes
 from torchprune_bayes.errors import CalibrationError
-from torchprune_bayes.layer_kinds.gradients import (
-    OuterProducts,
-    SampleGradients,
-    add_squares,
-    new_total,
-)
+from torchprune_bayes.layer_kinds.gradients import SampleGradients, add_squares, new_total
 from torchprune_bayes.layer_kinds.grams import Gram, PatchGram
+from torchprune_bayes.layer_kinds.outer_products import OuterProducts
 from torchprune_bayes.layer_recording import Layer, Recording
 from torchprune_bayes.params import leaf
 from torchprune_bayes.seeds import derived_seed
