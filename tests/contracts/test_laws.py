@@ -39,7 +39,7 @@ OURS = [name for name in METHODS if issubclass(find_method(name).method, Pruning
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 EXPORTED = {getattr(torchprune_bayes.methods, key) for key in torchprune_bayes.methods.__all__}
-INFRASTRUCTURE = {"base", "global_pruning", "masks", "registry", "paper_variant"}
+INFRASTRUCTURE = {"base", "decisions", "global_pruning", "masks", "registry", "paper_variant"}
 INFRASTRUCTURE |= {"module_state", "sensitivity", "stepwise"}
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from torchprune_bayes._checks import check_amount, check_choice, check_count, check_finite
+from torchprune_bayes._checks import check_amount, check_choice, check_count
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration
-from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
+from torchprune_bayes.methods.decisions import check_decision, check_prunable, write_updates
 from torchprune_bayes.methods.module_state import all_or_nothing, same_order
 from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision, ParameterPairs
@@ -287,56 +288,6 @@ def space_of_pairs(params: ParameterPairs | None, kind: str) -> ParameterSpace:
     return ParameterSpace.of_pairs(params)
 
 
-def check_prunable(space: ParameterSpace) -> None:
-    """Refuse tensors that cannot be pruned as they are now.
-
-    Raises:
-        AlignmentError: If a layer was replaced since the parameters were listed.
-        ArgumentError: If a tensor has NaN or infinite entries.
-        ParameterError: If forward pre-hooks cannot work on a tensor, or its mask is not binary.
-    """
-    space.check_in_model()
-    space.check_hookable()
-    for tensor in space:
-        check_finite(tensor.name, tensor.leaf)
-        if not all(((mask == 0) | (mask == 1)).all() for mask in tensor.known_masks):
-            raise ParameterError(
-                f"Expected a mask of zeros and ones on `{tensor.name}`, got other values."
-            )
-
-
-def check_decision(space: ParameterSpace, decision: Decision) -> None:
-    """Refuse a decision that does not fit the tensors, revives entries or ruins weights.
-
-    Raises:
-        ArgumentError: If a mask is missing, misshapen, not boolean or keeps an entry that is
-            pruned already, or a new value is missing, misshapen or not finite.
-    """
-    for tensor in space:
-        mask = decision.masks.get(tensor.name)
-        _check_like(tensor.leaf, f"masks['{tensor.name}']", mask, torch.bool)
-        assert mask is not None
-        revived = int((mask.to(tensor.leaf.device) & ~tensor.mask).sum())
-        if revived:
-            raise ArgumentError(
-                f"Expected pruned entries of `{tensor.name}` to stay so, got {revived} revived."
-            )
-        if decision.updates is not None:
-            update = decision.updates.get(tensor.name)
-            _check_like(tensor.leaf, f"updates['{tensor.name}']", update)
-            assert update is not None
-            check_finite(f"updates['{tensor.name}']", update)
-
-
-def write_updates(space: ParameterSpace, updates: Mapping[str, Tensor] | None) -> None:
-    """Write new values into the same ``Parameter`` objects, so that optimizers remain valid."""
-    if updates is None:
-        return
-    with torch.no_grad():
-        for tensor in space:
-            tensor.leaf.copy_(updates[tensor.name])
-
-
 def _beside(space: ParameterSpace, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Move values to the devices of the tensors of the same names; others are unchanged."""
     places = {tensor.name: tensor.leaf.device for tensor in space}
@@ -353,15 +304,4 @@ def _check_amount_in(scope: str, amount: float | int | Mapping[str, int]) -> Non
         raise ArgumentError(
             "Expected a fraction, or a count for each tensor by name, for `amount` with "
             f"scope='layer', got the count {amount}."
-        )
-
-
-def _check_like(
-    leaf: Tensor, what: str, tensor: Tensor | None, dtype: torch.dtype | None = None
-) -> None:
-    if tensor is None or tensor.shape != leaf.shape or dtype not in (None, tensor.dtype):
-        kind = "a tensor" if dtype is None else f"a {dtype} tensor"
-        got = "none" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        raise ArgumentError(
-            f"Expected {kind} of shape {tuple(leaf.shape)} for `{what}`, got {got}."
         )

@@ -14,13 +14,8 @@ from torch.nn.utils import prune
 
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, ParameterError
-from torchprune_bayes.methods.base import (
-    PruningMethod,
-    check_decision,
-    check_prunable,
-    space_of_pairs,
-    write_updates,
-)
+from torchprune_bayes.methods.base import PruningMethod, space_of_pairs
+from torchprune_bayes.methods.decisions import check_decision, check_prunable, write_updates
 from torchprune_bayes.methods.module_state import all_or_nothing, pruning_hooks, same_order
 from torchprune_bayes.methods.registry import find_method
 from torchprune_bayes.params import (

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from torchprune_bayes._checks import check_choice
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
-from torchprune_bayes.methods.base import PruningMethod, check_decision, write_updates
+from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.decisions import check_decision, write_updates
 from torchprune_bayes.methods.global_pruning import apply_decision, decide_on, unstructured_method
 from torchprune_bayes.methods.module_state import all_or_nothing
 from torchprune_bayes.params import ParameterSpace
