@@ -22,8 +22,17 @@ from torchprune_bayes._numerics.layer_update import damped
 from torchprune_bayes.curvature.layer_inputs import LayerInputs
 from torchprune_bayes.curvature.layers.inputs import matrix_of
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
+from torchprune_bayes.methods.base import PruningMethod
+from torchprune_bayes.methods.registry import registered_methods
 
 SCORES = ["magnitude", "opd", "kfac", "diagonal-fisher", "snip", "synflow", "woodfisher"]
+OURS = {
+    name: entry.method
+    for name, entry in registered_methods().items()
+    if issubclass(entry.method, PruningMethod) and not entry.is_structured
+}
+MOVING = [name for name, kind in OURS.items() if kind.always_moves]
+SCORING = [name for name, kind in OURS.items() if not kind.always_moves]
 
 
 def calibrated(model: nn.Module, data, params=None) -> Calibration:
@@ -94,6 +103,69 @@ def test_the_rows_are_least_squares_on_what_the_pruned_model_sees(build, solver,
         for gram, rows, keep, found in zip(moment.mean, *parts, strict=True):
             expected = literal(damped(gram, 0.05), rows, keep)
             torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "amount", "pattern"),
+    [
+        (scores, amount, pattern)
+        for scores in SCORING
+        for amount, pattern in [(0.75, None), (None, "2:4"), (0.5, "1x4")]
+        if (scores, pattern) != ("wanda", "1x4")
+    ],
+)
+def test_all_that_scores_goes_with_updates_and_patterns(scores, amount, pattern):
+    model, data = mlp()
+    dense = {name: value.detach().clone() for name, value in model.named_parameters()}
+    calibration = calibrated(model, data)
+    options = {"amount": amount, "pattern": pattern, "scores": scores, "steps": 2}
+    decision = prune_global(None, "layerwise", calibration=calibration, **options)
+    assert decision.updates is not None
+    left = sum(int(mask.sum()) for mask in decision.masks.values())
+    assert left == (36 if amount == 0.75 else 72)
+    for name, mask in decision.masks.items():
+        assert not decision.updates[name][~mask].any()
+        groups = mask.unflatten(1, (-1, 4)).sum(-1)
+        assert {None: True, "2:4": (groups == 2).all(), "1x4": (groups % 4 == 0).all()}[pattern]
+    assert any(
+        not torch.equal(decision.updates[n], dense[n] * m) for n, m in decision.masks.items()
+    )
+
+
+def test_the_scores_of_a_method_that_knows_no_patterns_are_ranked_in_them():
+    model, data = mlp()
+    dense = {name: value.detach().clone() for name, value in model.named_parameters()}
+    masks = prune_global(
+        None,
+        "layerwise",
+        amount=None,
+        pattern="2:4",
+        calibration=calibrated(model, data),
+        scores="magnitude",
+        steps=1,
+    ).masks
+    for name, mask in masks.items():
+        groups = dense[name].abs().unflatten(1, (-1, 4))
+        expected = groups >= groups.sort(-1).values[..., 2:3]
+        assert torch.equal(mask, expected.flatten(1))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_whole_groups_go_in_rounds(scope):
+    model, data = mlp()
+    decision = prune_global(
+        None,
+        "layerwise",
+        amount=0.75,
+        pattern="1x4",
+        calibration=calibrated(model, data),
+        steps=3,
+        path="linear",
+        scope=scope,
+    )
+    assert [step["kept"] for step in decision.info["steps"]] == [108, 72, 36]
+    for mask in decision.masks.values():
+        assert (mask.unflatten(1, (-1, 4)).sum(-1) % 4 == 0).all()
 
 
 def test_the_tokens_of_a_layer_are_squared_one_by_one():
@@ -228,10 +300,10 @@ def test_patterns(pattern, kept):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": "layerwise"}, "that scores for `scores`"),
         ({"scores": "random"}, "that scores for `scores`"),
-        ({"scores": "magnitude", "pattern": "2:4", "amount": None}, "know patterns"),
-        ({"pattern": "1x4"}, "like '2:4'"),
+        *[({"scores": name}, f"'{name}', which moves weights") for name in MOVING],
+        ({"scores": "wanda", "pattern": "1x4"}, "like '2:4'"),
+        ({"pattern": "4:2"}, "like '2:4' or '1x4'"),
         ({"score_options": {"structure": "diagonal"}}, "Expected `kind`, `labels` and `damping`"),
         ({"score_options": {"labels": 0}}, "labels"),
         ({"score_options": {"damping": 0.0}}, "damping"),

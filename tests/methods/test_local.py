@@ -43,6 +43,7 @@ def test_wanda_keeps_the_largest_products(compare):
         expected = scores >= scores.flatten().sort().values[48]
     assert torch.equal(mask, expected)
     assert torch.equal(model[0].weight, dense * mask)
+    assert decision.updates is None
 
 
 @pytest.mark.parametrize("name", NAMES)

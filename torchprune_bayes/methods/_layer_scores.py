@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -16,7 +17,7 @@ from torchprune_bayes.methods._pattern import Pattern, kept_by
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import find_method
 from torchprune_bayes.params import ParameterSpace
-from torchprune_bayes.types import Decision, Masks
+from torchprune_bayes.types import Decision, Masks, Scores
 
 TOKEN_FISHER = "token-fisher"
 _BATCH = 8  # activations for a backward pass are most of the memory
@@ -117,6 +118,9 @@ def _damped(diagonal: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
 class Registered:
     """A registered method, with new scores in each round.
 
+    One that knows no patterns decides on as many entries as the pattern prunes, and its scores are
+    ranked in the pattern.
+
     Args:
         name: Of a method of this package; one that also moves weights is asked not to.
         calibration: Data, model and loss.
@@ -130,12 +134,17 @@ class Registered:
     def __init__(
         self, name: str, calibration: Calibration | None, scope: str, options: Mapping[str, Any]
     ) -> None:
-        self.name, self.calibration = name, calibration
+        self.name, self.calibration, self.scope = name, calibration, scope
         self._options: dict[str, Any] = {"scope": scope, **options}
         kind = find_method(name).method
-        if not issubclass(kind, PruningMethod) or _solves_layers(kind):
+        if not issubclass(kind, PruningMethod):
             raise ArgumentError(
                 f"Expected a method of this package that scores for `scores`, got {name!r}."
+            )
+        if kind.always_moves:
+            raise ArgumentError(
+                f"Expected a method that only scores for `scores`, got {name!r}, which moves "
+                "weights."
             )
         wrong = [key for key in options if key in _OWN]
         if wrong:
@@ -143,43 +152,49 @@ class Registered:
                 f"Expected options of the scores alone in `score_options`, got {wrong[0]!r}: it is "
                 "an argument of its own, or is found anew in each round."
             )
-        self._kind = kind
-        self._known = inspect.signature(kind.__init__).parameters
-        if "update" in self._known:
+        self._kind, known = kind, _arguments_of(kind)
+        self._knows_patterns = "pattern" in known
+        if "update" in known:
             self._options["update"] = "none"
 
     def method(self, amount: Any, pattern: Pattern | None) -> PruningMethod:
         """The method of one round.
 
         Raises:
-            ArgumentError: If it knows no patterns, or an option is impossible.
+            ArgumentError: If an option is impossible.
         """
         options = dict(self._options)
-        if pattern is not None:
-            if "pattern" not in self._known:
-                raise ArgumentError(
-                    f"Expected `scores` that know patterns, such as 'opd', got {self.name!r}."
-                )
-            options["pattern"] = f"{pattern.kept}:{pattern.size}"
+        if pattern is not None and self._knows_patterns:
+            options["pattern"] = str(pattern)
+        elif pattern is not None:
+            amount = pattern.amount(amount)
         return self._kind(amount, **options)
 
     def decide(self, space: ParameterSpace, amount: Any, pattern: Pattern | None) -> Decision:
-        """Decision of the method.
-
-        Raises:
-            ArgumentError: If it moves weights.
-        """
+        """Decision of the method."""
         method = self.method(amount, pattern)
         assert self.calibration is not None
         method.calibration = self.calibration.with_space(space)
         decision = method.decide(space)
-        if decision.updates is not None:
-            raise ArgumentError(
-                f"Expected a method that only scores for `scores`, got {self.name!r}, which moves "
-                "weights."
-            )
-        return decision
+        if pattern is None or self._knows_patterns:
+            return decision
+        scores = _not_negative(decision.scores or {})
+        amount = pattern.amount(amount)
+        kept = kept_by(space, scores, amount, pattern=pattern, scope=self.scope)
+        return replace(decision, masks=kept)
 
 
-def _solves_layers(kind: type) -> bool:
-    return kind is find_method("layerwise").method
+def _arguments_of(kind: type) -> set[str]:
+    """Names of the arguments of a class and of those that it hands ``**options`` on to."""
+    known: set[str] = set()
+    for part in kind.__mro__:
+        known |= set(inspect.signature(part.__init__).parameters)  # type: ignore[misc]
+        if "options" not in inspect.signature(part.__init__).parameters:  # type: ignore[misc]
+            break
+    return known
+
+
+def _not_negative(scores: Scores) -> Scores:
+    """The scores less the smallest of all, if that is negative, as those that can be gains are."""
+    least = min(float(score.min()) for score in scores.values())
+    return {name: score - least for name, score in scores.items()} if least < 0 else scores

@@ -39,6 +39,8 @@ class LayerLocalPruning(PruningMethod):
             the dense scores of all tensors.
     """
 
+    always_moves = True
+
     def __init__(
         self,
         amount: float | int | Mapping[str, int] | None,
@@ -99,8 +101,11 @@ class LayerLocalPruning(PruningMethod):
                 CalibrationWarning,
                 stacklevel=2,
             )
+        info = {"pruned": counts}
+        if not self.always_moves:
+            return Decision(masks, info=info)
         new = {n: updated.get(n, value).to(value) * masks[n] for n, value in weights.items()}
-        return Decision(masks, new, info={"pruned": counts})
+        return Decision(masks, new, info=info)
 
     def _counts(self, space: ParameterSpace, inputs: LayerInputs) -> dict[str, int]:
         """Entries to prune in each tensor."""

@@ -59,6 +59,10 @@ class Pattern:
             raise ArgumentError(f"Expected `pattern` like '2:4', got {text!r}.")
         return pattern
 
+    def __str__(self) -> str:
+        """What :meth:`parse` reads."""
+        return f"1x{self.size}" if self.takes_whole_groups else f"{self.kept}:{self.size}"
+
     @property
     def takes_whole_groups(self) -> bool:
         """Whether groups are kept or pruned whole."""
@@ -72,6 +76,18 @@ class Pattern:
     def sparsity(self) -> float:
         """``1 − N/M``."""
         return 1.0 - self.kept / self.size
+
+    def on_the_way(self, steps: int) -> list[Pattern]:
+        """The patterns of even steps from everything to ``N:M``, at most ``M − N`` of them.
+
+        Example:
+            >>> [str(pattern) for pattern in Pattern(8, 4).on_the_way(4)]
+            ['7:8', '6:8', '5:8', '4:8']
+        """
+        gone = self.size - self.kept
+        rounds = min(steps, gone)
+        kept = [self.size - round(gone * step / rounds) for step in range(1, rounds + 1)]
+        return [Pattern(self.size, n) for n in kept]
 
     def dims(self, space: ParameterSpace) -> dict[str, int]:
         """The dimension of the inputs of each tensor.
@@ -152,9 +168,10 @@ class Pattern:
         fits = isinstance(amount, float) and abs(amount - self.sparsity) < 1e-9
         if not fits and amount not in (total, needed):
             asked = self.sparsity if isinstance(amount, float) else total
+            given = sum(amount.values()) if isinstance(amount, Mapping) else amount
             raise ArgumentError(
-                f"Expected amount={asked:g}, or none, with the pattern {self.kept}:{self.size}, "
-                f"got {amount!r}."
+                f"Expected amount={asked:g}, or none, with the pattern {self}, got {given!r}: it "
+                "is reached in one call, so a schedule of it has one step, as one_shot has."
             )
         layered = options.get("scope") == "layer"
         return Target(masks, needed if layered else total, steps=steps, **options)  # type: ignore[arg-type]
@@ -197,15 +214,18 @@ class GroupTarget(Target):
 
     def keep(self, step: int, scores: Scores, masks: Masks) -> Masks:
         """Masks after ``step``, pruning the groups with the smallest scores."""
-        groups = Target(
-            self._remaining(self.initial), self._amount(), self.scope, self.steps, self.path
-        )
         first = {name: self._grouped(name, score)[..., 0] for name, score in scores.items()}
-        kept = groups.keep(step, first, self._remaining(masks))
+        kept = self.groups().keep(step, first, self._remaining(masks))
         return {
             name: mask & ungrouped(kept[name], self.dims[name], self.size)
             for name, mask in masks.items()
         }
+
+    def groups(self) -> Target:
+        """The same target with groups for entries."""
+        return Target(
+            self._remaining(self.initial), self._amount(), self.scope, self.steps, self.path
+        )
 
     def _remaining(self, masks: Masks) -> Masks:
         return {name: self._grouped(name, mask).any(-1) for name, mask in masks.items()}

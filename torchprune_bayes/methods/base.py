@@ -67,6 +67,8 @@ class PruningMethod(BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
     needs_calibration = True
+    always_moves = False
+    """Whether weights that remain move whatever the options are, so that it is not scores alone."""
 
     def __init__(
         self,

@@ -93,6 +93,8 @@ class CBS(WoodFisher):
         88
     """
 
+    always_moves = True
+
     def __init__(
         self,
         amount: float | int | Mapping[str, int] | None = None,

@@ -17,7 +17,7 @@ from torchprune_bayes.curvature.layer_inputs import LayerInputs
 from torchprune_bayes.curvature.layers.inputs import InputMoment, matrix_of, weight_of
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
 from torchprune_bayes.methods._layer_scores import TOKEN_FISHER, Registered, Scorer, TokenFisher
-from torchprune_bayes.methods._pattern import Pattern
+from torchprune_bayes.methods._pattern import GroupTarget, Pattern
 from torchprune_bayes.methods.base import PruningMethod
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.methods.stepwise import ranked_groups
@@ -61,8 +61,9 @@ class Layerwise(PruningMethod):
             mask; ``"sequential"`` goes through the columns once for all rows.
         damping: Relative to the mean square of a layer's inputs.
         ignore_padding: Whether tokens that the ``attention_mask`` leaves out do not count.
-        pattern: ``"N:M"``; a registered method must know patterns. Rounds then go down to ``N``
-            kept of every ``M``, by one where there are as many ``steps``: 7, 6, 5 and 4 for 4:8.
+        pattern: ``"N:M"``, whose rounds go down to ``N`` kept of every ``M``, by one where there
+            are as many ``steps``: 7, 6, 5 and 4 for 4:8; or ``"1xM"``, which prunes ``amount`` of
+            the groups of ``M`` inputs.
         scope: ``"global"`` ranks all tensors together, ``"layer"`` prunes each to ``amount``.
 
     Raises:
@@ -89,6 +90,8 @@ class Layerwise(PruningMethod):
         [125, 99, 89, 88]
     """
 
+    always_moves = True
+
     def __init__(
         self,
         amount: float | int | Mapping[str, int] | None,
@@ -104,7 +107,7 @@ class Layerwise(PruningMethod):
         pattern: str | None = None,
         scope: Literal["global", "layer"] = "global",
     ) -> None:
-        self.pattern = None if pattern is None else Pattern.n_of_m(pattern)
+        self.pattern = None if pattern is None else Pattern.parse(pattern)
         if self.pattern is not None:
             amount = self.pattern.amount(amount)
         super().__init__(amount, calibration=calibration, scope=scope)  # type: ignore[arg-type]
@@ -148,20 +151,22 @@ class Layerwise(PruningMethod):
 
     def _rounds(self, space: ParameterSpace, masks: Masks) -> list[tuple[Any, Pattern | None]]:
         """Amount that each round prunes of the remaining entries."""
-        if self.pattern is not None:
-            dims = self.pattern.dims(space)
-            self.pattern.target(masks, dims, self.amount, steps=1, scope=self.scope)  # checks
-            size, gone = self.pattern.size, self.pattern.size - self.pattern.kept
-            rounds = min(self.steps, gone)
-            kept = [size - round(gone * step / rounds) for step in range(1, rounds + 1)]
-            return [(None, Pattern(size, n)) for n in kept]
-        groups = ranked_groups(masks, self.amount, self.scope, self._sparsities)
+        pattern, amount, size = self.pattern, self.amount, 1
+        if pattern is not None:
+            target = pattern.target(
+                masks, pattern.dims(space), amount, steps=1, scope=self.scope
+            )  # checks, too
+            if not isinstance(target, GroupTarget):
+                return [(None, kept) for kept in pattern.on_the_way(self.steps)]
+            groups_of = target.groups()
+            masks, amount, size = groups_of.initial, groups_of.amount, pattern.size
+        groups = ranked_groups(masks, amount, self.scope, self._sparsities)
         amounts: list[tuple[Any, Pattern | None]] = []
         for step in range(len(groups[0].goals)):
-            counts = [g.goals[step] - (g.goals[step - 1] if step else 0) for g in groups]
+            counts = [size * (g.goals[step] - (g.goals[step - 1] if step else 0)) for g in groups]
             if any(counts):
                 named = {g.names[0]: count for g, count in zip(groups, counts, strict=True)}
-                amounts.append((named if self.scope == "layer" else counts[0], None))
+                amounts.append((named if self.scope == "layer" else counts[0], pattern))
         return amounts
 
     def _sparsities(self, final: float, initial: float) -> list[float]:
@@ -179,7 +184,8 @@ class Layerwise(PruningMethod):
                     f"{TOKEN_FISHER!r}, got {', '.join(self.score_options)}."
                 ) from error
         scorer = Registered(self.scores, calibration, self.scope, self.score_options)
-        scorer.method(0.0 if self.pattern is None else None, self.pattern)  # checks its options
+        by_itself = self.pattern is not None and not self.pattern.takes_whole_groups
+        scorer.method(None if by_itself else 0.0, self.pattern)  # checks its options
         return scorer
 
     def _solved(

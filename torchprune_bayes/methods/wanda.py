@@ -56,6 +56,8 @@ class Wanda(LayerLocalPruning):
         tensor([[ True, False,  True]])
     """
 
+    always_moves = False
+
     def __init__(
         self,
         amount: float | int | Mapping[str, int] | None,

@@ -54,6 +54,8 @@ class WoodTaylor(WoodFisher):
         4
     """
 
+    always_moves = True
+
     def __init__(
         self,
         amount: float | int | Mapping[str, int] | None = None,
