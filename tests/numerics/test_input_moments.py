@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprune_bayes._numerics.input_moments import Moments, least_squares
+from torchprune_bayes._numerics.input_moments import Moments, Refits, least_squares
 
 
 @given(st.integers(0, 2**31), st.floats(-14.0, 0.0), st.floats(-3.0, 3.0))
@@ -57,3 +57,57 @@ def test_the_damping_is_the_one_that_predicts_the_other_half_best(
 
     best = min(map(error, (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)))
     assert error(chosen) <= best * (1 + 1e-9) + 1e-9
+
+
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.booleans(),
+    st.sampled_from([1e-6, 1e-3, 1e-1]),
+)
+def test_fits_that_share_their_products_are_those_of_a_dense_solve(
+    seed: int, count: int, inputs: int, intercept: bool, damping: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, inputs, generator=generator, dtype=torch.float64) + 1.0
+    x[:, seed % inputs] = 0.0  # an input that never varies
+    weight = torch.randn(4, inputs, generator=generator, dtype=torch.float64)
+    keep = torch.rand(inputs, generator=generator) < 0.6
+    moments = Moments.zeros(inputs, x.device)
+    moments.add(x)
+    mean = moments.mean() if intercept else None
+    fits = Refits(weight, mean, moments.second(centred=intercept))
+    found = fits.without(keep, damping)
+    both = (moments, Moments.zeros(inputs, x.device))
+    slow = least_squares(weight, keep, both, intercept=intercept, damping=damping)
+    torch.testing.assert_close(found.weight, slow.weight, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(found.shift, slow.shift, rtol=1e-6, atol=1e-8)
+    for matrix, second in [(found.weight, found.second), (weight, fits.mean_squares())]:
+        outputs = x @ matrix.T
+        outputs = outputs - outputs.mean(0) if intercept else outputs
+        torch.testing.assert_close(second, outputs.square().mean(0), rtol=1e-6, atol=1e-8)
+
+
+def test_products_are_those_of_all_pairs() -> None:
+    x = torch.randn(7, 600, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = Moments.zeros(600, x.device)
+    moments.add(x[:3])
+    moments.add(x[3:])
+    torch.testing.assert_close(moments.products, x.T @ x)
+
+
+def test_entries_that_were_never_seen_take_part_as_zeros() -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    entries = torch.tensor([True, False, True, True, False, True])
+    wide = x.new_zeros(5, 6)
+    wide[:, entries] = x
+    expected, narrow = Moments.zeros(6, x.device), Moments.zeros(4, x.device)
+    expected.add(wide)
+    narrow.add(x)
+    found = narrow.among(entries)
+    assert found.count == expected.count
+    torch.testing.assert_close(found.total, expected.total)
+    torch.testing.assert_close(found.products, expected.products)
+    back = found.of(entries)
+    assert torch.equal(back.products, narrow.products)

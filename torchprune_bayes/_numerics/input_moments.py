@@ -9,6 +9,7 @@ optimal brain surgeon on a layer's own squared error.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from torchprune_bayes._numerics.cholesky import safe_cholesky
 from torchprune_bayes._numerics.precision import float64_device, wide
 
+_BLOCK = 256
 _ROUNDING = 1e-13
 _DAMPINGS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -45,12 +47,11 @@ class Moments:
         rows = wide(rows)
         self.count += len(rows)
         self.total += rows.sum(0)
-        seen = rows.any(0).nonzero()[:, 0]
-        if 2 * len(seen) > rows.shape[1]:
-            self.products.addmm_(rows.T, rows)
-        else:  # most entries are zero, as of kernels that only see padding
-            rows = rows[:, seen]
-            self.products[seen[:, None], seen] += rows.T @ rows
+        for start in range(0, rows.shape[1], _BLOCK):  # above the diagonal, and mirrored
+            stop = start + _BLOCK
+            part = rows[:, start:stop].T @ rows[:, start:]
+            self.products[start:stop, start:] += part
+            self.products[stop:, start:stop] += part[:, _BLOCK:].T
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(
@@ -61,8 +62,22 @@ class Moments:
         """Moments of some entries of the vectors, boolean ``[d]``."""
         if bool(entries.all()):
             return self
-        products = self.products[entries][:, entries]
-        return Moments(self.count, self.total[entries], products)
+        where = entries.nonzero()[:, 0]
+        products = self.products.index_select(0, where).index_select(1, where)
+        return Moments(self.count, self.total[where], products)
+
+    def among(self, entries: Tensor) -> Moments:
+        """Moments of vectors with further entries that are always zero.
+
+        Args:
+            entries: Boolean, true for the present entries.
+        """
+        result = Moments.zeros(len(entries), self.total.device)
+        where = entries.nonzero()[:, 0].to(self.total.device)
+        result.count = self.count
+        result.total[where] = self.total
+        result.products[where[:, None], where] = self.products
+        return result
 
     def mean(self) -> Tensor:
         """Mean vector ``[d]``."""
@@ -177,6 +192,68 @@ def refitted(
     moved = _moved(weight, keep, second, damping)
     shift = weight.new_zeros(len(weight)) if mean is None else (weight - moved) @ mean
     return moved, shift
+
+
+class Refit(NamedTuple):
+    """A fit of :class:`Refits`.
+
+    Attributes:
+        weight: ``[o, d]``, zero for inputs that go.
+        shift: What is added to the bias, ``[o]``; zeros where there is none.
+        second: Mean square of each output without its bias, ``[o]``; its variance where the moments
+            are centred.
+    """
+
+    weight: Tensor
+    shift: Tensor
+    second: Tensor
+
+
+class Refits:
+    """Many fits of one linear map, each on other inputs: the same as :func:`refitted`.
+
+    With ``R = W G`` the normal equations are ``W' (G_KK + λI) = R_K + λ W_K``, and the mean square
+    of an output is ``w' G w'ᵀ = Σ_K w' (R_K + λ (w - w'))``. So for each fit only factorisation
+    and solution remain to be done.
+
+    Args:
+        weight: ``W``, ``[o, d]`` float64.
+        mean: Mean of the inputs ``[d]``; ``None`` where there is no bias to fit.
+        second: Their covariance ``[d, d]``, or their mean products where there is no bias.
+
+    Cost: ``o d²``, and ``k³/3 + 2 o k²`` for a fit on ``k`` inputs.
+
+    Example:
+        >>> fits = Refits(torch.ones(1, 2).double(), None, torch.ones(2, 2).double())
+        >>> fits.without(torch.tensor([True, False]), 1e-9).weight.round(decimals=4)
+        tensor([[2., 0.]], dtype=torch.float64)
+    """
+
+    def __init__(self, weight: Tensor, mean: Tensor | None, second: Tensor) -> None:
+        self._weight, self._mean, self._second = weight, mean, second
+        self._read = weight @ second
+
+    def mean_squares(self) -> Tensor:
+        """Of the outputs without their bias, ``[o]``, with all inputs."""
+        return (self._weight * self._read).sum(1)
+
+    def without(self, keep: Tensor, damping: float) -> Refit:
+        """Fit on the inputs that stay, boolean ``[d]``."""
+        where = keep.nonzero()[:, 0]
+        weight, target = self._weight[:, where], self._read[:, where]
+        inner = self._second.index_select(0, where).index_select(1, where)
+        ridge = damping * float(inner.diagonal().mean()) if len(where) else 0.0
+        fitted = weight
+        if ridge > 0.0:  # inputs that never vary predict nothing
+            target = target + ridge * weight
+            inner.diagonal().add_(ridge)
+            fitted = torch.cholesky_solve(target.T, safe_cholesky(inner)).T
+        second = (fitted * (target - ridge * fitted)).sum(1).clamp_min(0.0)
+        moved = torch.zeros_like(self._weight).index_copy_(1, where, fitted)
+        shift = weight.new_zeros(len(weight))
+        if self._mean is not None:
+            shift = (self._weight - moved) @ self._mean
+        return Refit(moved, shift, second)
 
 
 def _moved(weight: Tensor, keep: Tensor, second: Tensor, damping: float) -> Tensor:

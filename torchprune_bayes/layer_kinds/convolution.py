@@ -152,25 +152,47 @@ class PatchProducts(OuterProducts):
 
     def new_input_gram(self, like: Tensor) -> Gram | PatchGram:
         """One that does not need the patches, where that is less work."""
-        layer, size = self._layer, list(padded(self._layer, self._images[:1]).shape[2:])
-        axes = [axis_of(layer, dimension) for dimension in range(len(size))]
-        if len(size) > 2:
-            return super().new_input_gram(like)
-        if len(size) == 1:  # a line is an image of one row
-            axes, size = [Axis(1), *axes], [1, *size]
-        rows, columns = axes
-        if not shares_products(layer.in_channels, rows, columns, size):
-            return super().new_input_gram(like)
-        return PatchGram(layer.in_channels, rows, columns, like)
+        return patch_gram(self._layer, self._images, like) or super().new_input_gram(like)
 
     def add_input_gram(self, gram: Gram | PatchGram) -> None:
         """Add ``Σ_n Σ_t a aᵀ``."""
         if not isinstance(gram, PatchGram):
             super().add_input_gram(gram)
             return
-        for images in self._images.split(samples_at_once(self._images)):
-            whole = padded(self._layer, images)
-            gram.add(whole if whole.ndim == 4 else whole.unsqueeze(2))
+        add_patches(gram, self._layer, self._images)
+
+
+def patch_gram(
+    layer: nn.Conv2d, images: Tensor, like: Tensor, places: int | None = None
+) -> PatchGram | None:
+    """A sum of the products of a convolution's patches that does not need the patches.
+
+    Args:
+        layer: A convolution of any dimension, without groups.
+        images: Inputs of the size that all have.
+        like: Has the dtype and the device of the sums.
+        places: How many patches of an image would be cut out otherwise; all by default.
+
+    Returns:
+        ``None`` where cutting the patches out is less work.
+    """
+    size = list(padded(layer, images[:1]).shape[2:])
+    axes = [axis_of(layer, dimension) for dimension in range(len(size))]
+    if len(size) > 2:
+        return None
+    if len(size) == 1:  # a line is an image of one row
+        axes, size = [Axis(1), *axes], [1, *size]
+    rows, columns = axes
+    if not shares_products(layer.in_channels, rows, columns, size, places):
+        return None
+    return PatchGram(layer.in_channels, rows, columns, like)
+
+
+def add_patches(gram: PatchGram, layer: nn.Conv2d, images: Tensor) -> None:
+    """Add the products of all patches of some images, a few images at a time."""
+    for part in images.split(samples_at_once(images)):
+        whole = padded(layer, part)
+        gram.add(whole if whole.ndim == 4 else whole.unsqueeze(2))
 
 
 def axis_of(layer: nn.Conv2d, dimension: int) -> Axis:

@@ -165,7 +165,9 @@ class PatchGram:
         return self._parts[key]
 
 
-def shares_products(channels: int, rows: Axis, columns: Axis, size: Sequence[int]) -> bool:
+def shares_products(
+    channels: int, rows: Axis, columns: Axis, size: Sequence[int], places: int | None = None
+) -> bool:
     """Whether :class:`PatchGram` takes clearly fewer multiplications than :class:`Gram`.
 
     Args:
@@ -173,6 +175,7 @@ def shares_products(channels: int, rows: Axis, columns: Axis, size: Sequence[int
         rows: The kernel's way over the rows.
         columns: The kernel's way over the columns.
         size: Rows and columns of the padded images.
+        places: How many places of the kernel :class:`Gram` would be given; all by default.
 
     Example:
         >>> shares_products(64, Axis(3), Axis(3), (16, 16))
@@ -183,7 +186,9 @@ def shares_products(channels: int, rows: Axis, columns: Axis, size: Sequence[int
     if channels < _LEAST_CHANNELS:
         return False
     axes = rows, columns
-    apart = prod(axis.taps**2 * axis.places(n) for axis, n in zip(axes, size, strict=True))
+    if places is None:
+        places = prod(axis.places(n) for axis, n in zip(axes, size, strict=True))
+    apart = places * prod(axis.taps**2 for axis in axes)
     shared = 0
     for distance in _distances(rows, columns):
         kinds = (axis.pixels(n, d) for axis, n, d in zip(axes, size, distance, strict=True))

@@ -45,8 +45,46 @@ def taps_of(module: Any) -> int:
     return int(module.weight[0, 0].numel())
 
 
+def batched(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return inputs with samples along the first dimension, as a layer may be called without."""
+    kernel = getattr(module, "kernel_size", ())
+    return inputs.unsqueeze(0) if inputs.dim() == 1 + len(kernel) else inputs
+
+
+def taps_inside(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return which taps of a layer's kernel ever see an input, boolean; one if it has no kernel.
+
+    Example:
+        >>> pixel = torch.zeros(1, 4, 1, 1)
+        >>> taps_inside(nn.Conv2d(4, 4, 3, padding=1), pixel).tolist().index(True)
+        4
+    """
+    if not isinstance(module, _ConvNd):
+        return torch.ones(1, dtype=torch.bool)
+    spatial = len(module.kernel_size)
+    sizes = inputs.shape[-spatial:]
+    return _windows(module, torch.ones(1, 1, *sizes)).flatten(2 + spatial).any(-1).flatten()
+
+
+def places_of(module: nn.Module, inputs: Tensor) -> int:
+    """Return how many places a convolution's kernel has on each input."""
+    spatial = inputs.dim() - 2
+    return _windows(module, inputs[:1, :1]).shape[-spatial:].numel()
+
+
+def sum_of_rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the sum of all rows of a convolution, ``[entries]``."""
+    spatial = inputs.dim() - 2
+    views = _windows(module, inputs.sum(0, keepdim=True))
+    return views.flatten(2 + spatial).sum(-1).flatten()
+
+
 def rows_of(
-    module: nn.Module, inputs: Tensor, per_sample: int, generator: torch.Generator
+    module: nn.Module,
+    inputs: Tensor,
+    per_sample: int,
+    generator: torch.Generator,
+    taps: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield what the layer multiplies its matrix with, ``[rows, entries]``, a few MiB at a time.
 
@@ -56,6 +94,7 @@ def rows_of(
         per_sample: Largest number of rows per sample; if it has more (positions of a convolution or
             a sequence), that many are drawn.
         generator: Random generator for the draw.
+        taps: The taps of its kernel that rows have, boolean; all by default.
 
     Cost: a convolution's patches are copied.
     """
@@ -65,16 +104,17 @@ def rows_of(
         yield (rows if chosen is None else rows[:, chosen]).flatten(0, 1)
         return
     spatial = len(module.kernel_size)
-    if inputs.dim() == spatial + 1:
-        inputs = inputs.unsqueeze(0)
     for part in inputs.split(_samples_at_once(module, inputs, per_sample)):
         views = _windows(module, part)
         sizes = views.shape[-spatial:]
         chosen = _drawn(sizes.numel(), per_sample, generator, inputs.device)
         if chosen is None:
             chosen = torch.arange(sizes.numel(), device=inputs.device)
+        kernel = views.shape[2:-spatial]
+        used = torch.arange(kernel.numel()) if taps is None else taps.nonzero()[:, 0]
+        under = [each[:, None] for each in torch.unravel_index(used.to(inputs.device), kernel)]
         places = torch.unravel_index(chosen, sizes)
-        yield views[_index(2 + spatial, places)].flatten(1, -2).transpose(1, 2).flatten(0, 1)
+        yield views[_index(2, [*under, *places])].flatten(1, 2).transpose(1, 2).flatten(0, 1)
 
 
 def _index(skipped: int, rest: Iterable[Any]) -> Any:

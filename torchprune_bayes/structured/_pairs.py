@@ -91,9 +91,10 @@ class Pairs:
         tensors: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """A layer whose queries, or keys, absorb what the other side loses."""
-        halves = self.readers[given.module].halves
-        if halves is None:  # the layer is not called
+        rows = self.readers[given.module].rows
+        if rows is None:  # the layer is not called
             return {}
+        halves = rows.both()
         weight = tensors.get("weight", taking.module._parameters["weight"])
         bias = tensors.get("bias", taking.module._parameters.get("bias"))
         assert weight is not None

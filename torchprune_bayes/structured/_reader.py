@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchprune_bayes._numerics.input_moments import Fit, Moments, least_squares, refitted
+from torchprune_bayes._numerics.input_moments import Fit, Refits, least_squares
 from torchprune_bayes._numerics.precision import float64_device, wide
-from torchprune_bayes.structured._layer_inputs import as_matrix, as_weight, rows_of, taps_of
+from torchprune_bayes.structured._layer_inputs import as_matrix, as_weight, batched, taps_of
+from torchprune_bayes.structured._row_moments import RowMoments
 
 _ROWS_PER_ENTRY, _LEAST_ROWS = 32, 16384
 
@@ -24,17 +25,29 @@ class Statistics(NamedTuple):
 
 
 class InputSummary(NamedTuple):
-    """Moments of those inputs of a layer that are not always zero.
+    """What many fits of a layer share.
 
     Attributes:
-        mean: Their mean.
-        second: Their covariance; mean products if there is no bias to fit.
+        fits: Fits on those inputs that are not always zero.
+        mean: Mean of these.
         seen: Which inputs these are.
     """
 
+    fits: Refits
     mean: Tensor
-    second: Tensor
     seen: Tensor
+
+
+class Refitted(NamedTuple):
+    """A layer fitted on some of its inputs.
+
+    Attributes:
+        tensors: Its weight, and its bias if it has one, by local name.
+        outputs: Statistics of its outputs with these, if a bias or a batch norm follows their mean.
+    """
+
+    tensors: dict[str, Tensor]
+    outputs: Statistics
 
 
 def matched(norm: Any, before: Statistics, now: Statistics) -> dict[str, Tensor]:
@@ -69,8 +82,8 @@ class Reader:
         module: The layer.
         dim: Dimension of the weight along its inputs.
         norm: The batch norm that directly reads its output, if there is one.
-        halves: Moments of two halves of its inputs, once they were recorded.
-        summary: Those of all inputs in the place of the halves, see :meth:`summarise`.
+        rows: Moments of its inputs, once they were recorded.
+        summary: What many fits share, in the place of the moments, see :meth:`summarise`.
     """
 
     name: str
@@ -78,11 +91,10 @@ class Reader:
     module: nn.Module
     dim: int
     norm: nn.Module | None = None
-    halves: tuple[Moments, Moments] | None = None
+    rows: RowMoments | None = None
     summary: InputSummary | None = None
 
     def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
         self._seen = 0
 
     @property
@@ -105,15 +117,16 @@ class Reader:
             inputs: Inputs of the layer.
             samples: Total number of samples; many rows of few samples are subsampled.
         """
-        size = self.weight.shape[self.dim] * taps_of(self.module)
-        if self.halves is None:
-            self.halves = Moments.zeros(size, inputs.device), Moments.zeros(size, inputs.device)
-        per_sample = -(-max(_ROWS_PER_ENTRY * size, _LEAST_ROWS) // samples)
-        for half, moments in enumerate(self.halves):
+        channels = self.weight.shape[self.dim]
+        inputs = batched(self.module, inputs)
+        if self.rows is None:
+            self.rows = RowMoments(self.module, channels, inputs.device)
+        entries = channels * taps_of(self.module)
+        per_sample = -(-max(_ROWS_PER_ENTRY * entries, _LEAST_ROWS) // samples)
+        for half in (0, 1):
             part = inputs[(half + self._seen) % 2 :: 2]
             if part.numel():
-                for rows in rows_of(self.module, part, per_sample, self._generator):
-                    moments.add(rows)
+                self.rows.add(half, part, per_sample)
         self._seen += len(inputs)
 
     def fit(self, keep: Tensor, damping: float | str) -> tuple[Fit, dict[str, Tensor]]:
@@ -126,10 +139,9 @@ class Reader:
         Returns:
             The fit, and the new weight and bias by local name.
         """
-        assert self.halves is not None
-        seen = _ever_nonzero(self.halves)
+        assert self.rows is not None
+        seen, one, other = self.rows.halves()
         matrix, kept = self._matrix, self._kept_inputs(keep)
-        one, other = (half.of(seen) for half in self.halves)
         fit = least_squares(
             matrix[:, seen],
             kept[seen],
@@ -141,29 +153,34 @@ class Reader:
 
     def summarise(self) -> None:
         """Merge the halves, so that many fits share what does not depend on the units."""
-        if self.halves is None:
+        if self.rows is None:
             return
-        seen = _ever_nonzero(self.halves)
-        whole, self.halves = self.halves[0].of(seen) + self.halves[1].of(seen), None
-        self.summary = InputSummary(whole.mean(), whole.second(centred=self._has_intercept), seen)
+        seen, one, other = self.rows.halves()
+        whole, self.rows = one + other, None
+        mean, second = whole.mean(), whole.second(centred=self._has_intercept)
+        fits = Refits(self._matrix[:, seen], mean if self._has_intercept else None, second)
+        self.summary = InputSummary(fits, mean, seen)
 
-    def refit(self, keep: Tensor, damping: float) -> dict[str, Tensor]:
-        """Return the tensors of :meth:`fit` with a fixed damping, from the summary."""
+    def refit(self, keep: Tensor, damping: float) -> Refitted:
+        """Return what :meth:`fit` gives with a fixed damping, from the summary."""
         assert self.summary is not None
-        mean, second, seen = self.summary
+        fits, mean, seen = self.summary
         matrix, kept = self._matrix, self._kept_inputs(keep)
-        shifted = mean if self._has_intercept else None
-        weight, shift = refitted(matrix[:, seen], kept[seen], shifted, second, damping)
-        return self._tensors(_completed(weight, matrix * kept, seen), shift)
+        fit = fits.without(kept[seen], damping)
+        tensors = self._tensors(_completed(fit.weight, matrix * kept, seen), fit.shift)
+        return Refitted(tensors, self._statistics(fit.weight @ mean, fit.second, tensors))
 
-    def output_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
-        """Mean and variance of the outputs with a weight and bias, which a batch norm reads."""
+    def output_statistics(self) -> Statistics:
+        """Mean and variance of the outputs of the whole layer, which a batch norm reads."""
         assert self.summary is not None
-        assert self._has_intercept
-        matrix = wide(as_matrix(self.module, tensors["weight"]))[:, self.summary.seen]
+        fits, mean, seen = self.summary
+        return self._statistics(self._matrix[:, seen] @ mean, fits.mean_squares(), {})
+
+    def _statistics(
+        self, mean: Tensor, second: Tensor, tensors: Mapping[str, Tensor]
+    ) -> Statistics:
         bias = tensors.get("bias", self.module._parameters.get("bias"))
-        mean = matrix @ self.summary.mean + (0.0 if bias is None else wide(bias.detach()))
-        return Statistics(mean, ((matrix @ self.summary.second) * matrix).sum(1))
+        return Statistics(mean if bias is None else mean + wide(bias.detach()), second)
 
     @property
     def _matrix(self) -> Tensor:
@@ -182,14 +199,6 @@ class Reader:
         if bias is not None:
             result["bias"] = (wide(bias.detach()) + shift).to(bias)
         return result
-
-
-def _ever_nonzero(halves: tuple[Moments, Moments]) -> Tensor:
-    """Inputs that are not always zero: those that are, as taps that only see padding, fit nothing.
-
-    With 3 x 3 kernels on maps of a single pixel these are eight of nine.
-    """
-    return (halves[0].products.diagonal() != 0) | (halves[1].products.diagonal() != 0)
 
 
 def _completed(fitted: Tensor, cut: Tensor, seen: Tensor) -> Tensor:

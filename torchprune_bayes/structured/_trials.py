@@ -100,7 +100,7 @@ class Trials:
         for reader in readers:
             reader.summarise()
         self._outputs = {
-            reader.name: reader.output_statistics({"weight": reader.weight})
+            reader.name: reader.output_statistics()
             for reader in readers
             if reader.norm is not None and reader.summary is not None
         }
@@ -120,12 +120,12 @@ class Trials:
         for name, keep in keeps.items():
             reader = self._readers[name]
             fitted = reader.refit(keep, self._damping)
-            result[reader.module] = without_rows(reader.module, rows.get(reader.module, []), fitted)
+            result[reader.module] = without_rows(
+                reader.module, rows.get(reader.module, []), fitted.tensors
+            )
             norm: Any = reader.norm
             if norm is not None and norm.running_mean is not None:
-                before = self._outputs[name]
-                now = reader.output_statistics(result[reader.module])
-                result[norm] = matched(norm, before, now)
+                result[norm] = matched(norm, self._outputs[name], fitted.outputs)
         return result
 
 

@@ -204,7 +204,7 @@ class Walk:
             site.module, self._rows.get(site.module, []), fitted
         )
         self.fits.append(LayerRepair(site.path, fit.cut_error, fit.error, fit.damping))
-        site.halves = None
+        site.rows = None
 
     def _batches(self) -> list[Batch]:
         """As many samples as fit into memory at once, as one batch; with a minimum number."""
