@@ -51,10 +51,10 @@ def test_moments_are_those_of_all_rows(name: str) -> None:
                 expected[half].add(rows)
     seen, *halves = found.halves()
     assert seen.equal(expected[0].products.diagonal() > 0)
-    for half, wanted in zip(halves, expected, strict=True):
-        assert half.count == wanted.count
-        torch.testing.assert_close(half.total, wanted.total[seen])
-        torch.testing.assert_close(half.products, wanted.products[seen][:, seen])
+    for moments, wanted in zip(halves, expected, strict=True):
+        assert moments.count == wanted.count
+        torch.testing.assert_close(moments.total, wanted.total[seen])
+        torch.testing.assert_close(moments.products, wanted.products[seen][:, seen])
 
 
 def test_taps_that_only_see_padding_take_no_memory() -> None:

@@ -79,8 +79,9 @@ def installed(tensors: Tensors) -> Iterator[None]:
     """Make modules use other parameters and buffers whenever a calibration calls them.
 
     A calibration runs its model on its own values, which it removes after each pass; so what
-    is installed when a module is called remains until the pass ends. ``tensors`` may grow
-    meanwhile.
+    is installed when a module is called remains until the pass ends. It takes the dtype and
+    the device of these values, which are not those of a model in half precision. ``tensors``
+    may grow meanwhile.
     """
 
     def install(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -88,7 +89,7 @@ def installed(tensors: Tensors) -> Iterator[None]:
             table: dict[str, Any] = (
                 module._parameters if key in module._parameters else module._buffers
             )
-            table[key] = tensor
+            table[key] = tensor if table[key] is None else tensor.to(table[key])
 
     with ExitStack() as stack:
         for module in tensors:
