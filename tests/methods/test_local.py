@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from tests.curvature.test_layer_inputs import Experts, Twice, gpt2
 from tests.methods.test_layerwise import calibrated, mlp
@@ -68,6 +69,24 @@ def test_patterns_of_convolutions_run_over_channels(name, groups):
     mask = prune_global(None, name, amount=None, pattern="2:4", calibration=calibration).masks
     groups_of_channels = mask["0.weight"].movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1)
     assert (groups_of_channels == 2).all()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "layerwise"])
+def test_patterns_hold_where_some_entries_are_pruned_already(name):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 4, 3, padding=1, groups=2)
+    model = nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = conv.weight.detach().abs() > 0.06
+    before[:2] = True  # of one group of channels nothing is pruned yet
+    prune.custom_from_mask(conv, "weight", before)
+    data = [(torch.randn(6, 8, 5, 5), torch.zeros(6).long())]
+    calibration = calibrated(model, data)
+    mask = prune_global(None, name, amount=None, pattern="2:4", calibration=calibration).masks
+    kept, left = (
+        t.movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1) for t in (mask["0.weight"], before)
+    )
+    assert torch.equal(kept, left.clamp_max(2))
+    assert not (mask["0.weight"] & ~before).any()
 
 
 @pytest.mark.parametrize("name", NAMES)

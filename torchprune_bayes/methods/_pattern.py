@@ -150,6 +150,11 @@ class Pattern:
         best = ranked.topk(min(self.kept, ranked.shape[-1]), dim=-1).indices
         return torch.zeros_like(remaining).scatter(-1, best, True) & remaining
 
+    def largest_of_rows(self, values: Tensor, remaining: Tensor) -> Tensor:
+        """:meth:`largest` of every group of a matrix ``[rows, n]``."""
+        groups = (tensor.unflatten(1, (-1, self.size)) for tensor in (values, remaining))
+        return self.largest(*groups).flatten(1)
+
     def target(
         self, masks: Masks, dims: Mapping[str, int], amount: Amount, *, steps: int, **options: str
     ) -> Target:

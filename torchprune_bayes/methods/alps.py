@@ -89,11 +89,7 @@ class ALPS(LayerLocalPruning):
             squares = values.square()
             if self.pattern is None:
                 return smallest_k([squares], count, [remaining])[0]
-            groups = (-1, self.pattern.size)
-            chosen = self.pattern.largest(
-                squares.unflatten(1, groups), remaining.unflatten(1, groups)
-            )
-            return chosen.flatten(1)
+            return self.pattern.largest_of_rows(squares, remaining)
 
         matrix = damped(gram, self.damping)
         keep, start = splitting_mask(

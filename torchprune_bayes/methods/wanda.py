@@ -79,8 +79,7 @@ class Wanda(LayerLocalPruning):
         """The smallest scores of each output, or of all."""
         scores = self.scores(gram, weights)
         if self.pattern is not None:
-            ranks = self.pattern.ranks(scores, remaining)
-            keep = smallest_k([ranks], count, [remaining])[0]
+            keep = self.pattern.largest_of_rows(scores, remaining)
         elif self.compare == "layer":
             keep = smallest_k([scores], count, [remaining])[0]
         else:
