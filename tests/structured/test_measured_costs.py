@@ -22,6 +22,7 @@ from torchprune_bayes.structured import (
     plan_of,
     shrink,
 )
+from torchprune_bayes.structured.measured_costs import Repeated
 from torchprune_bayes.wiring import forward
 
 
@@ -77,7 +78,8 @@ def slow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         return run(model, inputs, forward_fn)
 
     monkeypatch.setattr(measured_costs, "run", timed)
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    for clock in ("perf_counter", "process_time"):  # of several threads, and of one
+        monkeypatch.setattr(time, clock, lambda: now[0])
 
 
 def test_latency_goes_where_it_is_spent(slow_layers):
@@ -102,10 +104,14 @@ def test_latency_goes_where_it_is_spent(slow_layers):
     assert dense[3].out_channels == 8
 
 
-def test_a_latency_is_reported_from_a_measurement_of_its_own(slow_layers, monkeypatch):
+def test_a_latency_is_reported_from_a_measurement_of_its_own(slow_layers, monkeypatch, caplog):
     model, inputs = build("vgg"), images()
     lucky, latency = [0.5], MeasuredCosts._latency
-    monkeypatch.setattr(MeasuredCosts, "_latency", lambda *args: lucky[0] * latency(*args))
+    monkeypatch.setattr(
+        MeasuredCosts,
+        "_latency",
+        lambda *args: Repeated(*(lucky[0] * value for value in latency(*args))),
+    )
     anew = MeasuredCosts.anew
     monkeypatch.setattr(
         MeasuredCosts, "anew", lambda *args: (lucky.__setitem__(0, 1.0), anew(*args))[1]
@@ -113,6 +119,39 @@ def test_a_latency_is_reported_from_a_measurement_of_its_own(slow_layers, monkey
     report = shrink(model, inputs, RowNorm(), sparsity=0.3, target="latency")
     assert report.measured is not None
     assert report.measured.after == round(1e9 * (1.0 + model[3].out_channels))
+    assert "Asked for a latency 30 % smaller" in caplog.text
+    assert f"measured anew it is {report.measured.sparsity:.0%}".replace("%", " %") in caplog.text
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.5])
+def test_passes_that_differ_much_are_told(slow_layers, monkeypatch, caplog, spread):
+    latency = MeasuredCosts._latency
+
+    def spread_out(*args):
+        value = latency(*args).value
+        return Repeated(value, (1 - spread / 2) * value, (1 + spread / 2) * value)
+
+    monkeypatch.setattr(MeasuredCosts, "_latency", spread_out)
+    report = shrink(build("vgg"), images(), RowNorm(), sparsity=0.3, target="latency")
+    assert report.spread == pytest.approx(spread)
+    assert f"half of the passes within {spread:.0%}" in str(report)
+    assert ("measure on an idle machine" in caplog.text) == (spread > 0.1)
+
+
+def test_quartiles_are_those_of_the_pairs():
+    model = build("vgg")
+    costs = MeasuredCosts("latency", model, find_groups(model, images()), images())
+    ratios = [0.5, 0.1, 0.9, 0.7, 0.3, 0.6, 0.2, 0.8, 0.4]
+    seconds = iter([each for ratio in ratios for each in (ratio, 1.0)])
+    costs._seconds, costs._whole = lambda: next(seconds), 2.0
+    assert costs.anew({}) == pytest.approx((1e9, 0.6e9, 1.4e9))
+    assert Repeated(2.0, 1.5, 2.5).spread == 0.5
+
+
+def test_a_latency_that_cannot_be_had_names_what_would_help(slow_layers):
+    model = build("vgg")
+    with unchanged(model), pytest.raises(ArgumentError, match=r"still takes 22% .* larger inputs"):
+        shrink(model, images(), RowNorm(), sparsity=0.9, target="latency")
 
 
 def test_what_cannot_be_measured_is_refused():

@@ -380,3 +380,12 @@ def test_the_former_name_of_allocation_works_and_says_so():
             scope="layer",
         )
     assert report.units.after == 4
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_inputs_that_the_model_does_not_take_are_blamed(known):
+    model = build("vgg")
+    groups = find_groups(model, images()) if known else None
+    wrong = torch.zeros(2, 4, 16, 16)
+    with unchanged(model), pytest.raises(ArgumentError, match="run on `example_inputs`, got Run"):
+        shrink(model, wrong, RowNorm(), sparsity=0.3, groups=groups)

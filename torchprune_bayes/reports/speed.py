@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from torchprune_bayes._checks import check_count
 from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.params import unwrap
+from torchprune_bayes.wiring.clock import seconds_of
 from torchprune_bayes.wiring.forward import ForwardFunction, run
 
 
@@ -96,10 +96,7 @@ def compare_speed(
         stack.enter_context(torch.no_grad())
         for model in models:
             run(model, example_inputs, forward_fn)
-        clock = _clock(models)
-        times = [
-            _pair(models, example_inputs, forward_fn, turn % 2, clock) for turn in range(pairs)
-        ]
+        times = [_pair(models, example_inputs, forward_fn, turn % 2) for turn in range(pairs)]
     ratios = sorted(first / second for first, second in times)
     slow, fast = (1e3 * median(column) for column in zip(*times, strict=True))
     return Speed(slow, fast, median(ratios), ratios[0], ratios[-1])
@@ -110,29 +107,9 @@ def _pair(
     inputs: Any,
     forward_fn: ForwardFunction | None,
     first: int,
-    clock: Callable[[], float],
 ) -> list[float]:
     """Seconds of one pass of each model; ``first`` runs first."""
     seconds = [0.0, 0.0]
     for index in (first, 1 - first):
-        _wait(models[index])
-        start = clock()
-        run(models[index], inputs, forward_fn)
-        _wait(models[index])
-        seconds[index] = clock() - start
+        seconds[index] = seconds_of(models[index], partial(run, models[index], inputs, forward_fn))
     return seconds
-
-
-def _clock(models: Sequence[nn.Module]) -> Callable[[], float]:
-    alone = torch.get_num_threads() == 1 and all(_device(m).type == "cpu" for m in models)
-    return time.process_time if alone else time.perf_counter
-
-
-def _wait(model: nn.Module) -> None:
-    if _device(model).type != "cpu":
-        torch.accelerator.synchronize(_device(model))
-
-
-def _device(model: nn.Module) -> torch.device:
-    tensor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
-    return tensor.device

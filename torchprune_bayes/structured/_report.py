@@ -69,6 +69,7 @@ class ShrinkReport:
         measured: For ``target="latency"`` nanoseconds of one forward pass, for ``"memory"`` bytes.
             A latency is measured once more at the end: it may differ from what was asked for by
             the noise of the machine, see :class:`~torchprune_bayes.structured.MeasuredCosts`.
+        spread: Distance of the quartiles of that latency, relative to it.
         curves: The loss curves that the last step measured, see
             :class:`~torchprune_bayes.structured.curves.LossCurve`.
         repairs: Report of the repair of each step.
@@ -85,6 +86,7 @@ class ShrinkReport:
     steps: int
     left_out: Mapping[str, str] = field(default_factory=dict)
     measured: Amount | None = None
+    spread: float = 0.0
     curves: Sequence[LossCurve] = ()
     repairs: Sequence[RepairReport] = ()
 
@@ -94,7 +96,8 @@ class ShrinkReport:
         if self.flops is not None:
             lines.append(f"FLOPs       {self.flops}")
         if self.measured is not None:
-            unit = {"latency": "ns", "memory": "bytes"}[self.target]
+            within = f"ns, half of the passes within {self.spread:.0%}"
+            unit = {"latency": within, "memory": "bytes"}[self.target]
             lines.append(f"{self.target:<10}  {self.measured} {unit}")
         lines.append(f"units       {self.units}")
         if self.difference is not None:

@@ -22,7 +22,7 @@ from torchprune_bayes.structured.slicing import (
     first_names,
     zero_units,
 )
-from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run, tensors_in
+from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, first_line, run, tensors_in
 from torchprune_bayes.wiring.operations import noted
 
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-6}
@@ -229,12 +229,6 @@ class Twin:
         with at_rest(self.model), _watched(self.model, inside, running):
             run(self.model, self._inputs, self._forward_fn)
         return inside
-
-
-def first_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _copied(model: nn.Module) -> nn.Module:

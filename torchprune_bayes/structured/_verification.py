@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes.errors import ArgumentError, NumericalError
-from torchprune_bayes.structured._twin import TOLERANCES, Twin, first_line
+from torchprune_bayes.structured._twin import TOLERANCES, Twin
 from torchprune_bayes.structured.slicing import ShrinkPlan, plan_of
-from torchprune_bayes.wiring.forward import ForwardFunction
+from torchprune_bayes.wiring.forward import ForwardFunction, first_line
 from torchprune_bayes.wiring.groups import UnitGroup
 
 _CHANGED = "without some of its units the others change"

@@ -150,11 +150,7 @@ def blocks_to_reach(
     budget = 1.0 - sparsity + 1e-12
     low, high = 0, len(ranking.group)
     if left_of(high) > budget:
-        most = 1.0 - left_of(high)
-        raise ArgumentError(
-            f"Expected a sparsity of at most {most:.6g} in {resource}, which ignored layers and "
-            f"floors allow, got {sparsity:g}: ask for less, or lower `min_keep` or `round_to`."
-        )
+        raise ArgumentError(_not_enough(left_of(high), resource, sparsity))
     while low < high:
         middle = (low + high) // 2
         if left_of(middle) > budget:
@@ -162,6 +158,20 @@ def blocks_to_reach(
         else:
             high = middle
     return low
+
+
+def _not_enough(least: float, resource: Resource, sparsity: float) -> str:
+    """What to do if a fraction of the resource is left when all that is ranked is gone."""
+    if resource == "latency":
+        return (
+            f"Expected a sparsity of at most {max(1.0 - least, 0.0):.2g} in latency, got "
+            f"{sparsity:g}: without all units that may go, a pass on these inputs still takes "
+            f"{least:.0%} of the time; ask for less, or measure larger inputs on an idle machine."
+        )
+    return (
+        f"Expected a sparsity of at most {1.0 - least:.6g} in {resource}, which ignored layers and "
+        f"floors allow, got {sparsity:g}: ask for less, or lower `min_keep` or `round_to`."
+    )
 
 
 def left_to_reach(

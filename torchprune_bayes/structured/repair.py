@@ -185,7 +185,8 @@ class RepairReport:
             return f"not repaired, since no layer could be fitted anew: loss {self.loss_cut:.4g}"
         losses = (
             f"loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
-            f"{len(self.layers)} layers were fitted anew in {self.seconds:.1f} s"
+            f"{len(self.layers)} layers were fitted anew in {self.seconds:.1f} s, on "
+            f"{self.samples:,} {'samples of the fits' if self.in_sample else 'held-out samples'}"
         )
         if self.taken:
             return f"repaired: {losses}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from warnings import warn
@@ -29,6 +30,11 @@ from torchprune_bayes.wiring.forward import ForwardFunction
 
 if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
+
+logger = logging.getLogger("torchprune_bayes")
+
+_TOLERANCE, _SPREAD = 0.05, 0.1
+"""How far a latency may miss what was asked for, and its quartiles differ, without a warning."""
 
 
 def shrink(
@@ -252,6 +258,7 @@ def _report(
     counted: bool,
 ) -> ShrinkReport:
     left, costs = run.left(), run.costs
+    measured, spread = _measured_amount(run, target, sparsity)
     return ShrinkReport(
         target=target,
         sparsity=sparsity,
@@ -266,14 +273,29 @@ def _report(
         difference=difference,
         steps=run.steps,
         left_out=left_out,
-        measured=_measured_amount(run, target),
+        measured=measured,
+        spread=spread,
         curves=run.curves,
         repairs=run.repairs,
     )
 
 
-def _measured_amount(run: Shrinking, target: Target) -> Amount | None:
-    if run.measured is None or target == "evidence":
-        return None
-    before, after = run.measured.total(target, {}), run.measured.anew(run.left())
-    return Amount(round(before), round(after))
+def _measured_amount(
+    run: Shrinking, target: Target, sparsity: float | None
+) -> tuple[Amount | None, float]:
+    """What was measured before and after, and by how much the latter varies."""
+    if run.measured is None or target == "evidence" or sparsity is None:
+        return None, 0.0
+    after = run.measured.anew(run.left())
+    amount = Amount(round(run.measured.total(target, {})), round(after.value))
+    if amount.sparsity < sparsity - _TOLERANCE or after.spread > _SPREAD:
+        logger.warning(
+            "Asked for a %s %.0f %% smaller, and measured anew it is %.0f %% smaller, half of the "
+            "passes within %.0f %% of each other: measure on an idle machine, with larger inputs, "
+            "and with torch.set_num_threads(1) if that is how the model will run.",
+            target,
+            100 * sparsity,
+            100 * amount.sparsity,
+            100 * after.spread,
+        )
+    return amount, after.spread

@@ -20,7 +20,7 @@ from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.slicing import first_names
-from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run
+from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, blaming_inputs, run
 
 Resource: TypeAlias = Literal["params", "channels", "flops", "latency", "memory"]
 
@@ -191,7 +191,11 @@ def _own_flops(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None
 ) -> Mapping[str, int]:
     """FLOPs of each module outside of its children, by qualified name."""
-    with at_rest(model), counted_flops(model) as counter:
+    with (
+        blaming_inputs(model, example_inputs, forward_fn),
+        at_rest(model),
+        counted_flops(model) as counter,
+    ):
         run(model, example_inputs, forward_fn)
     return counter.flops
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes.calibration.functional import preserved
 from torchprune_bayes.calibration.randomness import IsolatedRandomness
-from torchprune_bayes.errors import ArgumentTypeError
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError, TorchPruneBayesError
 
 ForwardFunction: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -49,6 +49,39 @@ def run(model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | Non
         "Expected `example_inputs` to be a tensor, a tuple of positional arguments or a mapping of "
         f"keyword arguments, got {type(example_inputs).__name__}."
     )
+
+
+@contextmanager
+def blaming_inputs(
+    model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None
+) -> Iterator[None]:
+    """If the body fails and so does a plain run of the model, say that it is the inputs.
+
+    Raises:
+        ArgumentError: In the place of what the model raised.
+    """
+    try:
+        yield
+    except TorchPruneBayesError:
+        raise
+    except Exception:
+        try:
+            with at_rest(model):
+                run(model, example_inputs, forward_fn)
+        except TorchPruneBayesError:
+            raise
+        except Exception as error:
+            raise ArgumentError(
+                f"Expected the model to run on `example_inputs`, got {first_line(error)}: pass "
+                "inputs as it is called with, or `forward_fn` for another way to call it."
+            ) from error
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def tensors_in(output: Any) -> list[Tensor]:

@@ -18,7 +18,13 @@ from torchprune_bayes.errors import ArgumentError, ParameterError
 from torchprune_bayes.wiring._components import components
 from torchprune_bayes.wiring._labels import Layer, Ledger, Reshape, State, solve
 from torchprune_bayes.wiring._recorder import Recorder
-from torchprune_bayes.wiring.forward import ForwardFunction, at_rest, run, tensors_in
+from torchprune_bayes.wiring.forward import (
+    ForwardFunction,
+    at_rest,
+    blaming_inputs,
+    run,
+    tensors_in,
+)
 from torchprune_bayes.wiring.groups import Role
 from torchprune_bayes.wiring.tensors import all_tensors
 
@@ -122,6 +128,7 @@ def observe(
         names.setdefault(id(tensor), name)
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     with (
+        blaming_inputs(model, example_inputs, forward_fn),
         at_rest(model),
         torch.inference_mode(False),
         _transparent(recurrent),
