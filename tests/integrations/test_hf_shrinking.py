@@ -11,7 +11,7 @@ from transformers import Trainer
 from tests.contracts.state import unchanged
 from tests.integrations.hf_cases import Sentences, arguments, classifier
 from torchprune_bayes import cubic
-from torchprune_bayes.errors import ArgumentError
+from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.integrations.hf import ShrinkingCallback
 from torchprune_bayes.structured import load_shrunk
 from torchprune_bayes.structured.importances.magnitude import L1FilterImportance
@@ -119,7 +119,7 @@ def test_what_cannot_be_shrunk_is_refused_before_training(tmp_path: Path) -> Non
 def test_example_inputs_go_where_the_model_is(tmp_path: Path) -> None:
     model = classifier().to("meta")
     inputs = {"a": torch.zeros(1), "b": (torch.zeros(2), [torch.zeros(3), None]), "c": 4}
-    placed = ShrinkingCallback(lambda model: None, inputs)._inputs(model)
+    placed = ShrinkingCallback(lambda model: None, inputs, sparsity=0.5)._inputs(model)
     assert placed["a"].device.type == placed["b"][0].device.type == "meta"
     assert placed["b"][1][0].device.type == "meta"
     assert placed["b"][1][1] is None
@@ -131,3 +131,29 @@ def test_a_whole_model_cannot_take_a_shrunk_checkpoint(tmp_path: Path) -> None:
     run = trainer(tmp_path, shrinking(3), classifier())
     with pytest.raises(RuntimeError, match="size mismatch"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "`sparsity`, or a `schedule`"),
+        ({"sparsity": 0.3, "taget": "flops"}, "got `taget`"),
+        ({"sparsity": 0.3, "allocation": "best"}, "`allocation`"),
+    ],
+)
+def test_a_call_that_would_fail_at_the_cut_is_refused_at_once(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
+        ShrinkingCallback(lambda model: L1FilterImportance(), EXAMPLE, at=3, **options)
+    with pytest.raises(ArgumentTypeError, match="function of the model"):
+        ShrinkingCallback(L1FilterImportance(), EXAMPLE, sparsity=0.3)
+
+
+def test_a_training_too_short_for_the_cuts_says_so(tmp_path: Path, caplog: Any) -> None:
+    with pytest.raises(ArgumentError, match="first cut within the 2 updates"):
+        trainer(tmp_path, shrinking(3), classifier(), max_steps=2).train()
+    callback = along()
+    callback._schedule = cubic(0.5, begin=0, end=6, times=3)
+    trainer(tmp_path, callback, classifier(), max_steps=2).train()
+    assert "will not be reached" in caplog.text

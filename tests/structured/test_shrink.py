@@ -22,7 +22,8 @@ from torchprune_bayes.errors import (
     ParameterError,
     TorchPruneBayesError,
 )
-from torchprune_bayes.structured import ShrinkReport, find_groups, shrink
+from torchprune_bayes.gates import attach_gates
+from torchprune_bayes.structured import BMRSImportance, ShrinkReport, find_groups, shrink
 from torchprune_bayes.structured.groups import Kept, UnitGroup, UnitSlice
 from torchprune_bayes.structured.unit_costs import UnitCosts
 
@@ -389,3 +390,17 @@ def test_inputs_that_the_model_does_not_take_are_blamed(known):
     wrong = torch.zeros(2, 4, 16, 16)
     with unchanged(model), pytest.raises(ArgumentError, match="run on `example_inputs`, got Run"):
         shrink(model, wrong, RowNorm(), sparsity=0.3, groups=groups)
+
+
+def test_gates_that_are_still_attached_are_refused():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    importance = BMRSImportance(attach_gates(model))
+    for option in ({"target": "evidence"}, {"sparsity": 0.3, "target": "channels"}):
+        with unchanged(model), pytest.raises(ParameterError, match="call `fold_gates` first"):
+            shrink(model, torch.ones(2, 4), importance, **option)
+
+
+def test_an_evidence_without_units_to_speak_of_is_refused():
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    with unchanged(model), pytest.raises(ArgumentError, match=r"got none in Sequential.*LayerNorm"):
+        shrink(model, torch.ones(2, 4), Fixed({}), target="evidence")

@@ -201,7 +201,7 @@ def test_tracing_leaves_no_trace(name):
 
 def test_a_failing_forward_pass_leaves_no_trace():
     model = build("resnet")
-    with unchanged(model), pytest.raises(RuntimeError):
+    with unchanged(model), pytest.raises(ArgumentError, match="run on `example_inputs`"):
         find_groups(model, torch.zeros(1, 7, 16, 16))
     assert not any(module._forward_hooks for module in model.modules())
 

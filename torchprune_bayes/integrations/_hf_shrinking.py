@@ -25,6 +25,7 @@ from torchprune_bayes.structured import (
     save_shrunk,
     shrink,
 )
+from torchprune_bayes.structured.option_checks import check_later_call
 from torchprune_bayes.structured.support import OF_THE_MODEL
 from torchprune_bayes.training import bare_optimizer
 
@@ -69,8 +70,11 @@ class ShrinkingCallback(TrainerCallback):
         left: Fraction of the target that remains of the whole model.
 
     Raises:
-        ArgumentError: If there is a schedule and a sparsity or ``at``. When training begins: if
-            there are no units to remove, or too few for the sparsity.
+        ArgumentError: If there is a schedule and a sparsity or ``at``, or an option has an
+            impossible value. When training begins: if there are no units to remove, or too few for
+            the sparsity, or it ends before the first cut.
+        ArgumentTypeError: If ``importance`` is no function of the model, or there is no such
+            option.
         ParameterError: When training begins: if the model cannot be shrunk, or there are several
             processes, where the model is wrapped already. Shrink it before the Trainer is made,
             or use :func:`~torchprune_bayes.integrations.accelerate.shrink_distributed`.
@@ -99,6 +103,9 @@ class ShrinkingCallback(TrainerCallback):
         check_count("at", at, minimum=0)
         if schedule is not None and (at or "sparsity" in options):
             raise ArgumentError("Expected a `schedule`, or `sparsity` and `at`, got both.")
+        if schedule is None and "sparsity" not in options and options.get("target") != "evidence":
+            raise ArgumentError("Expected a `sparsity`, or a `schedule` of it, got neither.")
+        check_later_call(importance, options)
         self.reports: list[ShrinkReport] = []
         self._importance = importance
         self._example_inputs = example_inputs
@@ -138,6 +145,7 @@ class ShrinkingCallback(TrainerCallback):
             self._schedule = self._schedule(state.max_steps)
         self._stages = Stages(**records_of(state).get(RECORD, {}))
         self._check(model)
+        self._check_time(state.max_steps)
         if not state.global_step:
             self._cut(0, model, optimizer, state)
 
@@ -177,6 +185,23 @@ class ShrinkingCallback(TrainerCallback):
         units = check_shrinkable(model, self._inputs(model), sparsity=sparsity, **options)
         for name, why in units.left_out.items():
             logger.info("`%s` will be left whole, since %s.", name, why)
+
+    def _check_time(self, updates: int) -> None:
+        first = last = self._at
+        if isinstance(self._schedule, Schedule):
+            first, last = self._schedule.begin, self._schedule.end or self._schedule.begin
+        if first > updates:
+            raise ArgumentError(
+                f"Expected a first cut within the {updates} updates of the training, got one after "
+                f"update {first}: cut earlier, or train longer."
+            )
+        if last > updates:
+            logger.warning(
+                "The training ends after %d updates, before the last cut after update %d: the "
+                "schedule's final sparsity will not be reached.",
+                updates,
+                last,
+            )
 
     def _inputs(self, model: nn.Module) -> Any:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,27 @@ if TYPE_CHECKING:
     from torchprune_bayes.structured.importance import UnitImportance
 
 Repairing: TypeAlias = Literal["auto", "least_squares", "none"]
+
+
+def check_recipe(
+    allocation: Allocation | None = None,
+    repair: Repairing = "auto",
+    evaluations: int = 1,
+    min_keep: int = 1,
+    round_to: int = 1,
+) -> None:
+    """Check options of ``shrink`` that need no model.
+
+    Raises:
+        ArgumentError: If one has an impossible value.
+        ArgumentTypeError: If a number is none.
+    """
+    check_choice("repair", repair, get_args(Repairing))
+    if allocation is not None:
+        check_choice("allocation", allocation, ALLOCATIONS)
+    check_count("evaluations", evaluations)
+    check_count("min_keep", min_keep)
+    check_count("round_to", round_to)
 
 
 @dataclass(frozen=True)
@@ -75,12 +96,7 @@ class Recipe:
         from torchprune_bayes.structured._torch_pruning_importance import as_unit_importance
         from torchprune_bayes.structured.importances import ConsumerGateFisherImportance
 
-        check_choice("repair", repair, ("auto", "least_squares", "none"))
-        if allocation is not None:
-            check_choice("allocation", allocation, ALLOCATIONS)
-        check_count("evaluations", evaluations)
-        check_count("min_keep", min_keep)
-        check_count("round_to", round_to)
+        check_recipe(allocation, repair, evaluations, min_keep, round_to)
         if calibration is not None and not isinstance(calibration, Calibration):
             raise ArgumentTypeError(f"Expected a Calibration, got {type(calibration).__name__}.")
         if isinstance(importance, Calibration):

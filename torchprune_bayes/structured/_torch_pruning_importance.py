@@ -39,9 +39,11 @@ class HostImportance(UnitImportance):
         try:
             scores = self._importance(their_group)
         except Exception as error:
+            graded = any(parameter.grad is not None for parameter in model.parameters())
+            remedy = "" if graded else "call `backward()` on a loss if it needs gradients, or "
             raise ParameterError(
                 f"Expected {type(self._importance).__name__} to score `{group.name}`, got "
-                f"{type(error).__name__}: {error}; use an importance of this library."
+                f"{type(error).__name__}: {error}; {remedy}use an importance of this library."
             ) from error
         if not isinstance(scores, Tensor) or scores.dim() != 1:
             return None

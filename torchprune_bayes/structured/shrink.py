@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 from warnings import warn
 
 from torch import nn
 from torch.optim import Optimizer
 
-from torchprune_bayes._checks import check_choice, check_count, check_fraction
 from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured._recipe import Recipe, Repairing
 from torchprune_bayes.structured._replacement import as_it_was_on_error
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
 from torchprune_bayes.structured._shrinking import Shrinking, Target
+from torchprune_bayes.structured._steps import sparsities
 from torchprune_bayes.structured.allocation import Allocation
 from torchprune_bayes.structured.groups import UnitGroup
 from torchprune_bayes.structured.head_dimensions import arranged
@@ -156,7 +156,7 @@ def shrink(
         warn("`scope` is now `allocation`, and goes in 0.3.", DeprecationWarning, stacklevel=2)
         allocation = allocation or scope
     inner, inputs = plain_model(model), (example_inputs, forward_fn)
-    wanted = _targets(sparsity, target, steps)
+    wanted = sparsities(sparsity, target, steps)
     recipe = Recipe.of(
         inner,
         importance,
@@ -217,34 +217,6 @@ def _measured(
             "size that matters to you."
         )
     return MeasuredCosts(target, model, groups, *inputs)
-
-
-def _targets(
-    sparsity: float | None, target: str, steps: int | Sequence[float]
-) -> list[float | None]:
-    """The sparsity after each step; ``None`` where the evidence decides."""
-    check_choice("target", target, get_args(Target))
-    if target == "evidence":
-        if sparsity is not None or not isinstance(steps, int):
-            raise ArgumentError(
-                "Expected no sparsity and a number of steps for target='evidence', got "
-                f"sparsity={sparsity!r} and steps={steps!r}."
-            )
-        check_count("steps", steps)
-        return [None] * steps
-    check_fraction("sparsity", sparsity, closed=False)
-    assert sparsity is not None
-    if isinstance(steps, Sequence):
-        path = list(steps)
-        for fraction in path:
-            check_fraction("steps", fraction, closed=False)
-        if not path or path[-1] != sparsity or path != sorted(path):
-            raise ArgumentError(
-                f"Expected `steps` to rise to the sparsity {sparsity:g}, got {path!r}."
-            )
-        return [*path]
-    check_count("steps", steps)
-    return [*(sparsity * (step + 1) / steps for step in range(steps - 1)), sparsity]
 
 
 def _report(

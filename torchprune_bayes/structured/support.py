@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchprune_bayes.errors import ArgumentError, ParameterError
+from torchprune_bayes.gates import NoiseGate
 from torchprune_bayes.params import unwrap
 from torchprune_bayes.structured._shrinking import Target
 from torchprune_bayes.structured.groups import UnitGroup
@@ -48,8 +49,8 @@ def check_shrinkable(
     Args:
         model: The model; ``DataParallel`` and ``torch.compile`` are looked through.
         example_inputs: As for ``shrink``.
-        sparsity: Of the whole, to be reached in the end; ``None`` does not check it. Not checked
-            are ``"latency"`` and ``"memory"``, which need measurements.
+        sparsity: Of the whole, to be reached in the end; ``None`` does not check how far.
+            Not checked are ``"latency"`` and ``"memory"``, which need measurements.
         target: What the sparsity counts.
         ignored: As for ``shrink``.
         groups: As for ``shrink``.
@@ -93,7 +94,8 @@ def plain_model(model: nn.Module) -> nn.Module:
     """Return the model inside of its wrappers, if its parameters can be replaced.
 
     Raises:
-        ParameterError: If it is wrapped for distributed training, masked or parametrized.
+        ParameterError: If it is wrapped for distributed training, masked or parametrized, or has
+            noise gates.
     """
     inner = unwrap(model)
     for name, module in [("the model", model), *model.named_modules()]:
@@ -102,6 +104,11 @@ def plain_model(model: nn.Module) -> nn.Module:
             raise ParameterError(
                 f"Expected a model before it is wrapped for distributed training, got {kind} at "
                 f"`{name or 'the model'}`: shrink the module inside, then wrap it again."
+            )
+        if isinstance(module, NoiseGate):
+            raise ParameterError(
+                f"Expected a model without noise gates, got one at `{name}`: call `fold_gates` "
+                "first; a BMRSImportance made before that keeps the gates' decisions."
             )
     check_plain(inner)
     return inner
@@ -127,7 +134,7 @@ def units_to_remove(
         )
     else:
         units = Units(without_ignored(model, groups, ignored))
-    if not units.groups and sparsity:
+    if not units.groups and sparsity != 0.0:
         modules = dict(model.named_modules())
         why = "; ".join(
             f"`{name}` ({type(modules[name.partition(':')[0]]).__name__}): {reason}"

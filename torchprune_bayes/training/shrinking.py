@@ -13,6 +13,7 @@ from torchprune_bayes._checks import check_count, check_keys
 from torchprune_bayes.errors import ArgumentError, ArgumentTypeError
 from torchprune_bayes.schedules import Schedule
 from torchprune_bayes.structured import ShrinkReport, Stages, check_shrinkable, shrink
+from torchprune_bayes.structured.option_checks import check_later_call
 from torchprune_bayes.structured.support import OF_THE_MODEL
 from torchprune_bayes.training._due import due_step
 from torchprune_bayes.training._optimizers import bare_optimizer
@@ -47,9 +48,10 @@ class GradualShrinking:
         reports: What was cut, one report for each cut.
 
     Raises:
-        ArgumentError: If ``options`` contain a sparsity, or there are too few units for the
-            schedule.
-        ArgumentTypeError: If ``schedule`` is not one or ``importance`` cannot be called.
+        ArgumentError: If ``options`` contain a sparsity or an impossible value, or there are too
+            few units for the schedule.
+        ArgumentTypeError: If ``schedule`` is not one, ``importance`` is no function of the model,
+            or ``options`` contain what is none.
         ParameterError: If the model cannot be shrunk.
 
     Cost: at a due step that of :func:`~torchprune_bayes.structured.shrink`, at others nothing.
@@ -89,13 +91,9 @@ class GradualShrinking:
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise ArgumentTypeError(f"Expected a Schedule, got {type(schedule).__name__}.")
-        if not callable(importance):
-            raise ArgumentTypeError(
-                f"Expected a function of the model as `importance`, got {importance!r:.80}: write "
-                "`lambda model: ...` around it."
-            )
         if "sparsity" in options:
             raise ArgumentError("Expected the sparsity in the schedule, got the option `sparsity`.")
+        check_later_call(importance, options)
         self.reports: list[ShrinkReport] = []
         self._model, self._importance, self._schedule = model, importance, schedule
         self._inputs, self._options = example_inputs, options
