@@ -21,8 +21,9 @@ from torchprune_bayes import Calibration
 from torchprune_bayes._numerics.input_moments import Moments, least_squares
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured import apply_plan, find_groups, plan_of, repair
+from torchprune_bayes.structured._cutting import RepairReport, cut_with
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
-from torchprune_bayes.structured.repair import LayerRepair, Repair, RepairReport, cut_with
+from torchprune_bayes.structured.repair import LayerRepair, Repair
 
 NAN = float("nan")
 LAYERS = {

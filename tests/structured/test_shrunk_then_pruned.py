@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from tests.contracts.cases import options_of
 from tests.structured.models import build, images
@@ -73,3 +73,19 @@ def test_masks_are_made_permanent_before_shrinking(shrunk):
     bake(model)
     report = shrink(model, images(), calibrated(model), sparsity=0.1, evaluations=8)
     assert report.parameters.sparsity >= 0.1
+
+
+def test_a_repair_that_fills_pruned_weights_says_so(caplog):
+    model, repaired = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5)), "least_squares"
+    torch.nn.init.orthogonal_(model[2].weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+    for sparse in (False, True):
+        if sparse:
+            with torch.no_grad():
+                model[2].weight.view(-1)[::5] = 0.0
+        again, targets = copy.deepcopy(model), model(x).detach()
+        calibration = Calibration(again, [(x, targets + 0.1)], mse_loss)
+        report = shrink(again, x[:2], calibration, sparsity=0.3, repair=repaired)
+        assert report.repairs[0].taken
+        assert ("zero before it" in caplog.text) == sparse
+    assert "`2.weight`" in caplog.text

@@ -17,11 +17,16 @@ from torchprune_bayes.reports.plots import (
 )
 from torchprune_bayes.structured import LossCurve
 
+_DECADE = 10
+"""Losses that differ by fewer times, or are not positive, are drawn on a linear scale."""
+
 
 def plot_loss_curves(
     curves: Sequence[LossCurve], path: str | PathLike[str], *, title: str | None = None
 ) -> Path:
     """Draw the loss of a model against the units removed from one of its groups, for each group.
+
+    The scale is logarithmic if the losses are positive and differ by more than ten times.
 
     Args:
         curves: ``report.curves`` of :func:`~torchprune_bayes.structured.shrink`, or of
@@ -49,8 +54,11 @@ def plot_loss_curves(
             "Expected loss curves to draw, got none: shrink with allocation='measured'."
         )
     figure, axes = new_figure("fraction of the units removed", "loss", title)
-    entries = draw_series(axes, ((curve.group, _points(curve)) for curve in curves))
-    axes.set_yscale("log")
+    drawn = [(curve.group, _points(curve)) for curve in curves]
+    entries = draw_series(axes, drawn)
+    losses = [loss for _, points in drawn for _, loss, _ in points]
+    if losses and max(losses) > _DECADE * min(losses) > 0:
+        axes.set_yscale("log")
     draw_legend(axes, entries)
     save_figure(figure, path)
     return path

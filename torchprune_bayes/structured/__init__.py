@@ -19,12 +19,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torchprune_bayes.structured._cutting import RepairReport
 from torchprune_bayes.structured._report import Amount, GroupChange, ShrinkReport
 from torchprune_bayes.structured.curves import LossCurve, measure_curves
 from torchprune_bayes.structured.groups import AttributeRule, Kept, UnitGroup, UnitSlice
 from torchprune_bayes.structured.measured_costs import MeasuredCosts
 from torchprune_bayes.structured.optimizer_state import slice_ema, slice_optimizer
-from torchprune_bayes.structured.repair import LayerRepair, Repair, RepairReport, repair
+from torchprune_bayes.structured.repair import LayerRepair, Repair, repair
 from torchprune_bayes.structured.saving import load_shrunk, save_shrunk
 from torchprune_bayes.structured.shrink import shrink
 from torchprune_bayes.structured.slicing import (

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torchprune_bayes.structured._cutting import RepairReport
 from torchprune_bayes.structured.curves import LossCurve
 from torchprune_bayes.structured.groups import Kind
-from torchprune_bayes.structured.repair import RepairReport
 from torchprune_bayes.structured.slicing import ShrinkPlan
 
 

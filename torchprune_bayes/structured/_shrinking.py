@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchprune_bayes.calibration import Calibration
+from torchprune_bayes.structured._cutting import RepairReport, cut_with
 from torchprune_bayes.structured._recipe import Recipe
 from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured._verification import check_equal
@@ -21,7 +22,7 @@ from torchprune_bayes.structured.ranking import (
     blocks_to_reach,
     left_to_reach,
 )
-from torchprune_bayes.structured.repair import RepairReport, cut_with, repair
+from torchprune_bayes.structured.repair import repair
 from torchprune_bayes.structured.slicing import (
     ShrinkPlan,
     apply_plan,

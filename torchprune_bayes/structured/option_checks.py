@@ -10,7 +10,6 @@ from torchprune_bayes.calibration import Calibration
 from torchprune_bayes.errors import ArgumentTypeError
 from torchprune_bayes.structured._recipe import check_recipe
 from torchprune_bayes.structured._steps import sparsities
-from torchprune_bayes.structured.importance import UnitImportance
 from torchprune_bayes.structured.shrink import shrink
 
 _OF_THE_RECIPE = ("allocation", "repair", "evaluations", "min_keep", "round_to")
@@ -35,6 +34,9 @@ def check_later_call(importance: Any, options: Mapping[str, Any]) -> None:
         ...
         torchprune_bayes.errors.ArgumentTypeError: Expected options of `shrink`, got `taget`.
     """
+    # Imported here because it loads torch-pruning, which a training without it does not need.
+    from torchprune_bayes.structured.importance import UnitImportance
+
     theirs = type(importance).__module__.partition(".")[0] == "torch_pruning"
     if theirs or isinstance(importance, (Calibration, UnitImportance)) or not callable(importance):
         raise ArgumentTypeError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchprune_bayes._checks import check_choice, check_positive
 from torchprune_bayes._numerics.input_moments import Fit
-from torchprune_bayes.calibration import Calibration, MeanLoss, batch_size
+from torchprune_bayes.calibration import Calibration, batch_size
 from torchprune_bayes.structured._pairs import Pairs
 from torchprune_bayes.structured._reader import Reader
 from torchprune_bayes.structured._readers import (
@@ -31,13 +31,12 @@ from torchprune_bayes.structured._readers import (
     rows_that_go,
     watched,
 )
-from torchprune_bayes.structured._replacement import Change
 from torchprune_bayes.structured._space import space_of
 from torchprune_bayes.structured._walk import MOST_SAMPLES, LayerRepair, Walk
 from torchprune_bayes.structured.groups import Kept, UnitGroup
-from torchprune_bayes.structured.slicing import ShrinkPlan, apply_plan, plan_of
+from torchprune_bayes.structured.slicing import plan_of
 
-__all__ = ["LayerRepair", "Repair", "RepairReport", "cut_with", "repair"]
+__all__ = ["LayerRepair", "Repair", "repair"]
 
 logger = logging.getLogger("torchprune_bayes")
 
@@ -150,94 +149,6 @@ def repair(
     seconds = time.perf_counter() - start
     products = (_of_product(name, fits) for name, fits in pairs.fits.items())
     return Repair(walk.values(), (*walk.fits, *products), tuple(skipped), seconds)
-
-
-@dataclass(frozen=True)
-class RepairReport:
-    """Effect of a repair on the loss.
-
-    Attributes:
-        layers: The layers that were fitted, in the order of the forward pass.
-        skipped: Layers that were cut without a fit.
-        loss_cut: Mean loss of the shrunk model without the repair.
-        loss_repaired: Mean loss with it.
-        samples: Held-out samples for these losses.
-        in_sample: Whether there were none, so that they are those of the fit.
-        seconds: Duration of the fits.
-    """
-
-    layers: tuple[LayerRepair, ...]
-    skipped: tuple[str, ...]
-    loss_cut: float
-    loss_repaired: float
-    samples: int
-    in_sample: bool
-    seconds: float
-
-    @property
-    def taken(self) -> bool:
-        """Whether the model has the repaired weights; not if its loss is higher with them."""
-        cut = self.loss_cut if self.loss_cut == self.loss_cut else float("inf")
-        return bool(self.layers) and self.loss_repaired <= cut
-
-    def __str__(self) -> str:
-        if not self.layers:
-            return f"not repaired, since no layer could be fitted anew: loss {self.loss_cut:.4g}"
-        losses = (
-            f"loss {self.loss_cut:.4g} when cut, {self.loss_repaired:.4g} when "
-            f"{len(self.layers)} layers were fitted anew in {self.seconds:.1f} s, on "
-            f"{self.samples:,} {'samples of the fits' if self.in_sample else 'held-out samples'}"
-        )
-        if self.taken:
-            return f"repaired: {losses}"
-        return f"left as it was cut, since the repair does not lower the loss: {losses}"
-
-
-def cut_with(
-    calibration: Calibration, groups: Sequence[UnitGroup], plan: ShrinkPlan, found: Repair
-) -> tuple[Change, RepairReport]:
-    """Cut a model, with the values of a repair if the loss is no higher with them.
-
-    Args:
-        calibration: Its model is cut.
-        groups: The groups before the cut.
-        plan: What stays.
-        found: The repair for this plan.
-
-    Returns:
-        The cut, which is done, and the losses.
-    """
-    change = apply_plan(calibration.model, plan)
-    try:
-        loss_cut = _held_out(calibration, groups)
-        change.undo()
-        change, plain = apply_plan(calibration.model, plan, values=found.values), change
-        loss_repaired = _held_out(calibration, groups)
-    except BaseException:
-        change.undo()
-        raise
-    report = RepairReport(
-        found.layers,
-        found.skipped,
-        loss_cut.value,
-        loss_repaired.value,
-        loss_repaired.samples,
-        loss_repaired.in_sample,
-        found.seconds,
-    )
-    if not report.taken:
-        change.undo()
-        plain.redo()
-        change = plain
-        if report.layers:
-            logger.warning("The model is %s. Calibrate on more samples.", report)
-    return change, report
-
-
-def _held_out(calibration: Calibration, groups: Sequence[UnitGroup]) -> MeanLoss:
-    pieces = [piece for group in groups for piece in group.slices if piece.role != "norm"]
-    space, _ = space_of(calibration.model, pieces)
-    return calibration.with_space(space).held_out_loss()
 
 
 def _without_dimensions(
