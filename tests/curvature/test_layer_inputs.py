@@ -7,10 +7,14 @@ import torch
 from torch import nn
 from torch.nn.functional import unfold
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from torchprune_bayes import Calibration, prunable_parameters
@@ -87,6 +91,66 @@ def test_padding_is_left_out(ignore):
         moment.mean[0].double(), rows.mT @ rows / len(rows), atol=1e-6, rtol=1e-5
     )
     assert moments["classifier.weight"].tokens == 4
+
+
+def t5() -> nn.Module:
+    config = T5Config(
+        vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, pad_token_id=0
+    )
+    config.decoder_start_token_id = 0
+    return T5ForConditionalGeneration(config)
+
+
+def bart() -> nn.Module:
+    config = BartConfig(
+        vocab_size=20,
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=12,
+        decoder_ffn_dim=12,
+        max_position_embeddings=8,
+    )
+    return BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+@pytest.mark.parametrize("masked", [True, False])
+def test_encoder_and_decoder_have_padding_of_their_own(build, masked):
+    """Sequences of one length, so that shapes do not tell them apart."""
+    torch.manual_seed(0)
+    model, source, target = build().eval(), torch.ones(4, 6).long(), torch.ones(4, 6).long()
+    source[1, 4:] = 0
+    target[:2, 5:], target[3, 2:] = 0, 0
+    ids = torch.randint(3, 20, (2, 4, 6))
+    batch = {"input_ids": ids[0], "attention_mask": source, "labels": ids[1]}
+    if masked:
+        batch["decoder_attention_mask"] = target
+    else:
+        target = torch.ones_like(target)
+    params = prunable_parameters(model, exclude=["lm_head"])
+    for name, moment in inputs_of(model, [batch], params).moments().items():
+        parts = set(name.split("."))
+        reads = parts & {"encoder_attn", "EncDecAttention"} and parts & {
+            "k",
+            "v",
+            "k_proj",
+            "v_proj",
+        }
+        real = source if "encoder" in parts or reads else target
+        seen = []
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        handle = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(**batch)
+        handle.remove()
+        rows = seen[0][real != 0].double()
+        assert moment.tokens == len(rows), name
+        torch.testing.assert_close(
+            moment.mean[0].double(), rows.mT @ rows / len(rows), atol=1e-6, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -22,6 +22,7 @@ from torchprune_bayes.curvature.layers.inputs import (
     layers_of,
     watched,
 )
+from torchprune_bayes.curvature.layers.padding import RealTokens, all_tokens
 from torchprune_bayes.errors import CalibrationError
 from torchprune_bayes.types import Masks
 
@@ -37,9 +38,9 @@ class LayerInputs:
 
     Args:
         calibration: Model and data.
-        ignore_padding: Whether to ignore tokens that the batch's ``attention_mask`` leaves out;
-            it is matched to the first dimensions of a layer's inputs, so that tokens which a
-            model has re-arranged, as mixtures of experts do, all count.
+        ignore_padding: Whether to ignore tokens that the batch's ``attention_mask``, and of a
+            decoder beside an encoder the ``decoder_attention_mask``, leaves out; see
+            :class:`~torchprune_bayes.curvature.layers.padding.RealTokens`.
 
     Example:
         >>> linear = torch.nn.Linear
@@ -182,9 +183,12 @@ class _Run:
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
             missing = {name: counts.get(name, -1) for name in names} if counts else {}
-            gathering = Gathering(moments, layers, self._real_tokens(batch), missing)
+            real = RealTokens(batch, self._inputs.calibration.model)
+            rows = real.rows if self._inputs.ignore_padding else all_tokens
+            gathering = Gathering(moments, layers, rows, missing)
             gathering.finish = partial(self._apply, update, moments) if last else None
-            self._forward(batch, names, gathering.see)
+            with real.followed():
+                self._forward(batch, names, gathering.see)
         for name in list(moments):
             self._apply(update, moments, name)
 
@@ -199,15 +203,6 @@ class _Run:
         new = update(name, moment)
         if new is not None:
             self.weights[name].copy_(new)
-
-    def _real_tokens(self, batch: Batch) -> Tensor | None:
-        inputs = batch if isinstance(batch, Mapping) else batch[0]
-        if not (self._inputs.ignore_padding and isinstance(inputs, Mapping)):
-            return None
-        mask = inputs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or bool((mask != 0).all()):
-            return None
-        return mask != 0
 
     def _forward(
         self, batch: Batch, names: Collection[str], see: Callable[[str, Tensor], None]

@@ -34,7 +34,8 @@ class LayerLocalPruning(PruningMethod):
             with a pattern.
         calibration: Data and model.
         pattern: ``"N:M"`` keeps ``N`` of every ``M`` inputs of an output.
-        ignore_padding: Whether tokens that the ``attention_mask`` leaves out do not count.
+        ignore_padding: Whether tokens that the ``attention_mask``, or of a decoder beside an
+            encoder the ``decoder_attention_mask``, leaves out do not count.
         scope: ``"layer"`` prunes each tensor to ``amount``; ``"global"`` shares the count out by
             the dense scores of all tensors.
     """

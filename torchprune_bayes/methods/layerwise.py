@@ -60,7 +60,8 @@ class Layerwise(PruningMethod):
             together, which is nearly exact; ``"exact"`` factorises the moment of each row's own
             mask; ``"sequential"`` goes through the columns once for all rows.
         damping: Relative to the mean square of a layer's inputs.
-        ignore_padding: Whether tokens that the ``attention_mask`` leaves out do not count.
+        ignore_padding: Whether tokens that the ``attention_mask``, or of a decoder beside an
+            encoder the ``decoder_attention_mask``, leaves out do not count.
         pattern: ``"N:M"``, whose rounds go down to ``N`` kept of every ``M``, by one where there
             are as many ``steps``: 7, 6, 5 and 4 for 4:8; or ``"1xM"``, which prunes ``amount`` of
             the groups of ``M`` inputs.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from torchprune_bayes.curvature.layers.padding import Rows
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.layer_kinds.convolution import patches
 from torchprune_bayes.params import ParameterSpace, leaf
@@ -104,14 +105,14 @@ class Gathering:
     Attributes:
         moments: Moments by tensor; finished ones are removed.
         layers: The layers that each tensor is a weight of.
-        real: The tokens that are not ignored, ``[B, T]``; ``None`` for all.
+        rows: Gives the rows ``[tokens, n]`` of a layer's input that are not ignored.
         missing: Calls to come, as far as they are known; the pass ends with the last of them.
         finish: Called with a tensor after its last call.
     """
 
     moments: Mapping[str, InputMoment]
     layers: Mapping[str, Sequence[nn.Module]]
-    real: Tensor | None
+    rows: Rows
     missing: dict[str, int]
     finish: Callable[[str], None] | None = None
     _last: tuple[_Input, Tensor, int] | None = None
@@ -131,9 +132,18 @@ class Gathering:
         """``Σ x xᵀ`` and the number of tokens; once for layers in a row with the same input."""
         key = _Input(x, x._version, _is_convolution(moment.module))
         if self._last is None or not key.is_same_as(self._last[0]):
-            rows = _rows(moment.module, x, self.real).to(moment.total)
+            rows = self._rows(moment.module, x).to(moment.total)
             self._last = key, rows.mT @ rows, rows.shape[1]
         return self._last[1:]
+
+    def _rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The input that a layer's weight multiplies, ``[groups, tokens, n]``."""
+        if not _is_convolution(module):
+            return self.rows(x).unsqueeze(0)
+        convolution = cast("nn.Conv2d", module)
+        unbatched = x.ndim == len(convolution.kernel_size) + 1
+        cut = patches(convolution, x.unsqueeze(0) if unbatched else x)
+        return cut.unflatten(1, (convolution.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
     def _complete(self, name: str) -> None:
         if self.finish is not None:
@@ -144,21 +154,6 @@ class Gathering:
 
 def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-
-
-def _rows(module: nn.Module, x: Tensor, real: Tensor | None) -> Tensor:
-    """The input that a layer's weight multiplies, ``[groups, tokens, n]``."""
-    if _is_convolution(module):
-        convolution = cast("nn.Conv2d", module)
-        unbatched = x.ndim == len(convolution.kernel_size) + 1
-        cut = patches(convolution, x.unsqueeze(0) if unbatched else x)
-        return cut.unflatten(1, (convolution.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    if real is not None:
-        if x.shape[:2] == real.shape and x.ndim == 3:
-            x = x[real]
-        elif x.ndim == 2 and len(x) == real.numel() != len(real):
-            x = x[real.flatten()]
-    return x.reshape(1, -1, x.shape[-1])
 
 
 @contextmanager
