@@ -30,6 +30,7 @@ from torch.nn.functional import cross_entropy
 
 from torchprune_bayes import Calibration, GradualPruner, prunable_parameters
 from torchprune_bayes import schedules as laws
+from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.integrations.resume import ResumableShrink, load_training, save_training
 from torchprune_bayes.integrations.timm import (
     WithChannels,
@@ -78,6 +79,7 @@ class Run:
         self.scaler = NativeScaler(device=args.device) if args.amp_dtype == "float16" else None
         self.ema = self._average() if args.model_ema else None
         self.schedule = self._schedule()
+        self._check_time()
         self.pruner = None if args.prune_structured else self._new_pruner()
         averages = () if self.ema is None else (self.ema.module,)
         self.shrinking = ResumableShrink(self.model, optimizer=self.optimizer, ema=averages)
@@ -151,6 +153,18 @@ class Run:
             return laws.one_shot(args.prune_amount, at=first)
         law: Callable[..., laws.Schedule] = getattr(laws, args.prune_schedule)
         return law(args.prune_amount, first, last, times=args.prune_steps)
+
+    def _check_time(self) -> None:
+        """Say before the training whether it is long enough to prune."""
+        args, updates = self.args, self.args.epochs * len(self.train_loader)
+        reached = self.schedule(updates)
+        if updates and not reached:
+            raise ArgumentError(
+                f"Expected pruning within the {args.epochs} epochs of the training, got "
+                f"--prune-begin {args.prune_begin:g}: begin earlier, or train longer."
+            )
+        if updates and reached < self.schedule.final:
+            logger.warning("The training ends before --prune-end, at a sparsity of %.3f.", reached)
 
     def _new_pruner(self) -> GradualPruner:
         args = self.args

@@ -166,6 +166,17 @@ def test_the_script_prunes_trains_validates_and_saves(
     assert "prune_method" in (tmp_path / "run" / "args.yaml").read_text()
 
 
+def test_the_script_refuses_a_training_that_ends_before_pruning(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["--model", "test_resnet", "--epochs", "1"]
+    with pytest.raises(ArgumentError, match="within the 1 epochs"):
+        prune(*more, "--prune-begin", "1", "--prune-end", "2", output=tmp_path, data=digits)
+    assert "ends before" not in caplog.text
+    prune(*more, "--prune-begin", "0", "--prune-end", "2", output=tmp_path, data=digits)
+    assert "ends before --prune-end" in caplog.text
+
+
 def test_the_script_goes_on_where_it_stopped(digits: Path, tmp_path: Path) -> None:
     more = ["--model", "test_resnet", "--model-ema"]
     prune(*more, "--epochs", "1", output=tmp_path, data=digits)
