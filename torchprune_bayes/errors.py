@@ -47,3 +47,7 @@ class NumericalWarning(TorchPruneBayesWarning):
 
 class CalibrationWarning(TorchPruneBayesWarning):
     """The calibration is usable but not what was probably intended."""
+
+
+class ParameterWarning(TorchPruneBayesWarning):
+    """Most of a model's weights may be others than those that are pruned."""

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, prune
 
 from tests.params.cases import tied, two_layers
 from torchprune_bayes import prunable_parameters
-from torchprune_bayes.errors import ArgumentTypeError, ParameterError
+from torchprune_bayes.errors import ArgumentTypeError, ParameterError, ParameterWarning
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.params import ParameterSpace, unwrap
 
@@ -32,6 +32,37 @@ def test_weights_of_linear_and_convolution_layers_are_listed_in_order() -> None:
     )
     layers = ["0", "2.0", "2.1", "3", "4", "5", "8"]
     assert listed(model) == [f"{layer}.weight" for layer in layers]
+
+
+class Stack(nn.Module):
+    """Experts in one tensor, as newer versions of transformers have them."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.ones(experts, 2, 2)) for _ in range(2))
+
+
+def test_stacks_of_matrices_that_no_kind_of_layer_knows_are_reported() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Stack(experts=6))
+    with pytest.warns(ParameterWarning, match=r"`1\.up` and 1 more, with 75% of the weights"):
+        assert listed(model) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(lambda: Stack(experts=1), id="one matrix, as of positions"),
+        pytest.param(lambda: Stack(experts=6).requires_grad_(False), id="frozen"),
+        pytest.param(lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), id="computed"),
+        pytest.param(lambda: nn.LSTM(4, 4), id="matrices"),
+    ],
+)
+def test_other_tensors_that_are_not_listed_are_not_reported(layer: Any) -> None:
+    assert listed(nn.Sequential(nn.Linear(4, 4), layer())) == ["0.weight"]
+
+
+def test_excluded_stacks_are_not_reported() -> None:
+    assert listed(nn.Sequential(nn.Linear(4, 4), Stack(6)), exclude=["1"]) == ["0.weight"]
 
 
 def test_the_input_projections_of_attention_are_listed() -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from torchprune_bayes.errors import ArgumentTypeError, ParameterError
+from torchprune_bayes.errors import ArgumentTypeError, ParameterError, ParameterWarning
 from torchprune_bayes.layer_kinds import kind_of
 from torchprune_bayes.params._adapters import adapter_modules, has_adapters, names_inside
 from torchprune_bayes.params._pairs import ParameterPair
 from torchprune_bayes.params._tensors import leaf
+
+_NOTICED = 0.1
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -63,6 +66,10 @@ def prunable_parameters(
     Raises:
         ParameterError: If an excluded name does not exist or nothing prunable is left.
 
+    Warns:
+        ParameterWarning: If stacks of matrices in modules of no known kind, such as the fused
+            experts of mixtures in ``transformers``, are more than a tenth of what is listed.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> [(type(module).__name__, name) for module, name in prunable_parameters(model)]
@@ -89,7 +96,36 @@ def prunable_parameters(
             f"Expected trainable linear or convolution weights in {type(model).__name__}, got "
             "none: set requires_grad of some, or list (module, name) pairs yourself."
         )
+    stacks = _stacks_of_unknown_layers(
+        {name: module for name, module in modules.items() if name not in skipped}, frozen_too
+    )
+    _warn_of_stacks(stacks, sum(cast(Tensor, leaf(*pair)).numel() for pair in pairs))
     return pairs
+
+
+def _stacks_of_unknown_layers(modules: Mapping[str, nn.Module], frozen: bool) -> dict[str, int]:
+    """Entries of the tensors of three dimensions or more, by name, that no kind of layer knows."""
+    return {
+        f"{qualified}.{name}": tensor.numel()
+        for qualified, module in modules.items()
+        if not kind_of(module).prunable and not isinstance(module, parametrize.ParametrizationList)
+        for name, tensor in module.named_parameters(recurse=False)
+        if tensor.ndim > 2 and len(tensor) > 1 and (tensor.requires_grad or frozen)
+    }
+
+
+def _warn_of_stacks(stacks: Mapping[str, int], listed: int) -> None:
+    missed = sum(stacks.values())
+    if missed <= _NOTICED * listed:
+        return
+    first, more = next(iter(stacks)), len(stacks) - 1
+    warnings.warn(
+        f"`{first}`{f' and {more} more' if more else ''}, with {missed / (missed + listed):.0%} of "
+        "the weights, are in no layer of a known kind and so not listed: list their (module, name) "
+        "pairs as well if they are to be pruned.",
+        ParameterWarning,
+        stacklevel=3,
+    )
 
 
 def _prunable_names(module: nn.Module) -> list[str]:
