@@ -71,19 +71,27 @@ def test_woodtaylor_is_the_paper_s_first_order_rule(eta):
     torch.testing.assert_close(flat(decision.updates), moved, rtol=1e-9, atol=1e-10)
 
 
-def test_stages_prune_by_scores_of_what_the_stage_before_left():
+@pytest.mark.parametrize("block_size", ["full", "tensor", 40, 5])
+def test_stages_prune_by_scores_of_what_the_stage_before_left(block_size):
+    """In blocks that are cut once and lose entries."""
     calibration = make_calibration()
+    blocks = EmpiricalFisher(block_size=block_size).fit(calibration).blocks
     gradients = torch.cat(list(calibration.gradients()))
     weights = flat(calibration.space.values())
     keep, moved = torch.ones_like(weights, dtype=torch.bool), weights
     for share in (0.3, 0.6):
-        inverse = torch.linalg.inv(reference.damped_fisher(gradients[:, keep], 1e-2))
-        scores = torch.full_like(weights, torch.inf)
-        scores[keep] = moved[keep].square() / (2 * inverse.diagonal())
-        scores[~keep] = -torch.inf
-        keep = scores > scores.kthvalue(round(share * len(scores))).values
-        moved = weights + reference.joint_update(gradients, 1e-2, weights, keep, step=0.0)
-    options = {**FIXED, "stages": 2, "path": "linear"}
+        scores = torch.full_like(weights, -torch.inf)
+        for start, stop in blocks:
+            left = keep.nonzero().flatten()
+            left = left[(left >= start) & (left < stop)]
+            inverse = torch.linalg.inv(reference.damped_fisher(gradients[:, left], 1e-2))
+            scores[left] = moved[left].square() / (2 * inverse.diagonal())
+        keep, moved = scores > scores.kthvalue(round(share * len(scores))).values, weights.clone()
+        for part in (slice(*block) for block in blocks):
+            moved[part] += reference.joint_update(
+                gradients[:, part], 1e-2, weights[part], keep[part], step=0.0
+            )
+    options = {**FIXED, "stages": 2, "path": "linear", "block_size": block_size}
     decision = WoodFisher(0.6, calibration=calibration, **options).decide(calibration.space)
     assert torch.equal(flat(decision.masks), keep)
     torch.testing.assert_close(flat(decision.updates), moved, rtol=1e-8, atol=1e-9)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.references.fisher import damped_fisher, inverse_by_recursion
-from torchprune_bayes._numerics.cholesky import safe_cholesky
+from torchprune_bayes._numerics.cholesky import checked_once, damped_factor_inverse, safe_cholesky
 from torchprune_bayes._numerics.fisher_blocks import (
     PrimalInverse,
     SampleSpace,
@@ -144,6 +144,25 @@ def test_cholesky_reports_its_jitter():
     with pytest.warns(NumericalWarning, match="of the mean diagonal added"):
         factor = safe_cholesky(matrix)
     torch.testing.assert_close(factor @ factor.T, matrix, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 16, 18, 24, 35, 64, 150])
+def test_an_inverse_factor_by_halves_is_that_of_the_factor(size):
+    root = torch.randn(3, size, size + 2, dtype=torch.float64)
+    matrix = root @ root.mT
+    expected = torch.linalg.inv(torch.linalg.cholesky(matrix + 0.1 * torch.eye(size).double()))
+    found = damped_factor_inverse(matrix.tril(), 0.1)  # the rest is not read
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_factor_that_fails_by_halves_gets_jitter_or_is_refused():
+    column = torch.ones(2, 40, 1, dtype=torch.float64)
+    alike = column @ column.mT
+    with pytest.warns(NumericalWarning, match="of the mean diagonal added"):
+        found = checked_once(lambda: damped_factor_inverse(alike, -1e-13))
+    assert torch.isfinite(found).all()
+    with pytest.raises(NumericalError, match="positive definite"):
+        checked_once(lambda: damped_factor_inverse(-alike, 0.1))
 
 
 def test_cholesky_refuses_what_is_not_rounding():

@@ -30,7 +30,9 @@ def joint_directions_tile_by_tile(gradients, damping, weights, keep):
         joint_directions(tiled(block), damping, w[None], k[None])
         for block, w, k in zip(gradients, weights, keep, strict=True)
     ]
-    return Directions(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return Directions(
+        torch.cat([part.compensation for part in parts]), torch.cat([part.newton for part in parts])
+    )
 
 
 def tiled(block):
@@ -77,6 +79,20 @@ def test_joint_update_solves_its_kkt_system(form, problem, step):
         scale = exact.abs().max() + weights[block].abs().max()
         assert (update[block] - exact).abs().max() <= 1e-10 * scale
     assert torch.equal(update[~keep], -weights[~keep])
+
+
+@pytest.mark.parametrize("form", [joint_directions, joint_directions_in_sample_space])
+@given(problem=problems())
+@settings(deadline=None, max_examples=50)
+def test_the_factor_of_the_update_gives_the_diagonal_of_what_is_kept(form, problem):
+    gradients, damping, weights, keep = problem
+    plain = form(gradients, damping, weights, keep)
+    found = form(gradients, damping, weights, keep, diagonal=True)
+    torch.testing.assert_close(found.compensation, plain.compensation, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.newton, plain.newton, rtol=1e-9, atol=1e-9)
+    for g, k, diagonal in zip(gradients, keep, found.diagonal, strict=True):
+        exact = torch.linalg.inv(reference.damped_fisher(g[:, k], damping)).diagonal()
+        torch.testing.assert_close(diagonal[k], exact, rtol=1e-7, atol=1e-12 / damping)
 
 
 @given(problem=problems(), step=st.sampled_from([0.0, 0.3, 1.0]))

@@ -15,7 +15,7 @@ from torchprune_bayes._numerics.obs import joint_directions
 @st.composite
 def many_blocks(draw: st.DrawFn) -> tuple[Tensor, float]:
     """Float32 gradients ``[blocks, N, B]`` of any scale, some alike, and a damping."""
-    number, count = draw(st.integers(2, 4)), draw(st.sampled_from([1, 3, 16, 34, 48]))
+    number, count = draw(st.integers(2, 4)), draw(st.sampled_from([1, 3, 16, 34, 48, 66]))
     size = draw(st.integers(count + count // 8 + 1, 3 * count + 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     gradients = torch.randn(number, count, size, generator=generator)
@@ -48,7 +48,11 @@ def test_the_update_of_many_blocks_is_the_exact_one_within_a_per_cent(case, shar
     gradients, damping = case
     weights = torch.randn(gradients.shape[::2])
     keep = torch.rand(weights.shape) < share
-    found = joint_directions(gradients, damping, weights, keep).compensation.double()
+    given = joint_directions(gradients, damping, weights, keep, diagonal=True)
+    found = given.compensation.double()
+    for g, k, diagonal in zip(gradients.double(), keep, given.diagonal, strict=True):
+        exact = torch.linalg.inv(reference.damped_fisher(g[:, k], damping)).diagonal()
+        torch.testing.assert_close(diagonal[k], exact, rtol=1e-2, atol=2e-5 / damping)
     for g, w, k, update in zip(gradients.double(), weights.double(), keep, found, strict=True):
         fisher, exact = (
             reference.damped_fisher(g, damping),
@@ -69,6 +73,14 @@ def test_float32_is_taken_where_the_ridge_covers_its_rounding(relative):
     narrow = torch.finfo(torch.float32).eps <= 1e-2 * relative
     assert found.dtype == (torch.float32 if narrow else torch.float64)
     torch.testing.assert_close(found.double(), gram(gradients), rtol=1e-4, atol=1e-5 * trace)
+
+
+def test_products_of_many_rows_fill_the_lower_triangle():
+    gradients = torch.randn(2, 150, 200)
+    exact = gradients.double() @ gradients.double().mT
+    torch.testing.assert_close(gram(gradients), exact, rtol=1e-10, atol=1e-10)
+    lower = damped_gram(gradients, 1e6).double().tril()
+    torch.testing.assert_close(lower, exact.tril(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torchprune_bayes._numerics.precision import float64_device, in_dtype, wide
 _TILE_ENTRIES = 1 << 19
 _TILE_COLUMNS = (512, 16384)
 _ROWS = 128
+_FEWEST_TO_HALVE = 64
 _HARMLESS = 1e-2
 
 
@@ -81,18 +82,28 @@ def gram(
         tensor([[2., 2.],
                 [2., 2.]], dtype=torch.float64)
     """
+    lower = _lower_gram(gradients, keep, dtype)
+    count = lower.shape[-1]
+    return lower if _rows(count) >= count else lower.tril() + lower.tril(-1).mT
+
+
+def _lower_gram(gradients: Gradients, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
+    # The lower triangle, a few rows at a time; above it are zeros, and parts of the product.
     count, device = gradients.shape[-2], float64_device(gradients.device)
     total = torch.zeros((*gradients.shape[:-1], count), dtype=dtype, device=device)
+    height = _rows(count)
     for where, tile in tiles(gradients):
         part = in_dtype(tile if keep is None else _kept(tile, keep[..., where]), dtype)
-        for start in range(0, count, _ROWS):  # the lower triangle, a few rows at a time
-            rows = slice(start, start + _ROWS)
+        for start in range(0, count, height):
+            rows = slice(start, start + height)
             total[..., rows, : rows.stop] += part[..., rows, :] @ part[..., : rows.stop, :].mT
-    return total if count <= _ROWS else total.tril() + total.tril(-1).mT
+    return total
 
 
 def damped_gram(gradients: Gradients, ridge: float, keep: Tensor | None = None) -> Tensor:
-    """``G diag(keep) Gᵀ``, to which a ridge will be added: as precise as that asks for.
+    """The lower triangle of ``G diag(keep) Gᵀ``, to which a ridge will be added.
+
+    As precise as that asks for.
 
     Rounding the products of float32 gradients to float32 changes the matrix by about its trace
     times ``ε``, the spacing of float32 at 1. Where that is below a hundredth of the ridge for every
@@ -105,16 +116,17 @@ def damped_gram(gradients: Gradients, ridge: float, keep: Tensor | None = None) 
         keep: Boolean ``[blocks, B]``.
 
     Returns:
-        ``[blocks, N, N]`` float32, or float64: for a single block, whose products serve many
-        dampings, and on accelerators, where asking for the traces would be a round trip.
+        ``[blocks, N, N]``, undefined above the diagonal, in float32, or in float64: for a single
+        block, whose products serve many dampings, and on accelerators, where asking for the traces
+        would be a round trip.
     """
     cheap = gradients.device.type == "cpu" and gradients.dtype == torch.float32
     if cheap and gradients.shape[0] > 1:
-        narrow = gram(gradients, keep, torch.float32)
+        narrow = _lower_gram(gradients, keep, torch.float32)
         largest = float(narrow.diagonal(dim1=-2, dim2=-1).sum(-1).max())
         if largest * torch.finfo(narrow.dtype).eps <= _HARMLESS * ridge:
             return narrow
-    return gram(gradients, keep)
+    return _lower_gram(gradients, keep, torch.float64)
 
 
 def times(gradients: Gradients, columns: Tensor) -> Tensor:
@@ -129,6 +141,28 @@ def times(gradients: Gradients, columns: Tensor) -> Tensor:
     """
     parts = [wide(tile) @ wide(columns[..., where, :]) for where, tile in tiles(gradients)]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def whitened_squares(lower: Tensor, gradients: Tensor) -> Tensor:
+    """Column sums of squares of ``L⁻¹G``, a few rows at a time.
+
+    Args:
+        lower: ``L⁻¹``, lower triangular ``[blocks, N, N]``.
+        gradients: ``[blocks, N, B]``.
+
+    Returns:
+        ``[blocks, B]``.
+
+    Example:
+        >>> whitened_squares(torch.eye(2)[None], torch.tensor([[[1.0], [3.0]]]))
+        tensor([[10.]])
+    """
+    count = gradients.shape[-2]
+    height, sums = _rows(count), gradients.new_zeros(gradients.shape[::2])
+    for start in range(0, count, height):
+        stop = start + height
+        sums += (lower[:, start:stop, :stop] @ gradients[:, :stop]).square_().sum(-2)
+    return sums
 
 
 def times_vector(gradients: Gradients, vector: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,6 +244,11 @@ def columns_of(rows: Tensor, indices: Tensor) -> Tensor:
     for row, chosen in zip(rows, out, strict=True):
         torch.index_select(row, 0, indices, out=chosen)
     return out
+
+
+def _rows(count: int) -> int:
+    """How many rows of a triangle are computed at a time."""
+    return max(count, 1) if count < _FEWEST_TO_HALVE else min(-(-count // 2), _ROWS)
 
 
 def _kept(tile: Tensor, keep: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprune_bayes._numerics.cholesky import damped_factor
-from torchprune_bayes._numerics.fisher_blocks import InverseFisher
+from torchprune_bayes._numerics.cholesky import damped_factor, damped_factor_inverse
+from torchprune_bayes._numerics.fisher_blocks import InverseFisher, bounded_shares
 from torchprune_bayes._numerics.gradient_tiles import (
     Gradients,
     chosen_columns,
@@ -29,6 +29,7 @@ from torchprune_bayes._numerics.gradient_tiles import (
     mean,
     times_vector,
     transposed_times,
+    whitened_squares,
 )
 from torchprune_bayes._numerics.precision import in_dtype, wide
 
@@ -44,6 +45,8 @@ class Directions(NamedTuple):
     """``−w`` on ``P``; what the kept weights do about it on ``K``."""
     newton: Tensor
     """The step down the gradient that the kept weights take for ``η = 1``; zero on ``P``."""
+    diagonal: Tensor | None = None
+    """Diagonal of ``F_KK⁻¹`` on ``K`` if it was asked for; without meaning on ``P``."""
 
 
 def single_directions(inverse: InverseFisher, weights: Tensor, keep: Tensor) -> Directions:
@@ -76,6 +79,7 @@ def joint_directions(
     inner: Tensor | None = None,
     change: Tensor | None = None,
     descent: bool = True,
+    diagonal: bool = False,
 ) -> Directions:
     """Exact joint update in the cheaper of its two forms.
 
@@ -89,23 +93,27 @@ def joint_directions(
         inner: ``G_K G_Kᵀ``, if already computed.
         change: ``Gw``, ``[blocks, N]``, if already computed; taken in its dtype alone.
         descent: Whether to compute the first-order part; otherwise it is zero.
+        diagonal: Whether to compute that of ``F_KK⁻¹`` from the same factor; for small blocks in
+            memory.
 
-    Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``.
+    Cost per block: ``N²m + m³/3`` with ``m = min(N, |K|)``; for the diagonal ``m³/3`` more, and
+    ``N²B/2`` where ``|K| > N``.
     """
     kept = int(keep.sum(-1).max()) if kept is None else kept
-    if needs_kept_columns(gradients, kept):
+    if kept <= gradients.shape[-2]:
         return joint_directions_from_kept(
-            gradients, damping, weights, keep, kept, change=change, descent=descent
+            gradients,
+            damping,
+            weights,
+            keep,
+            kept,
+            change=change,
+            descent=descent,
+            diagonal=diagonal,
         )
     return joint_directions_in_sample_space(
-        gradients, damping, weights, keep, inner, descent=descent
+        gradients, damping, weights, keep, inner, descent=descent, diagonal=diagonal
     )
-
-
-def needs_kept_columns(gradients: Gradients, kept: int) -> bool:
-    """Whether the update is computed from the columns of the kept weights, copied side by side."""
-    blocks, count, size = gradients.shape
-    return kept <= count or (blocks > 1 and 4 * kept <= 3 * size)
 
 
 def kept_inner(
@@ -139,6 +147,7 @@ def joint_directions_in_sample_space(
     inner: Tensor | None = None,
     *,
     descent: bool = True,
+    diagonal: bool = False,
 ) -> Directions:
     """``δ_K = G_Kᵀ(NλI + G_K G_Kᵀ)⁻¹R``: ridge regression with one unknown per sample.
 
@@ -149,12 +158,20 @@ def joint_directions_in_sample_space(
         keep: Boolean ``[blocks, B]``, ``False`` for ``P``.
         inner: ``G_K G_Kᵀ``, if already computed.
         descent: Whether to compute the first-order part.
+        diagonal: Whether to compute that of ``F_KK⁻¹``; for small blocks in memory.
     """
     ridge = gradients.shape[-2] * damping
     inner = damped_gram(gradients, ridge, keep) if inner is None else inner
     change = removed_change(gradients, weights, keep, inner.dtype)
-    dual = torch.cholesky_solve(_right_hand_side(change, descent), damped_factor(inner, ridge))
-    return _on_support(transposed_times(gradients, dual, inner.dtype), weights, keep)
+    right = _right_hand_side(change, descent)
+    if not diagonal or not isinstance(gradients, Tensor):
+        dual = torch.cholesky_solve(right, damped_factor(inner, ridge))
+        return _on_support(transposed_times(gradients, dual, inner.dtype), weights, keep)
+    inverse = damped_factor_inverse(inner, ridge)
+    solved = transposed_times(gradients, _solved(inverse, right), inner.dtype)
+    moved = _on_support(solved, weights, keep)
+    left = wide(whitened_squares(inverse.to(gradients), gradients)).neg_().add_(1.0)
+    return moved._replace(diagonal=bounded_shares(left, inner, ridge).div_(damping))
 
 
 def joint_directions_from_kept(
@@ -166,10 +183,11 @@ def joint_directions_from_kept(
     *,
     change: Tensor | None = None,
     descent: bool = True,
+    diagonal: bool = False,
 ) -> Directions:
-    """The same from the columns of the kept weights side by side, which are all it needs.
+    """The same as least squares over the kept weights, whose columns are copied side by side.
 
-    In the form of least squares over the kept weights where they are fewer than the samples.
+    The cheaper form where no block keeps more weights than there are samples.
 
     Args:
         gradients: ``[blocks, N, B]``.
@@ -179,25 +197,31 @@ def joint_directions_from_kept(
         kept: Most entries that a block keeps.
         change: ``Gw``, ``[blocks, N]``, if already computed; taken in its dtype alone.
         descent: Whether to compute the first-order part.
+        diagonal: Whether to compute that of ``F_KK⁻¹``.
     """
-    count, (indices, valid) = gradients.shape[-2], _positions(keep, kept)
+    if diagonal:  # so that its factor has halves
+        kept = min(-(-kept // 8) * 8, keep.shape[-1])
+    ridge, (indices, valid) = gradients.shape[-2] * damping, _positions(keep, kept)
     # Padding has columns of zero, which solve to zero.
     columns = chosen_columns(gradients, indices) * valid.unsqueeze(1)
-    inner = damped_gram(columns.mT if kept <= count else columns, count * damping)
-    dtype, factor = inner.dtype, damped_factor(inner, count * damping)
-    columns = in_dtype(columns, dtype)
-    if change is None or change.dtype != dtype:
-        residual = removed_change(gradients, weights, keep, dtype)
+    inner = damped_gram(columns.mT, ridge)
+    columns = in_dtype(columns, inner.dtype)
+    if change is None or change.dtype != inner.dtype:
+        residual = removed_change(gradients, weights, keep, inner.dtype)
     else:  # G_P w_P = Gw − G_K w_K
-        residual = change - times_vector(columns, weights.gather(-1, indices), dtype)
-    right = _right_hand_side(residual, descent)
-    if kept <= count:
-        solved = torch.cholesky_solve(transposed_times(columns, right, dtype), factor)
+        residual = change - times_vector(columns, weights.gather(-1, indices), inner.dtype)
+    right = transposed_times(columns, _right_hand_side(residual, descent), inner.dtype)
+    places, share = indices.to(inner.device), None
+    if diagonal:
+        inverse = damped_factor_inverse(inner, ridge)
+        solved = _solved(inverse, right)
+        values = bounded_shares(wide(inverse.square_().sum(-2)).mul_(ridge), inner, ridge)
+        share = values.new_ones(keep.shape).scatter_(1, places, values).div_(damping)
     else:
-        solved = transposed_times(columns, torch.cholesky_solve(right, factor), dtype)
+        solved = torch.cholesky_solve(right, damped_factor(inner, ridge))
     moved = solved.new_zeros((*keep.shape, solved.shape[-1]))
-    moved.scatter_(1, indices.to(solved.device).unsqueeze(-1).expand_as(solved), solved)
-    return _on_support(moved, weights, keep)
+    moved.scatter_(1, places.unsqueeze(-1).expand_as(solved), solved)
+    return _on_support(moved, weights, keep)._replace(diagonal=share)
 
 
 def _positions(keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -210,6 +234,12 @@ def _positions(keep: Tensor, most: int) -> tuple[Tensor, Tensor]:
     order = padding.repeat(1, most + 1)
     order.scatter_(1, place, torch.arange(size, device=keep.device).expand(blocks, size))
     return order[:, :most], torch.arange(most, device=keep.device) < rank[:, -1:]
+
+
+def _solved(inverse: Tensor, right: Tensor) -> Tensor:
+    """``(LLᵀ)⁻¹R`` from ``L⁻¹``; products with single columns are slow."""
+    columns = [(inverse * column.unsqueeze(-2)).sum(-1) for column in right.unbind(-1)]
+    return (torch.stack(columns, dim=-2) @ inverse).mT
 
 
 def _right_hand_side(residual: Tensor, descent: bool) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
+
+import torch
+from torch import Tensor
 
 
 def partition(
@@ -34,6 +37,24 @@ def partition(
         start = stop - size
         blocks += [(low, min(low + length, stop)) for low in range(start, stop, length)]
     return blocks
+
+
+def blocks_of_kept(runs: Sequence[tuple[int, int, int]], keep: Tensor) -> list[tuple[int, int]]:
+    """The blocks of the entries that are kept, without those of which nothing is.
+
+    Args:
+        runs: Start, number and size of consecutive blocks of one size, over the whole vector.
+        keep: Boolean ``[D]``.
+
+    Example:
+        >>> keep = torch.tensor([True, False, True, True, False])
+        >>> blocks_of_kept([(0, 2, 2), (4, 1, 1)], keep)
+        [(0, 1), (1, 3)]
+    """
+    parts = [keep[start : start + number * size].view(-1, size) for start, number, size in runs]
+    counts = torch.cat([torch.count_nonzero(part, dim=1) for part in parts])
+    stops: list[int] = counts[counts > 0].cumsum(0).tolist()
+    return list(pairwise([0, *stops]))
 
 
 def runs_of_equal_size(

@@ -27,6 +27,8 @@ class SharedProducts:
         spaces: ``GGᵀ`` of batches of blocks, by their start.
         kept: The kept entries of a single block, boolean ``[D]``, and ``G_K G_Kᵀ``.
         runs: Start, number and size of consecutive blocks of one size.
+        diagonal: The kept entries, boolean ``[D]``, a damping, and the diagonal of the inverse of
+            what is kept of small blocks, ``[D]``.
         weights: The weights ``[D]`` whose ``changes`` are known.
         changes: ``Gw`` of batches of blocks, in the gradients' dtype, by their start.
     """
@@ -34,6 +36,7 @@ class SharedProducts:
     spaces: dict[int, SampleSpace] = field(default_factory=dict)
     kept: tuple[Tensor, Tensor] | None = None
     runs: list[tuple[int, int, int]] | None = None
+    diagonal: tuple[Tensor, float, Tensor] | None = None
     weights: Tensor | None = None
     changes: dict[int, Tensor] = field(default_factory=dict)
 
@@ -51,6 +54,12 @@ class SharedProducts:
         if self.kept is None or not torch.equal(self.kept[0], keep):
             return None
         return self.kept[1]
+
+    def diagonal_of(self, keep: Tensor, damping: float) -> Tensor | None:
+        """Diagonal of the inverse of what ``keep`` keeps, of its entries, if it is cached."""
+        if self.diagonal is None or self.diagonal[1] != damping:
+            return None
+        return self.diagonal[2][keep] if torch.equal(self.diagonal[0], keep) else None
 
 
 class BlockedGradients:
@@ -88,9 +97,7 @@ class BlockedGradients:
 
     def _batches(self) -> Iterator[tuple[slice, int]]:
         """Ranges of the vector with blocks of one size, and that size."""
-        if self.products.runs is None:
-            self.products.runs = list(runs_of_equal_size(self.blocks))
-        for start, number, size in self.products.runs:
+        for start, number, size in self.runs:
             step = max(self._entries_at_once // size, 1) * size
             stop = start + number * size
             for begin in range(start, stop, step):
@@ -162,6 +169,20 @@ class BlockedGradients:
         most = [torch.count_nonzero(keep[at].view(-1, size), dim=1).amax() for at, size in batches]
         counts: list[int] = torch.stack(most).tolist()  # the device is asked once for all
         return {where.start: count for (where, _), count in zip(batches, counts, strict=True)}
+
+    @property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Start, number and size of consecutive blocks of one size."""
+        if self.products.runs is None:
+            self.products.runs = list(runs_of_equal_size(self.blocks))
+        return self.products.runs
+
+    @property
+    def in_small_blocks(self) -> bool:
+        """Whether blocks are many, each is read at once, and no entry counts as zero."""
+        largest = max(size for _, _, size in self.runs)
+        small = len(self.blocks) > 1 and largest <= self._entries_at_once
+        return small and self.store.active is None
 
     @property
     def in_place(self) -> bool:

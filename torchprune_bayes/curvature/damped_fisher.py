@@ -38,9 +38,11 @@ class DampedFisher(BlockedGradients):
 
     Attributes:
         damping: ``λ``.
+        known_diagonal: That of ``F⁻¹``, if already computed.
     """
 
     damping: float
+    known_diagonal: Tensor | None = None
 
     def inverses(self) -> Iterator[tuple[slice, InverseFisher]]:
         """Yield batches of inverted blocks with their range of the vector."""
@@ -54,7 +56,13 @@ class DampedFisher(BlockedGradients):
         return space.inverse(gradients, self.damping)
 
     def directions(
-        self, weights: Tensor, keep: Tensor, *, single: bool = False, descent: bool = True
+        self,
+        weights: Tensor,
+        keep: Tensor,
+        *,
+        single: bool = False,
+        descent: bool = True,
+        continues: bool = False,
     ) -> Directions:
         """Update of the kept weights when the others are set to zero, ``[D]``.
 
@@ -67,8 +75,11 @@ class DampedFisher(BlockedGradients):
             single: Whether the updates for removing each weight alone are added up, as the
                 WoodFisher paper does, instead of solving for all together.
             descent: Whether to compute the first-order part; otherwise it is zero.
+            continues: Whether scores of what is kept will be asked for next: of small blocks the
+                factors of a joint update give them too.
         """
         parts, kept = [], self.most_kept(keep)
+        continues = continues and not single and self.in_small_blocks
         for where, gradients in self.sweep():
             shape = gradients.shape[::2]
             w, k = weights[where].unflatten(0, shape), keep[where].unflatten(0, shape)
@@ -79,7 +90,7 @@ class DampedFisher(BlockedGradients):
                 most = kept[where.start]
                 inner = self.kept_inner(gradients, k, most)
                 change = None
-                if gradients.shape[0] > 1:
+                if gradients.shape[0] > 1 and most <= self.count:
                     change = self.products.change(where, gradients, weights)
                 update = joint_directions(
                     gradients,
@@ -90,9 +101,13 @@ class DampedFisher(BlockedGradients):
                     inner=inner,
                     change=change,
                     descent=descent,
+                    diagonal=continues,
                 )
-            parts.append([part.flatten() for part in update])
-        return Directions(*(_joined(part) for part in zip(*parts, strict=True)))
+            parts.append([part.flatten() for part in update if part is not None])
+        directions = Directions(*(_joined(part) for part in zip(*parts, strict=True)))
+        if directions.diagonal is not None:
+            self.products.diagonal = keep.clone(), self.damping, directions.diagonal
+        return directions
 
     def held_out_errors(self, weights: Tensor, keep: Tensor, dampings: Sequence[float]) -> Tensor:
         """Quality of the joint update on gradients that it did not use, for several dampings.
@@ -124,8 +139,11 @@ class DampedFisher(BlockedGradients):
     def inverse_diagonal(self) -> Tensor:
         """Diagonal of ``F⁻¹``, float64 ``[D]``; within one per cent with many blocks.
 
-        Cost: ``N²D`` (``N < B``) or ``(N + B) B D``.
+        Cost: ``N²D`` (``N < B``) or ``(N + B) B D``; nothing where the update of the stage before
+        gave it.
         """
+        if self.known_diagonal is not None:
+            return self.known_diagonal.clone()
         parts = []
         for where, gradients in self.sweep():
             if isinstance(gradients, Tensor) and len(gradients) > 1 and in_sample_space(gradients):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchprune_bayes._checks import check_count, check_positive
 from torchprune_bayes._files import reading
 from torchprune_bayes._numerics.fisher_blocks import SampleSpace
-from torchprune_bayes._numerics.partition import partition
+from torchprune_bayes._numerics.partition import blocks_of_kept, partition
 from torchprune_bayes._numerics.precision import float64_device
 from torchprune_bayes._numerics.remaining_vector import RemainingVector
 from torchprune_bayes.calibration import Calibration
@@ -40,7 +40,8 @@ class EmpiricalFisher(DampedFisher):
             (contiguous blocks of at most that many entries), or ``"auto"``, the same as ``"full"``.
         across_tensors: Whether blocks of a given size may span several tensors.
         active_only: Whether blocks are cut from the remaining entries only (the papers' dynamic
-            variant); otherwise pruned entries are included with zero gradients.
+            variant); otherwise pruned entries are included with zero gradients. They are cut where
+            gradients are taken, and lose entries from then on.
         centred: Whether the mean gradient is subtracted, ``F − ḡḡᵀ``.
         damping: ``λ``.
         layout: Another order of the entries, for patterns; then ``active_only`` is false.
@@ -129,12 +130,13 @@ class EmpiricalFisher(DampedFisher):
     def restricted(self, masks: Masks, damping: float) -> EmpiricalFisher:
         """The same Fisher of fewer entries, with another damping.
 
+        Its blocks are those of this one with the entries that are left in them.
+
         Args:
             masks: Entries to keep, among those that remain here.
             damping: ``λ``.
         """
-        other = copy.copy(self)
-        other.damping = damping
+        other = self.damped(damping)
         if not self.active_only:
             other.store = self.store.with_active(self._active(masks))
             other.products = SharedProducts()
@@ -143,8 +145,10 @@ class EmpiricalFisher(DampedFisher):
         other.remaining = RemainingVector(masks)
         if other.remaining.numel == self.remaining.numel:
             return other
-        other.store = self.store.restricted(keep, self.budget.copy_bytes)
-        other.blocks = other._cut()
+        other.known_diagonal = self.products.diagonal_of(keep, damping)
+        room = 0 if other.known_diagonal is not None else self.budget.copy_bytes
+        other.store = self.store.restricted(keep, room)
+        other.blocks = blocks_of_kept(self.runs, keep)
         other.products = SharedProducts()
         if len(other.blocks) == 1 and (inner := self.products.inner_of(keep)) is not None:
             other.products.spaces[0] = SampleSpace(inner)
@@ -153,7 +157,7 @@ class EmpiricalFisher(DampedFisher):
     def damped(self, damping: float) -> EmpiricalFisher:
         """The same Fisher with another ``λ``."""
         other = copy.copy(self)
-        other.damping = damping
+        other.damping, other.known_diagonal = damping, None
         return other
 
     def to(self, device: torch.device) -> EmpiricalFisher:
@@ -172,7 +176,7 @@ class EmpiricalFisher(DampedFisher):
         other.block_size = block_size
         other.blocks = other._cut()
         if other.blocks != self.blocks:
-            other.products = SharedProducts()
+            other.products, other.known_diagonal = SharedProducts(), None
         return other
 
     def few_blocks(self, damping: float) -> EmpiricalFisher:

@@ -236,11 +236,11 @@ class Pruned:
 def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
     """Score, choose and compute the update, stage by stage.
 
-    Each stage scores the weights that the last one moved, with what remains of the same Fisher. The
-    update is always that of everything that the step has pruned so far. With one block it is found
-    from the remaining entries alone: after a joint update the kept weights are at a minimum of the
-    quadratic model, so that updates add up exactly. Blocks are cut again for every stage, so that
-    theirs do not.
+    Each stage scores the weights that the last one moved, with what remains of the same Fisher and
+    of its blocks. The update is always that of everything that the step has pruned so far. With one
+    block it is found from the remaining entries alone: after a joint update the kept weights are at
+    a minimum of the quadratic model, so that updates add up exactly. With many it is found from the
+    blocks as they were cut, and the factors that it takes give the next stage's scores.
 
     Args:
         step: Its start.
@@ -251,25 +251,20 @@ def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
 
 
 def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
-    fisher, masks, moved = step.fisher, step.masks, step.weights
+    whole = step.fisher.restricted(step.masks, damping)
+    fisher, masks, moved = whole, step.masks, step.weights
     adds_up = procedure.update == "joint" and len(fisher.blocks) == 1
     for index in step.stages if procedure.in_stages else step.stages[-1:]:
-        left = fisher.restricted(masks, damping)
+        left = (fisher if adds_up else whole).restricted(masks, damping)
         if not left.remaining.numel:
             break  # nothing is left for a further stage
         fisher = left
         stage = Stage(step, fisher, index, masks, fisher.remaining.gather(moved))
         scores = fisher.remaining.scatter(procedure.score(stage).to(stage.weights.device))
         masks = procedure.select(stage, scores)
-        moves = stage if adds_up else _whole_stage(step, damping, index)
+        moves = stage if adds_up else Stage(step, whole, index, step.masks, step.flat)
         moved, newton = _moved(moves, masks, procedure)
     return Pruned(step, fisher, masks, scores, moved, newton)
-
-
-def _whole_stage(step: Step, damping: float, index: int) -> Stage:
-    """A stage of all entries that remain at the start of the step."""
-    fisher = step.fisher.restricted(step.masks, damping)
-    return Stage(step, fisher, index, step.masks, step.flat)
 
 
 def _moved(
@@ -281,7 +276,11 @@ def _moved(
     if procedure.update == "none":
         return remaining.scatter(torch.where(keep, weights, 0.0)), None
     update = stage.fisher.directions(
-        weights, keep, single=procedure.update == "single", descent=procedure.descends
+        weights,
+        keep,
+        single=procedure.update == "single",
+        descent=procedure.descends,
+        continues=stage.index < stage.step.stages[-1],
     )
     moved = update.compensation.to(weights.device, weights.dtype, copy=True).add_(weights)
     newton = remaining.scatter(update.newton.to(weights)) if procedure.descends else None
