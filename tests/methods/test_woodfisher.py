@@ -13,7 +13,7 @@ from tests.references.mlpnet import accuracy, load_mlpnet, load_mnist
 from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher, WoodTaylor, prune_global
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
-from torchprune_bayes.methods import PaperVariant
+from torchprune_bayes.methods import PaperVariant, woodfisher
 
 FIXED = {"damping": 1e-2, "update_scale": 1.0, "stages": 1, "block_size": "full"}
 METHODS = [WoodFisher, WoodTaylor]
@@ -71,9 +71,13 @@ def test_woodtaylor_is_the_paper_s_first_order_rule(eta):
     torch.testing.assert_close(flat(decision.updates), moved, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("first", [1, 2], ids=["all gradients", "every second one first"])
 @pytest.mark.parametrize("block_size", ["full", "tensor", 40, 5])
-def test_stages_prune_by_scores_of_what_the_stage_before_left(block_size):
+def test_stages_prune_by_scores_of_what_the_stage_before_left(block_size, first, monkeypatch):
     """In blocks that are cut once and lose entries."""
+    if first == 2:
+        monkeypatch.setattr(woodfisher, "MOST_FOR_TRIALS", 10)
+        monkeypatch.setattr(woodfisher, "_MANY_GRADIENTS", 2)
     calibration = make_calibration()
     blocks = EmpiricalFisher(block_size=block_size).fit(calibration).blocks
     gradients = torch.cat(list(calibration.gradients()))
@@ -84,7 +88,8 @@ def test_stages_prune_by_scores_of_what_the_stage_before_left(block_size):
         for start, stop in blocks:
             left = keep.nonzero().flatten()
             left = left[(left >= start) & (left < stop)]
-            inverse = torch.linalg.inv(reference.damped_fisher(gradients[:, left], 1e-2))
+            used = gradients[:: first if share == 0.3 and len(blocks) > 1 else 1, left]
+            inverse = torch.linalg.inv(reference.damped_fisher(used, 1e-2))
             scores[left] = moved[left].square() / (2 * inverse.diagonal())
         keep, moved = scores > scores.kthvalue(round(share * len(scores))).values, weights.clone()
         for part in (slice(*block) for block in blocks):

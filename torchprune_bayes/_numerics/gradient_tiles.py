@@ -139,6 +139,13 @@ def times(gradients: Gradients, columns: Tensor) -> Tensor:
     Returns:
         ``[..., N, k]`` float64.
     """
+    if isinstance(gradients, Tensor):
+        exact, pieces = wide(columns), _few_rows(gradients)
+        # Converted in one place: allocating memory for each would cost more than the product.
+        room = exact.new_empty(pieces[0].shape)
+        return torch.cat(
+            [room[..., : rows.shape[-2], :].copy_(rows) @ exact for rows in pieces], dim=-2
+        )
     parts = [wide(tile) @ wide(columns[..., where, :]) for where, tile in tiles(gradients)]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
@@ -195,8 +202,19 @@ def transposed_times(
 
 def mean_squares(gradients: Gradients) -> Tensor:
     """``(1/N) Σ_n g_n²`` of every column, float64 ``[..., B]``."""
-    sums = [wide(tile.square().sum(-2)) for _, tile in tiles(gradients)]
+    if isinstance(gradients, Tensor):
+        return _sums_of_squares(gradients) / gradients.shape[-2]
+    sums = [_sums_of_squares(tile) for _, tile in tiles(gradients)]
     return torch.cat(sums, dim=-1) / gradients.shape[-2]
+
+
+def _sums_of_squares(tile: Tensor) -> Tensor:
+    pieces = _few_rows(tile)
+    room = torch.empty_like(pieces[0])
+    parts = [
+        wide(torch.square(rows, out=room[..., : rows.shape[-2], :]).sum(-2)) for rows in pieces
+    ]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 def mean(gradients: Gradients) -> Tensor:
@@ -244,6 +262,12 @@ def columns_of(rows: Tensor, indices: Tensor) -> Tensor:
     for row, chosen in zip(rows, out, strict=True):
         torch.index_select(row, 0, indices, out=chosen)
     return out
+
+
+def _few_rows(gradients: Tensor) -> tuple[Tensor, ...]:
+    """The gradients, so few rows at a time that these stay in a processor's cache."""
+    entries = max(gradients.shape[:-2].numel() * gradients.shape[-1], 1)
+    return gradients.split(max(_TILE_ENTRIES // entries, 1), dim=-2)
 
 
 def _rows(count: int) -> int:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchprune_bayes._numerics.gradient_tiles import mean_squares
+
 _CONVERTED = 1 << 18  # entries
 
 
@@ -183,8 +185,7 @@ class SelectionObjective(SwapObjective):
 
     @cached_property
     def _squares(self) -> Tensor:
-        norms = torch.linalg.vector_norm(self.gradients, dim=-2)
-        return (self.weights * norms).square()
+        return self.weights.square() * (mean_squares(self.gradients) * self.count)
 
     def accept(self, tile: Tile, threshold: Tensor) -> Tensor:
         """Accept swaps by the exact change of ``Q``, of all pairs at once."""

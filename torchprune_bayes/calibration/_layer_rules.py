@@ -160,7 +160,7 @@ def _samples_of(output: Any, where: slice, samples: int) -> Any:
     def chosen(tensor: Tensor) -> Tensor:
         return tensor[where] if tensor.ndim and len(tensor) == samples else tensor
 
-    return tree_map_only(Tensor, chosen, output)
+    return chosen(output) if isinstance(output, Tensor) else tree_map_only(Tensor, chosen, output)
 
 
 def _mask(

@@ -154,6 +154,10 @@ class GradientStore:
             return GradientStore(rows, self.device, None, active)
         return GradientStore(self.rows, self.device, columns, active)
 
+    def every_second(self) -> GradientStore:
+        """A view of every second gradient."""
+        return GradientStore(self.rows[::2], self.device, self.columns, self.active)
+
     def reordered(self, order: Tensor) -> GradientStore:
         """A view in another order of the columns, int64 ``[D]``."""
         order = order.cpu()

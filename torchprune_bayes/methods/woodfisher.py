@@ -40,6 +40,7 @@ from torchprune_bayes.types import Decision
 logger = logging.getLogger("torchprune_bayes")
 
 _STAGES, _STAGES_OF_LARGE = 4, 3
+_MANY_GRADIENTS = 128
 _PAPER_EPSILON = 1e-10
 
 
@@ -99,8 +100,9 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
         ParameterError: If the inputs of a tensor cannot be cut into the groups of the pattern.
 
     Cost per step: one pass over the data for ``N`` gradients of ``D`` entries; ``2N²D`` operations
-    for the scores and as many for the update, in each stage; ``4ND`` bytes, on the device, in
-    memory or in a scratch file.
+    for the scores and as many for the update, in each stage, of small blocks for the scores of the
+    first stage alone, a quarter of that where 128 gradients or more are halved for it; ``4ND``
+    bytes, on the device, in memory or in a scratch file.
 
     Example:
         >>> import torch
@@ -206,7 +208,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             diagonal = stage.fisher.inverse_diagonal()
             scores = weights.square() / (diagonal + _PAPER_EPSILON) + _PAPER_EPSILON
         else:
-            scores = weights.square().div_(stage.fisher.inverse_diagonal().mul_(2.0))
+            scores = weights.square().div_(_to_score_by(stage).inverse_diagonal().mul_(2.0))
         return self._per_cost(stage, scores).to(stage.weights.dtype)
 
     def _per_cost(self, stage: Stage, scores: Tensor) -> Tensor:
@@ -265,6 +267,19 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             flops_target=self.flops_target,
             strict=self.variant.threshold,
         )
+
+
+def _to_score_by(stage: Stage) -> EmpiricalFisher:
+    """Its Fisher, or that of half of many gradients for the first stage of a large network.
+
+    That prunes what is far from the threshold, and later stages score the rest by all gradients.
+    """
+    fisher, stages = stage.fisher, stage.step.stages
+    opens = len(stages) > 1 and stage.index == stages[0]
+    large = fisher.remaining.numel > MOST_FOR_TRIALS and len(fisher.blocks) > 1
+    if opens and large and fisher.count >= _MANY_GRADIENTS:
+        return fisher.of_every_second_gradient()
+    return fisher
 
 
 def _scales(update: Update, scale: float | Literal["auto"]) -> tuple[float, ...]:
