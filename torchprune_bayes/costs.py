@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchprune_bayes.calibration import Calibration
@@ -44,8 +45,8 @@ def flop_counter() -> Iterator[FlopCounterMode]:
 
 
 @contextmanager
-def counted_flops(model: nn.Module) -> Iterator[ModuleFlops]:
-    """Count the FLOPs of each module, outside of its children, of what a model runs.
+def counted_flops(model: nn.Module) -> Iterator[FlopsByTensor]:
+    """Count the FLOPs of what a model runs, by the weights that it multiplies with.
 
     They are those of :func:`flop_counter`, without its tracking of the backward pass, which takes
     longer than small layers themselves.
@@ -61,9 +62,9 @@ def counted_flops(model: nn.Module) -> Iterator[ModuleFlops]:
         >>> with counted_flops(model) as counter:
         ...     _ = model(torch.zeros(3, 4))
         >>> counter.flops
-        {'0': 192}
+        {'0.weight': 192}
     """
-    counter = ModuleFlops()
+    counter = FlopsByTensor(model)
     with ExitStack() as stack:
         for name, module in model.named_modules():
             enter = module.register_forward_pre_hook(partial(counter.enter, name), prepend=True)
@@ -77,15 +78,29 @@ def counted_flops(model: nn.Module) -> Iterator[ModuleFlops]:
             yield counter
 
 
-class ModuleFlops(TorchDispatchMode):
-    """Adds the FLOPs of every operation to those of the module that is running.
+class FlopsByTensor(TorchDispatchMode):
+    """Adds the FLOPs of every operation to those of the weights that it takes.
+
+    These are matrices and kernels among the parameters, or views of some; between several, as in
+    recurrent layers, FLOPs are shared by size. Operations without any, as products inside of
+    attention, count for the module that is running.
+
+    Args:
+        model: The model.
 
     Attributes:
-        flops: By qualified name, without modules that compute nothing themselves.
+        flops: By the first qualified name of the parameter, or that of the module.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._weights: dict[int, list[tuple[int, int, str]]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                start = int(parameter.storage_offset())
+                place = start, start + int(parameter.numel()), name
+                self._weights.setdefault(_storage(parameter), []).append(place)
+        self._weights.pop(0, None)
         self.flops: dict[str, int] = {}
         self._running: list[str] = []
         known = FlopCounterMode(display=False, custom_mapping=_formulas())
@@ -107,11 +122,29 @@ class ModuleFlops(TorchDispatchMode):
         output = operation(*args, **kwargs)
         formula = self._formulas.get(operation.overloadpacket)
         if formula is not None:
-            name = self._running[-1] if self._running else ""
-            count = formula(*args, **kwargs, out_val=output)
-            if count:
-                self.flops[name] = self.flops.get(name, 0) + count
+            self._add(formula(*args, **kwargs, out_val=output), args)
         return output
+
+    def _add(self, count: int, args: Any) -> None:
+        sizes = {
+            name: stop - start
+            for tensor in tree_leaves(args)
+            if isinstance(tensor, Tensor)
+            for start, stop, name in self._weights.get(_storage(tensor), ())
+            if start <= tensor.storage_offset() < stop
+        } or {self._running[-1] if self._running else "": 1}
+        for name, size in sizes.items():
+            if count:
+                total = sum(sizes.values())
+                self.flops[name] = self.flops.get(name, 0) + count * size // total
+
+
+def _storage(tensor: Tensor) -> int:
+    """Of a tensor and all its views, on any device; 0 if it has none, as sparse ones."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 _Shape = Sequence[int]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -13,6 +16,7 @@ from tests.contracts.state import unchanged
 from tests.references.flops import flops_without_fused_kernels
 from tests.references.masked_twin import random_kept
 from tests.structured.models import SMALL, build, images, timm_model, torchvision_model
+from torchprune_bayes.costs import flop_counter
 from torchprune_bayes.errors import ArgumentError
 from torchprune_bayes.structured.groups import UnitGroup, UnitSlice
 from torchprune_bayes.structured.slicing import apply_plan, plan_of
@@ -52,6 +56,67 @@ def test_small_networks(name):
 def test_published_architectures(make, name):
     with torch.random.fork_rng():
         check_costs(make(name).eval(), images(1, 64))
+
+
+class OwnProducts(nn.Module):
+    """Multiplies by parameters of its own, transposed and in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(12, 8))
+        self.second = nn.Parameter(torch.randn(12, 6))
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = (x @ self.first.T).relu()
+        return self.last((hidden @ self.second).relu())
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        self.cells = kind(8, 6, batch_first=True, **options)
+        self.last = nn.Linear(12 if options.get("bidirectional") else 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.cells(x)[0][:, -1])
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (OwnProducts, (4, 8)),
+        (encoder, (2, 5, 8)),
+        (partial(Recurrent, nn.LSTM), (2, 5, 8)),
+        (partial(Recurrent, nn.GRU, num_layers=2), (2, 5, 8)),
+        (partial(Recurrent, nn.RNN, bidirectional=True), (2, 5, 8)),
+    ],
+)
+def test_weights_under_any_name_cost_what_they_are_used_for(make, shape):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, inputs = make().eval(), torch.randn(shape)
+    groups = find_groups(model, inputs)
+    costs = UnitCosts.measure(model, groups, inputs)
+    assert groups
+    assert costs.flops({}) == counted(model, inputs)
+    kept = random_kept(groups)
+    left = {name: len(units) for name, units in kept.items()}
+    for name, units in left.items():
+        assert costs.flops({name: units}) < costs.flops({})
+    apply_plan(model, plan_of(model, groups, kept))
+    assert costs.flops(left) == counted(model, inputs)
+
+
+def counted(model: nn.Module, inputs: torch.Tensor) -> int:
+    with torch.no_grad(), flop_counter() as counter:
+        model(inputs)
+    return int(counter.get_total_flops())
 
 
 def test_attention_costs_follow_its_heads():

@@ -37,8 +37,8 @@ class Units:
     Attributes:
         groups: Groups that can be cut.
         left_out: Why others cannot, by the name of the layer that makes their units.
-        flops: FLOPs of each module outside of its children, where the model was run to find the
-            groups.
+        flops: FLOPs by parameter or module, see :func:`~torchprune_bayes.costs.counted_flops`,
+            where the model was run to find the groups.
         operations: Which modules and operations ran then, one after the other.
     """
 

@@ -91,7 +91,8 @@ class UnitCosts:
             groups: Its groups.
             example_inputs: What it is called with, to count FLOPs; without them these are zero.
             forward_fn: How to call it otherwise.
-            flops: FLOPs of each module outside of its children, by name, if they are known.
+            flops: FLOPs by parameter or module, if they are known, as
+                :func:`~torchprune_bayes.costs.counted_flops` gives them.
 
         Returns:
             The costs. FLOPs are those of :func:`~torchprune_bayes.costs.flop_counter` for these
@@ -120,7 +121,8 @@ class UnitCosts:
         heads: dict[str, int] = {}
         other = 0
         for path, count in counted.items():
-            weight = first.get(f"{path}.weight" if path else "weight")
+            # A weight that is computed, as by a cast, counts for its module.
+            weight = first.get(path) or first.get(f"{path}.weight" if path else "weight")
             if weight is not None:
                 layers[weight] = layers.get(weight, 0) + count
                 continue
@@ -190,7 +192,7 @@ def _sizes(
 def _own_flops(
     model: nn.Module, example_inputs: Any, forward_fn: ForwardFunction | None
 ) -> Mapping[str, int]:
-    """FLOPs of each module outside of its children, by qualified name."""
+    """FLOPs by parameter or module."""
     with (
         blaming_inputs(model, example_inputs, forward_fn),
         at_rest(model),
@@ -205,6 +207,6 @@ def _attention_of(path: str, groups: Sequence[UnitGroup]) -> list[tuple[str, int
 
     All heads lose the same number of dimensions, in the queries and keys, the values, or both.
     """
-    inside = [group for group in groups if group.name.startswith(f"{path}.")]
+    inside = [each for each in groups if each.name == path or each.name.startswith(f"{path}.")]
     heads = [(group.name, 2) for group in inside if group.kind == "head"]
     return heads[:1] or [(group.name, min(len(group.parts), 2)) for group in inside if group.parts]

@@ -67,7 +67,7 @@ class Wiring:
         parametrized: Layers with a computed weight, and why they are kept.
         operations: The modules that were called and the operations that computed something, one
             after the other.
-        flops: FLOPs of each module outside of its children, by qualified name, if counted.
+        flops: FLOPs by parameter or module, if they were counted.
     """
 
     sides: tuple[Side, ...]
