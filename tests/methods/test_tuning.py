@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher
 from torchprune_bayes.calibration import MeanLoss
 from torchprune_bayes.errors import ArgumentError, CalibrationWarning
-from torchprune_bayes.methods import _tuning, find_method
+from torchprune_bayes.methods import _obs_step, _tuning, find_method
 from torchprune_bayes.methods._moves import Move, best_by_coordinates
 from torchprune_bayes.methods._obs_step import StepReport, prune_step
 from torchprune_bayes.methods._tuning import Tuning
@@ -261,7 +261,7 @@ def test_small_blocks_are_tried_with_one_damping(monkeypatch: pytest.MonkeyPatch
 
 def test_a_large_network_has_small_blocks_and_no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """The damping is that of the smallest left-out error, and only lengths are tried."""
-    monkeypatch.setattr(_tuning, "MOST_FOR_TRIALS", 100)
+    monkeypatch.setattr(_obs_step, "_MOST_FOR_TRIALS", 100)
     monkeypatch.setattr(_tuning, "_SMALL_BLOCKS", (10, 10))
     calibration, measured = _little(), []
     plain = calibration.held_out_loss

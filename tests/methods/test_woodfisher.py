@@ -11,9 +11,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from tests.references import fisher as reference
 from tests.references.mlpnet import accuracy, load_mlpnet, load_mnist
 from torchprune_bayes import Calibration, EmpiricalFisher, WoodFisher, WoodTaylor, prune_global
+from torchprune_bayes._numerics.partition import partition
 from torchprune_bayes.costs import flops_per_weight
 from torchprune_bayes.errors import AlignmentError, ArgumentError, ArgumentTypeError
-from torchprune_bayes.methods import PaperVariant, woodfisher
+from torchprune_bayes.methods import PaperVariant, _obs_step, woodfisher
 
 FIXED = {"damping": 1e-2, "update_scale": 1.0, "stages": 1, "block_size": "full"}
 METHODS = [WoodFisher, WoodTaylor]
@@ -71,12 +72,13 @@ def test_woodtaylor_is_the_paper_s_first_order_rule(eta):
     torch.testing.assert_close(flat(decision.updates), moved, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("first", [1, 2], ids=["all gradients", "every second one first"])
+@pytest.mark.parametrize("first", [0, 1, 2], ids=["small", "large", "every second gradient first"])
 @pytest.mark.parametrize("block_size", ["full", "tensor", 40, 5])
 def test_stages_prune_by_scores_of_what_the_stage_before_left(block_size, first, monkeypatch):
-    """In blocks that are cut once and lose entries."""
+    """In blocks that are cut once and lose entries, or in a small network cut anew for scores."""
+    if first:
+        monkeypatch.setattr(_obs_step, "_MOST_FOR_TRIALS", 10)
     if first == 2:
-        monkeypatch.setattr(woodfisher, "MOST_FOR_TRIALS", 10)
         monkeypatch.setattr(woodfisher, "_MANY_GRADIENTS", 2)
     calibration = make_calibration()
     blocks = EmpiricalFisher(block_size=block_size).fit(calibration).blocks
@@ -84,11 +86,15 @@ def test_stages_prune_by_scores_of_what_the_stage_before_left(block_size, first,
     weights = flat(calibration.space.values())
     keep, moved = torch.ones_like(weights, dtype=torch.bool), weights
     for share in (0.3, 0.6):
-        scores = torch.full_like(weights, -torch.inf)
-        for start, stop in blocks:
-            left = keep.nonzero().flatten()
-            left = left[(left >= start) & (left < stop)]
-            used = gradients[:: first if share == 0.3 and len(blocks) > 1 else 1, left]
+        scores, left = torch.full_like(weights, -torch.inf), keep.nonzero().flatten()
+        if first:
+            parts = [left[(left >= start) & (left < stop)] for start, stop in blocks]
+        else:
+            entries = [tensor.leaf.numel() for tensor in calibration.space]
+            sizes = [int(part.sum()) for part in keep.split(entries)]
+            parts = [left[start:stop] for start, stop in partition(sizes, block_size)]
+        for left in parts:
+            used = gradients[:: 2 if first == 2 and share == 0.3 and len(blocks) > 1 else 1, left]
             inverse = torch.linalg.inv(reference.damped_fisher(used, 1e-2))
             scores[left] = moved[left].square() / (2 * inverse.diagonal())
         keep, moved = scores > scores.kthvalue(round(share * len(scores))).values, weights.clone()

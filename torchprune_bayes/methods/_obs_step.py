@@ -26,6 +26,7 @@ from torchprune_bayes.params import ParameterSpace
 from torchprune_bayes.types import Decision, Masks, Scores
 
 Update = Literal["none", "single", "joint"]
+_MOST_FOR_TRIALS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,11 @@ class Step:
         """Where the gradients are from."""
         return self.fisher.calibration
 
+    @property
+    def is_large(self) -> bool:
+        """See :func:`is_large`."""
+        return is_large(self.fisher.remaining.numel)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -190,6 +196,11 @@ class Procedure:
         return replace(self, select=smallest, in_stages=False)
 
 
+def is_large(entries: int) -> bool:
+    """Whether there are so many that one trial of a damping costs more than the gradients."""
+    return entries > _MOST_FOR_TRIALS
+
+
 def smallest(stage: Stage, scores: Scores) -> Masks:
     """Prune the smallest scores."""
     return stage.smallest(scores)
@@ -236,11 +247,13 @@ class Pruned:
 def prune_step(step: Step, damping: float, procedure: Procedure) -> Pruned:
     """Score, choose and compute the update, stage by stage.
 
-    Each stage scores the weights that the last one moved, with what remains of the same Fisher and
-    of its blocks. The update is always that of everything that the step has pruned so far. With one
-    block it is found from the remaining entries alone: after a joint update the kept weights are at
-    a minimum of the quadratic model, so that updates add up exactly. With many it is found from the
-    blocks as they were cut, and the factors that it takes give the next stage's scores.
+    Each stage scores the weights that the last one moved, with what remains of the same Fisher. The
+    update is always that of everything that the step has pruned so far. With one block it is found
+    from the remaining entries alone: after a joint update the kept weights are at a minimum of the
+    quadratic model, so that updates add up exactly. With many it is found from the blocks as the
+    step cut them. For scores the entries that remain are cut anew, into blocks of the same size;
+    beyond two million entries the step's blocks stay, and the factors of the update give the next
+    stage's scores.
 
     Args:
         step: Its start.
@@ -258,7 +271,7 @@ def _in_stages(step: Step, damping: float, procedure: Procedure) -> Pruned:
         left = (fisher if adds_up else whole).restricted(masks, damping)
         if not left.remaining.numel:
             break  # nothing is left for a further stage
-        fisher = left
+        fisher = left if step.is_large else left.with_blocks(left.block_size)
         stage = Stage(step, fisher, index, masks, fisher.remaining.gather(moved))
         scores = fisher.remaining.scatter(procedure.score(stage).to(stage.weights.device))
         masks = procedure.select(stage, scores)
@@ -280,7 +293,7 @@ def _moved(
         keep,
         single=procedure.update == "single",
         descent=procedure.descends,
-        continues=stage.index < stage.step.stages[-1],
+        continues=stage.step.is_large and stage.index < stage.step.stages[-1],
     )
     moved = update.compensation.to(weights.device, weights.dtype, copy=True).add_(weights)
     newton = remaining.scatter(update.newton.to(weights)) if procedure.descends else None

@@ -41,8 +41,6 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _WALK_FACTOR = 3.0
 _ABOUT_EQUAL = 1.05
 _SMALL_BLOCKS = (128, 256)
-MOST_FOR_TRIALS = 2_000_000
-"""Entries; beyond, a trial of a damping costs more than the gradients."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Tuning:
 
     def _with_blocks(self, step: Step, procedure: Procedure, dampings: list[float]) -> Move:
         cuts = block_choices(step)
-        if step.fisher.remaining.numel > MOST_FOR_TRIALS:
+        if step.is_large:
             damping = dampings[_least_left_out_error(cuts[0], dampings, procedure)]
             return self._best_lengths(prune_step(cuts[0], damping, procedure))
         if len(cuts) == len(dampings) == 1:
@@ -217,6 +215,6 @@ def block_choices(step: Step) -> list[Step]:
     sizes: list[int | str] = ["full", small]
     if small >= entries:
         sizes = ["full"]
-    elif entries > MOST_FOR_TRIALS:
+    elif step.is_large:
         sizes = [small]
     return [step.with_blocks(size) for size in sizes]

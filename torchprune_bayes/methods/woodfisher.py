@@ -28,10 +28,18 @@ from torchprune_bayes.methods._obs_checks import (
     check_steps,
     check_targets,
 )
-from torchprune_bayes.methods._obs_step import Procedure, Stage, State, Step, Update, smallest
+from torchprune_bayes.methods._obs_step import (
+    Procedure,
+    Stage,
+    State,
+    Step,
+    Update,
+    is_large,
+    smallest,
+)
 from torchprune_bayes.methods._pattern import Pattern
 from torchprune_bayes.methods._target import Target
-from torchprune_bayes.methods._tuning import MOST_FOR_TRIALS, SCALES, Tuning, warn_of_a_rise
+from torchprune_bayes.methods._tuning import SCALES, Tuning, warn_of_a_rise
 from torchprune_bayes.methods.paper_variant import PaperVariant
 from torchprune_bayes.methods.registry import register
 from torchprune_bayes.params import ParameterSpace
@@ -246,7 +254,7 @@ class WoodFisher(CurvatureHolder[EmpiricalFisher]):
             return self.stages
         if self.steps > 1 or self.update != "joint":
             return 1
-        large = RemainingVector(space.masks()).numel > MOST_FOR_TRIALS
+        large = is_large(RemainingVector(space.masks()).numel)
         return _STAGES_OF_LARGE if large else _STAGES
 
     def _target(self, space: ParameterSpace, steps: int) -> Target:
@@ -276,7 +284,7 @@ def _to_score_by(stage: Stage) -> EmpiricalFisher:
     """
     fisher, stages = stage.fisher, stage.step.stages
     opens = len(stages) > 1 and stage.index == stages[0]
-    large = fisher.remaining.numel > MOST_FOR_TRIALS and len(fisher.blocks) > 1
+    large = stage.step.is_large and len(fisher.blocks) > 1
     if opens and large and fisher.count >= _MANY_GRADIENTS:
         return fisher.of_every_second_gradient()
     return fisher
