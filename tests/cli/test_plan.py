@@ -60,16 +60,16 @@ def test_the_planned_gradients_are_those_that_are_taken(steps):
 
 def test_the_comparison_names_both():
     plan = estimate(calibration(), 2)
-    words = plan.comparison(Taken(100, 3.0, 9.0, 12.0), keeps_gradients=True)
+    words = plan.comparison(Taken(100, 3.0, 9.0, 12.0))
     assert words.startswith("took 9 s in all, 100 gradients (planned 128) in 3 s (planned ")
     assert "memory grew by 12 MiB (planned up to " in words
-    assert plan.comparison(Taken(0, 0.0, 2.0, None), keeps_gradients=False) == "took 2 s in all"
+    plan = estimate(calibration(), 2, keeps_gradients=False)
+    assert plan.comparison(Taken(0, 0.0, 2.0, None)) == "took 2 s in all"
 
 
 def test_methods_that_keep_sums_alone_have_no_plan_for_gradients():
-    plan = estimate(calibration())
-    assert len(plan.lines(keeps_gradients=True)) == 3
-    (line,) = plan.lines(keeps_gradients=False)
+    assert len(estimate(calibration()).lines()) == 3
+    (line,) = estimate(calibration(), keeps_gradients=False).lines()
     assert "64 samples, sums over their gradients" in line
 
 

@@ -34,6 +34,8 @@ class Plan:
         disk_mb: What a scratch file takes, in MiB; 0 where the gradients are kept in memory.
         gradient_seconds: Estimated time of one pass, extrapolated from a few gradients.
         engine: How gradients are computed, as ``Calibration.engine``.
+        keeps_gradients: Whether the method keeps single gradients, to invert their Fisher, and not
+            sums over them alone.
     """
 
     samples: int
@@ -45,18 +47,14 @@ class Plan:
     disk_mb: float
     gradient_seconds: float
     engine: str
+    keeps_gradients: bool = True
 
-    def lines(self, *, keeps_gradients: bool) -> list[str]:
-        """The plan in words.
-
-        Args:
-            keeps_gradients: Whether the method keeps single gradients, to invert their Fisher, and
-                not sums over them alone.
-        """
+    def lines(self) -> list[str]:
+        """The plan in words."""
         steps = f" in each of {self.steps} steps" if self.steps > 1 else ""
         first = f"plan: {self.samples:,} samples"
         seconds = in_words(self.gradient_seconds * self.steps)
-        if not keeps_gradients:
+        if not self.keeps_gradients:
             return [
                 f"{first}, sums over their gradients{steps}; a pass takes about "
                 f"{in_words(self.gradient_seconds)}, estimated from a few"
@@ -73,17 +71,17 @@ class Plan:
             f"      about {seconds} for gradients, estimated from a few of them; {whole}",
         ]
 
-    def comparison(self, taken: Taken, *, keeps_gradients: bool) -> str:
+    def comparison(self, taken: Taken) -> str:
         """What happened, with the plan in brackets."""
         parts = [f"took {in_words(taken.seconds)} in all"]
-        if keeps_gradients:
+        if self.keeps_gradients:
             planned = self.gradient_seconds * self.steps
             parts.append(
                 f"{taken.gradients:,} gradients (planned {self.gradients * self.steps:,}) in "
                 f"{in_words(taken.gradient_seconds)} (planned {in_words(planned)})"
             )
         if taken.memory_mb is not None:
-            up_to = f" (planned up to {in_mib(self.peak_mb)})" if keeps_gradients else ""
+            up_to = f" (planned up to {in_mib(self.peak_mb)})" if self.keeps_gradients else ""
             parts.append(f"memory grew by {in_mib(taken.memory_mb)}{up_to}")
         return ", ".join(parts)
 
@@ -138,7 +136,7 @@ def watched(calibration: Calibration | None, device: torch.device) -> Iterator[W
     )
 
 
-def estimate(calibration: Calibration, steps: int = 1) -> Plan:
+def estimate(calibration: Calibration, steps: int = 1, *, keeps_gradients: bool = True) -> Plan:
     """Estimate what gradients of a calibration take, by timing a few of them.
 
     Gradients are taken once per step. Up to half of the calibration's memory budget they are kept
@@ -148,6 +146,7 @@ def estimate(calibration: Calibration, steps: int = 1) -> Plan:
     Args:
         calibration: Model and data; not changed.
         steps: Steps of the method.
+        keeps_gradients: Whether it keeps single gradients.
 
     Cost: the first few gradients, twice; a count of the data if ``num_samples`` was not given.
 
@@ -177,6 +176,7 @@ def estimate(calibration: Calibration, steps: int = 1) -> Plan:
         disk_mb=0.0 if in_memory else size / _MIB,
         gradient_seconds=count * _seconds_per_gradient(calibration),
         engine=str(calibration.engine),
+        keeps_gradients=keeps_gradients,
     )
 
 

@@ -143,8 +143,7 @@ def run(arguments: argparse.Namespace) -> int:
         save_tokenizer(model, arguments.output)
     lines = [_outcome(report)]
     if plan is not None:
-        keeps = _keeps_gradients(arguments.method)
-        lines.append(plan.comparison(watch.taken, keeps_gradients=keeps))
+        lines.append(plan.comparison(watch.taken))
     lines += [*energy_lines(meter), *metric_lines(before, after, evaluated_on)]
     if arguments.report:
         files.append(_write_page(arguments, report, before, after, lines))
@@ -215,15 +214,12 @@ def _printed_plan(
     if calibration is None:
         print("plan: decided from the weights alone, no gradients")
         return None
-    plan = estimate(calibration, options.get("steps", 1))
+    # WoodFisher and its relatives do; others need sums over gradients alone.
+    keeps = issubclass(find_method(arguments.method).method, WoodFisher)
+    plan = estimate(calibration, options.get("steps", 1), keeps_gradients=keeps)
     calibration.progress = sys.stderr.isatty()
-    print("\n".join(plan.lines(keeps_gradients=_keeps_gradients(arguments.method))))
+    print("\n".join(plan.lines()))
     return plan
-
-
-def _keeps_gradients(method: str) -> bool:
-    """Whether it is WoodFisher or one of its relatives; others need sums over gradients alone."""
-    return issubclass(find_method(method).method, WoodFisher)
 
 
 def _cost_of(plan: Plan | None, taken: Taken) -> dict[str, Any]:
