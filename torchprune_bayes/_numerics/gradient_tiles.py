@@ -22,6 +22,7 @@ _TILE_ENTRIES = 1 << 19
 _TILE_COLUMNS = (512, 16384)
 _ROWS = 128
 _FEWEST_TO_HALVE = 64
+_FEWEST_IN_CACHE = 8
 _HARMLESS = 1e-2
 
 
@@ -202,19 +203,19 @@ def transposed_times(
 
 def mean_squares(gradients: Gradients) -> Tensor:
     """``(1/N) Σ_n g_n²`` of every column, float64 ``[..., B]``."""
-    if isinstance(gradients, Tensor):
+    if isinstance(gradients, Tensor) and _rows_in_cache(gradients) >= _FEWEST_IN_CACHE:
         return _sums_of_squares(gradients) / gradients.shape[-2]
-    sums = [_sums_of_squares(tile) for _, tile in tiles(gradients)]
+    sums = [wide(tile.square().sum(-2)) for _, tile in tiles(gradients)]
     return torch.cat(sums, dim=-1) / gradients.shape[-2]
 
 
-def _sums_of_squares(tile: Tensor) -> Tensor:
-    pieces = _few_rows(tile)
+def _sums_of_squares(gradients: Tensor) -> Tensor:
+    pieces = _few_rows(gradients)
     room = torch.empty_like(pieces[0])
-    parts = [
-        wide(torch.square(rows, out=room[..., : rows.shape[-2], :]).sum(-2)) for rows in pieces
-    ]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    total = wide(room.new_zeros(gradients.shape[:-2] + gradients.shape[-1:]))
+    for rows in pieces:
+        total += torch.square(rows, out=room[..., : rows.shape[-2], :]).sum(-2)
+    return total
 
 
 def mean(gradients: Gradients) -> Tensor:
@@ -266,8 +267,12 @@ def columns_of(rows: Tensor, indices: Tensor) -> Tensor:
 
 def _few_rows(gradients: Tensor) -> tuple[Tensor, ...]:
     """The gradients, so few rows at a time that these stay in a processor's cache."""
+    return gradients.split(max(_rows_in_cache(gradients), 1), dim=-2)
+
+
+def _rows_in_cache(gradients: Tensor) -> int:
     entries = max(gradients.shape[:-2].numel() * gradients.shape[-1], 1)
-    return gradients.split(max(_TILE_ENTRIES // entries, 1), dim=-2)
+    return _TILE_ENTRIES // entries
 
 
 def _rows(count: int) -> int:

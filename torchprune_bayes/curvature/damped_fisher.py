@@ -78,7 +78,8 @@ class DampedFisher(BlockedGradients):
             continues: Whether scores of what is kept will be asked for next: of small blocks the
                 factors of a joint update give them too.
         """
-        parts, kept = [], self.most_kept(keep)
+        compensation, newton, diagonal = (_Vector(self.remaining.numel) for _ in range(3))
+        kept = self.most_kept(keep)
         continues = continues and not single and self.in_small_blocks
         for where, gradients in self.sweep():
             shape = gradients.shape[::2]
@@ -103,11 +104,15 @@ class DampedFisher(BlockedGradients):
                     descent=descent,
                     diagonal=continues,
                 )
-            parts.append([part.flatten() for part in update if part is not None])
-        directions = Directions(*(_joined(part) for part in zip(*parts, strict=True)))
-        if directions.diagonal is not None:
-            self.products.diagonal = keep.clone(), self.damping, directions.diagonal
-        return directions
+            compensation.put(where, update.compensation)
+            if descent:
+                newton.put(where, update.newton)
+            if update.diagonal is not None:
+                diagonal.put(where, update.diagonal)
+        if diagonal.is_written:
+            self.products.diagonal = keep.clone(), self.damping, diagonal.values
+        moved = compensation.values
+        return Directions(moved, newton.values if descent else moved.new_zeros(()).expand_as(moved))
 
     def held_out_errors(self, weights: Tensor, keep: Tensor, dampings: Sequence[float]) -> Tensor:
         """Quality of the joint update on gradients that it did not use, for several dampings.
@@ -144,13 +149,13 @@ class DampedFisher(BlockedGradients):
         """
         if self.known_diagonal is not None:
             return self.known_diagonal.clone()
-        parts = []
+        vector = _Vector(self.remaining.numel)
         for where, gradients in self.sweep():
             if isinstance(gradients, Tensor) and len(gradients) > 1 and in_sample_space(gradients):
-                parts.append(small_blocks_diagonal(gradients, self.damping).flatten())
+                vector.put(where, small_blocks_diagonal(gradients, self.damping))
             else:
-                parts.append(self._inverse(where, gradients).inverse_diagonal().flatten())
-        return _joined(parts)
+                vector.put(where, self._inverse(where, gradients).inverse_diagonal())
+        return vector.values
 
     def solve(self, vector: Tensor) -> Tensor:
         """``F⁻¹ v`` for ``v`` of shape ``[D]``, float64."""
@@ -204,5 +209,28 @@ class DampedFisher(BlockedGradients):
         return float(torch.stack(sums).sum()) / (self.count * self.remaining.numel)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+class _Vector:
+    """A vector ``[D]`` that is written block by block where it will lie.
+
+    Parts that are collected would keep the memory between them from being used again.
+    """
+
+    def __init__(self, entries: int) -> None:
+        self._entries = entries
+        self.values = torch.empty(0)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether any part was."""
+        return self.values.numel() > 0
+
+    def put(self, where: slice, part: Tensor) -> None:
+        """Write the entries of some blocks, in the wider of both dtypes."""
+        if part.numel() == self._entries:
+            self.values = part.flatten()
+            return
+        if not self.is_written:
+            self.values = part.new_empty(self._entries)
+        elif self.values.dtype != part.dtype:
+            self.values = self.values.to(torch.promote_types(self.values.dtype, part.dtype))
+        self.values[where] = part.flatten()
