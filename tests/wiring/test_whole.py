@@ -37,10 +37,12 @@ def test_what_stays_is_named_once_and_outputs_are_not() -> None:
 def test_a_parametrized_layer_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     nn.utils.parametrizations.weight_norm(model[2])
-    units = check_shrinkable(model, torch.ones(2, 4))
+    units = find_units(model, torch.ones(2, 4))
     assert [group.name for group in units.groups] == []
     assert "`2` is parametrized" in units.left_out["2"]
     assert "in `2`" in units.left_out["0"]
+    with pytest.raises(ArgumentError, match="`2` is parametrized"):
+        check_shrinkable(model, torch.ones(2, 4))
 
 
 def test_a_model_without_units_is_refused_by_module_class_and_reason() -> None:

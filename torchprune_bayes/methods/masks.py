@@ -22,6 +22,7 @@ def masks_of(model: nn.Module) -> Masks:
     Wrappers such as ``DistributedDataParallel`` are looked through.
 
     Example:
+        >>> from torchprune_bayes import prune_global
         >>> model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2))
         >>> _ = prune_global([(model[1], "weight")], "magnitude", amount=1.0)
         >>> masks_of(model)
@@ -45,6 +46,7 @@ def export_masks(model: nn.Module, path: str | Path) -> None:
 
     Example:
         >>> import tempfile
+        >>> from torchprune_bayes import prune_global
         >>> layer = nn.Linear(2, 2)
         >>> _ = prune_global([(layer, "weight")], "magnitude", amount=0.5)
         >>> with tempfile.TemporaryDirectory() as folder:
