@@ -82,11 +82,7 @@ def safe_cholesky(matrix: Tensor) -> Tensor:
         tensor([[2.]], dtype=torch.float64)
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    later = _LATER.get()
-    if later is not None:
-        later.flags.append(failed.any())
-        return factor
-    if not failed.any():
+    if _is_usable(failed.any()):
         return factor
     if not torch.isfinite(matrix).all():
         raise NumericalError("Expected a finite matrix to factorise, got NaN or infinite entries.")
@@ -111,9 +107,7 @@ def safe_cholesky(matrix: Tensor) -> Tensor:
 
 def damped_factor(matrix: Tensor, damping: float) -> Tensor:
     """Cholesky factor of ``matrix + damping I``, which is not written to."""
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
-    return safe_cholesky(damped)
+    return safe_cholesky(_damped(matrix, damping))
 
 
 def damped_factor_inverse(matrix: Tensor, damping: float) -> Tensor:
@@ -139,16 +133,27 @@ def damped_factor_inverse(matrix: Tensor, damping: float) -> Tensor:
     """
     if matrix.ndim != 3 or not _has_halves(matrix.shape[-1]):
         return inverse_of_lower(damped_factor(matrix, damping))
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    damped = _damped(matrix, damping)
     flags: list[Tensor] = []
     inverse = _factor_inverse(damped, flags)
-    failed, later = torch.stack(flags).any(), _LATER.get()
-    if later is not None:
-        later.flags.append(failed)
-    elif failed:
-        return inverse_of_lower(safe_cholesky(damped))
-    return inverse
+    if _is_usable(torch.stack(flags).any()):
+        return inverse
+    return inverse_of_lower(safe_cholesky(damped))
+
+
+def _damped(matrix: Tensor, damping: float) -> Tensor:
+    damped = matrix.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return damped
+
+
+def _is_usable(failed: Tensor) -> bool:
+    """Whether a factorisation succeeded; inside of :func:`checked_once` that is asked later."""
+    later = _LATER.get()
+    if later is None:
+        return not failed
+    later.flags.append(failed)
+    return True
 
 
 def _factor_inverse(matrix: Tensor, flags: list[Tensor]) -> Tensor:

@@ -164,8 +164,9 @@ def least_squares(
     second = whole.second(centred=intercept)
     if isinstance(damping, str):
         damping = _best_damping(weight, keep, halves, intercept)
-    mean = whole.mean() if intercept else None
-    moved, shift = refitted(weight, keep, mean, second, damping)
+    moved = weight * keep
+    moved[:, keep] += _Regression.of(weight, keep, second).change(damping)
+    shift = (weight - moved) @ whole.mean() if intercept else weight.new_zeros(len(weight))
     return Fit(
         weight=moved,
         shift=shift,
@@ -173,25 +174,6 @@ def least_squares(
         error=_error(weight - moved, second),
         damping=damping,
     )
-
-
-def refitted(
-    weight: Tensor, keep: Tensor, mean: Tensor | None, second: Tensor, damping: float
-) -> tuple[Tensor, Tensor]:
-    """Return the weight and the shift of :func:`least_squares` from the moments themselves.
-
-    Args:
-        weight: ``W``, ``[o, d]`` float64.
-        keep: Boolean ``[d]``.
-        mean: Mean of the inputs ``[d]``; ``None`` where there is no bias to fit.
-        second: Their covariance ``[d, d]``, or their mean products where there is no bias.
-        damping: ``λ``, relative to the mean diagonal of ``G_KK``.
-
-    Cost: ``k³/3 + o k²`` for ``k`` inputs that stay.
-    """
-    moved = _moved(weight, keep, second, damping)
-    shift = weight.new_zeros(len(weight)) if mean is None else (weight - moved) @ mean
-    return moved, shift
 
 
 class Refit(NamedTuple):
@@ -210,7 +192,7 @@ class Refit(NamedTuple):
 
 
 class Refits:
-    """Many fits of one linear map, each on other inputs: the same as :func:`refitted`.
+    """Many fits of one linear map as :func:`least_squares`, each on other inputs.
 
     With ``R = W G`` the normal equations are ``W' (G_KK + λI) = R_K + λ W_K``, and the mean square
     of an output is ``w' G w'ᵀ = Σ_K w' (R_K + λ (w - w'))``. So for each fit only factorisation
@@ -254,13 +236,6 @@ class Refits:
         if self._mean is not None:
             shift = (self._weight - moved) @ self._mean
         return Refit(moved, shift, second)
-
-
-def _moved(weight: Tensor, keep: Tensor, second: Tensor, damping: float) -> Tensor:
-    """``W_K + W_Z G_ZK (G_KK + λI)⁻¹``, with zeros for ``Z``."""
-    moved = weight * keep
-    moved[:, keep] += _Regression.of(weight, keep, second).change(damping)
-    return moved
 
 
 def _error(difference: Tensor, second: Tensor) -> float:
